@@ -1,0 +1,583 @@
+"""The teacher: a frozen Transformer that hands out queries, keys and attention outputs, as fast as it runs anyway.
+
+An attention function of transformers may return anything as its second value, and `output_attentions=True` collects it
+in layer order. Here it returns the tensors that went into the attention instead of the attention map, so that no map
+of size tokens x tokens is kept and no modelling file is edited.
+
+Shapes: `b` batch, `t` token, `h` head, `p` head_dim, `d` width, `V` vocabulary.
+
+Source: arXiv 2510.19266, section "Attention Bridge" (keys teach B, queries teach C).
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from cab_hf.distillation.rotary import RotaryPlan, find_plan, recorded_tables, relative_error, undo_rotary
+
+
+logger = logging.get_logger(__name__)
+
+_PREFIX = "cab_"
+_BASES: dict[str, str] = {}  # name of a recording attention implementation -> the one that it records
+_WORKING = "Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, BERT, ViT, DeiT, DINOv2 and others of their kind"
+# Entries that only a loss or the student reads: a teacher that accepts them would compute something else, or more.
+_STUDENT_INPUTS = ("labels", "seq_idx", "past_key_values", "cache_position")
+# Vocabularies are padded to a multiple (64 to 512) or to a round number: Qwen2.5 by 271 or 399 rows, Phi by 905.
+_MAX_VOCABULARY_PADDING = 1024
+
+
+class TeacherAttention(NamedTuple):
+    """What one layer's attention read and wrote.
+
+    Attributes:
+        query: `(b, h, t, p)`, as the attention takes it: after rotary embedding and query norm, before the scaling.
+        key: `(b, h_kv, t, p)`, after rotary embedding and key norm, before it is repeated for grouped queries.
+        output: `(b, t, h, p)`, before the output projection.
+    """
+
+    query: Tensor
+    key: Tensor
+    output: Tensor
+
+
+@dataclass
+class TeacherOutput:
+    """One forward pass of the teacher. What was not asked for, or can't be had, is None.
+
+    Attributes:
+        last_hidden_state: `(b, t, d)` after the final norm, what the head takes. None when the logits had to come
+            from the whole model (`Teacher.head` is None and `logits=True`).
+        logits: `(b, t, V)`, or `(b, V)` of a classifier.
+        attentions: one `TeacherAttention` a layer.
+        hidden_states: `(b, t, d)` each: the embeddings, then every layer's output.
+    """
+
+    last_hidden_state: Tensor | None = None
+    logits: Tensor | None = None
+    attentions: tuple[TeacherAttention, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class _AttentionCall(NamedTuple):
+    query: Tensor
+    key: Tensor
+    output: Tensor
+    scaling: float | None
+
+
+class _View:
+    """Reads like its target except for the attributes given."""
+
+    def __init__(self, target: Any, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+
+def _own_eager_function(module: nn.Module) -> Callable:
+    """The eager attention of the file that defines an attention module: it differs between families."""
+    for owner in type(module).__mro__:
+        function = vars(sys.modules[owner.__module__]).get("eager_attention_forward")
+        if function is not None:
+            return function
+    raise ValueError(
+        f"The eager attention of {type(module).__name__} can't be found in {type(module).__module__}. Load the "
+        "teacher with attn_implementation='sdpa'."
+    )
+
+
+def _recording_attention(base: str) -> Callable:
+    """An attention function that computes what `base` does and returns an `_AttentionCall` beside it."""
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, _AttentionCall]:
+        kwargs.pop("output_attentions", None)
+        function, owner = None, module
+        if base == "eager":
+            function = _own_eager_function(module)
+        else:
+            function = AttentionInterface()[base]
+            if "flash" in base:
+                # The flash path picks its kernel by the name that the config holds, which is ours at this moment.
+                owner = _View(module, config=_View(module.config, _attn_implementation=base))
+        output = function(owner, query, key, value, attention_mask, **kwargs)[0]
+        return output, _AttentionCall(query, key, output, kwargs.get("scaling"))
+
+    return attention
+
+
+def _recording_mask(base: str) -> Callable:
+    """The mask function of implementation `base`, told by zero strides that nothing is padded.
+
+    Reading a padding mask to learn that it is all ones would make the host wait for the device.
+    """
+    function = AttentionMaskInterface()[base]
+
+    def mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if attention_mask is not None and not any(attention_mask.stride()):
+            attention_mask = None
+        return function(*args, attention_mask=attention_mask, **kwargs)
+
+    return mask
+
+
+def _register(base: str) -> str:
+    """Registers the recording twin of attention implementation `base` once and returns its name."""
+    # A slash would make transformers look for a kernel on the Hub.
+    name = _PREFIX + base.replace("/", "_")
+    if name not in AttentionInterface():
+        AttentionInterface.register(name, _recording_attention(base))
+        if base in AttentionMaskInterface():
+            AttentionMaskInterface.register(name, _recording_mask(base))
+        _BASES[name] = base
+    return name
+
+
+def _positions_from_documents(seq_idx: Tensor) -> Tensor:
+    """Position ids `(b, t)` that restart at 0 wherever `seq_idx` `(b, t)` changes."""
+    index = torch.arange(seq_idx.shape[-1], device=seq_idx.device).expand_as(seq_idx)
+    starts = torch.zeros_like(index)
+    starts[:, 1:] = torch.where(seq_idx[:, 1:] != seq_idx[:, :-1], index[:, 1:], 0)
+    return index - starts.cummax(dim=-1).values
+
+
+class Teacher:
+    """A pretrained Transformer that teaches: in eval mode, without gradients, and with its attention readable.
+
+    It is no `nn.Module`, so that no optimiser, DDP wrapper or checkpoint of the student can hold it. The model's
+    attention implementation is switched to a recording twin with equal outputs; `restore()` gives the old one back.
+
+    Args:
+        model: a model of transformers, with or without a head. Its weights are used, not copied.
+        device: where the teacher runs; None leaves the model where it is. Inputs are moved there, results back.
+        dtype: what the teacher computes in; None leaves the model's dtype. A teacher with a dtype of its own ignores
+            a surrounding autocast.
+        remove_rotary: hand out queries and keys without their rotary position embedding. Needs `check`.
+        check: run tiny batches that prove the attention readable, the outputs unchanged, and the head plain. Without
+            it nothing is verified, `head` is None, and sizes come from the config.
+
+    Attributes:
+        model: the wrapped model.
+        head: the output embeddings, when `logits == head(last_hidden_state)` exactly; else None (soft-capped or scaled
+            logits, a classifier, no head), and logits come from `logits=True`.
+        scalings: one factor of `query @ key.T` a layer, as the teacher's attention applies it.
+
+    Raises:
+        ValueError: the teacher hides its attention, is an encoder-decoder, mixes attention with other layers, changes
+            its output under recording, or has no rotary embedding that could be removed.
+
+    Example:
+        >>> teacher = Teacher(AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M"))
+        >>> teacher({"input_ids": input_ids}, attentions=True).attentions[0].key.shape  # (b, h_kv, t, p)
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        remove_rotary: bool = False,
+        check: bool = True,
+    ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"model is a {type(model).__name__}; a Teacher takes a PreTrainedModel of transformers. Unwrap it, or "
+                "merge adapters first (peft: merge_and_unload())."
+            )
+        if remove_rotary and not check:
+            raise ValueError(
+                "remove_rotary=True needs check=True: which features are rotated is found by a tiny batch."
+            )
+        self.model = model.requires_grad_(False).eval()
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"{self._named()} is an encoder-decoder, and its decoder attends to two sequences. Pass its encoder, "
+                f"or a decoder-only or encoder-only teacher; these work: {_WORKING}."
+            )
+        if device is not None:
+            model.to(device)
+        if dtype is not None:
+            self._cast(dtype)
+        self.config: PreTrainedConfig = model.config.get_text_config()
+        self.dtype = dtype
+        self.head: nn.Module | None = None
+        self._accepted = set(inspect.signature(model.base_model.forward).parameters)
+        self._isolates = "position_ids" in self._accepted
+        self._rotary: RotaryPlan | None = None
+
+        self._original = _BASES.get(self.config._attn_implementation, self.config._attn_implementation)
+        if self._original is None or self._original.startswith("paged|"):
+            raise ValueError(
+                f"{self._named()} has attention implementation {self._original!r}. Load the teacher with "
+                "attn_implementation='sdpa' or 'eager'."
+            )
+        if check:
+            self._switch_and_check()
+            if remove_rotary:
+                self._rotary = self._find_rotary()
+        else:
+            model.set_attn_implementation(_register(self._original))
+            heads = self.config.num_attention_heads
+            values = self.config.to_dict()
+            head_dim = values.get("head_dim") or self.config.hidden_size // heads
+            self._sizes = [(heads, values.get("num_key_value_heads") or heads, head_dim)] * self.num_hidden_layers
+            self.scalings = (head_dim**-0.5,) * self.num_hidden_layers
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        inputs: Mapping[str, Tensor],
+        *,
+        attentions: bool = False,
+        hidden_states: bool = False,
+        logits: bool = False,
+    ) -> TeacherOutput:
+        """Runs the teacher.
+
+        Without a padding mask nothing waits for the device, so a CUDA graph may capture the call. (transformers reads
+        padding masks and packed positions, except inside a capture.)
+
+        Args:
+            inputs: the batch as the student sees it. Entries that the teacher's `forward` does not name, and labels,
+                are left out. `seq_idx` `(b, t)` (packed documents) becomes position ids that restart, which keeps the
+                teacher's attention inside each document.
+            attentions: return one `TeacherAttention` a layer.
+            hidden_states: return the embeddings and every layer's output.
+            logits: return logits.
+
+        Raises:
+            ValueError: logits of a teacher without a head; packed documents together with a padding mask, or for a
+                teacher that attends across them.
+        """
+        main = inputs.get(self.model.main_input_name, next(iter(inputs.values())))
+        arguments = self._arguments(inputs)
+        # Positions without a padding mask may restart, and mean packed documents then.
+        if "position_ids" in arguments and "attention_mask" not in arguments and not self._isolates:
+            raise ValueError(
+                f"inputs hold packed documents (seq_idx, or position_ids without attention_mask), but {self._named()} "
+                "attends across them. Use padded documents instead of packed ones."
+            )
+        plain_head = self.head is not None
+        whole = logits and not plain_head
+        if whole and self.model.base_model is self.model:
+            raise ValueError(
+                f"logits=True, but {self._named()} has no head. Load it with AutoModelForCausalLM or another class with "
+                "a head, or use losses without logits."
+            )
+        if attentions:
+            arguments["output_attentions"] = True
+        if hidden_states:
+            arguments["output_hidden_states"] = True
+
+        module = self.model if whole else self.model.base_model
+        rotated = attentions and self._rotary is not None
+        recording = recorded_tables(self.model.base_model) if rotated else nullcontext()
+        with recording as tables, self._precision():
+            output = module(**arguments, return_dict=True)
+            last = None if whole else output.last_hidden_state
+            scores = output.logits if whole else self.head(last) if logits else None
+
+        def home(x: Tensor) -> Tensor:
+            # The host would read a non-blocking copy to it before it has arrived.
+            return x.to(main.device, non_blocking=main.device.type != "cpu")
+
+        return TeacherOutput(
+            last_hidden_state=None if last is None else home(last),
+            logits=None if scores is None else home(scores),
+            attentions=tuple(TeacherAttention(*map(home, a)) for a in self._read(output.attentions, tables))
+            if attentions
+            else None,
+            hidden_states=tuple(map(home, output.hidden_states)) if hidden_states else None,
+        )
+
+    def restore(self) -> PreTrainedModel:
+        """Gives the model back with the attention implementation that it came with."""
+        self.model.set_attn_implementation(self._original)
+        return self.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the first layer."""
+        return self._sizes[0][0]
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key heads of the first layer."""
+        return self._sizes[0][1]
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head of the first layer."""
+        return self._sizes[0][2]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding, padding included; None of a teacher without tokens."""
+        return self.config.to_dict().get("vocab_size")
+
+    @property
+    def query_sizes(self) -> tuple[int, ...]:
+        """Query features (heads x head_dim), one number a layer."""
+        return tuple(heads * head_dim for heads, _, head_dim in self._sizes)
+
+    @property
+    def key_sizes(self) -> tuple[int, ...]:
+        """Key features (key heads x head_dim), one number a layer."""
+        return tuple(heads * head_dim for _, heads, head_dim in self._sizes)
+
+    def _named(self) -> str:
+        return f"The teacher {type(self.model).__name__} (model_type {self.model.config.model_type!r})"
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        """Casts weights only: `model.to(dtype)` would also round the rotary frequencies, which are no weights."""
+        saved = self.model.state_dict(keep_vars=True).values()
+        for tensor in {id(tensor): tensor for tensor in saved}.values():
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+
+    def _precision(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, enabled=False) if self.dtype is not None else nullcontext()
+
+    def _arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The keyword arguments of the teacher's forward pass for a batch."""
+        weight = next(self.model.parameters())
+        kept = {k: v for k, v in inputs.items() if k in self._accepted and k not in _STUDENT_INPUTS and v is not None}
+        seq_idx = inputs.get("seq_idx")
+        if seq_idx is not None:
+            if "attention_mask" in kept:
+                raise ValueError(
+                    "inputs hold both seq_idx (packed documents) and attention_mask; a Transformer with a padding "
+                    "mask attends across packed documents. Pack full blocks, or pad single documents."
+                )
+            if "position_ids" not in self._accepted:
+                raise ValueError(
+                    f"inputs hold seq_idx (packed documents), but {self._named()} takes no position_ids and attends "
+                    "across them. Use padded documents instead of packed ones."
+                )
+            kept.setdefault("position_ids", _positions_from_documents(seq_idx))
+        arguments: dict[str, Any] = {}
+        for name, value in kept.items():
+            dtype = weight.dtype if value.is_floating_point() else None
+            arguments[name] = value.to(weight.device, dtype, non_blocking=True)
+        # The cache would hide packed documents from the mask, and nothing reads it.
+        if "use_cache" in self._accepted:
+            arguments["use_cache"] = False
+        if "attention_mask" in self._accepted and not arguments.keys() & {"attention_mask", "position_ids"}:
+            tokens = arguments.get("input_ids", arguments.get("inputs_embeds"))
+            if tokens is not None:
+                # No mask would make transformers search for packed documents, which waits for the device.
+                nothing_padded = torch.ones((), dtype=torch.bool, device=tokens.device)
+                arguments["attention_mask"] = nothing_padded.expand(tokens.shape[:2])
+        return arguments
+
+    def _read(self, calls: tuple[_AttentionCall, ...], tables: list[Any] | None) -> Iterator[TeacherAttention]:
+        if self._rotary is None:
+            for query, key, output, _ in calls:
+                yield TeacherAttention(query, key, output)
+            return
+        for (query, key, output, _), index in zip(calls, self._rotary.tables, strict=True):
+            if index is not None:
+                query, key = (undo_rotary(x, tables[index], self._rotary.layout) for x in (query, key))
+            yield TeacherAttention(query, key, output)
+
+    def _tiny_batch(self) -> dict[str, Tensor]:
+        name = self.model.main_input_name
+        if name == "input_ids":
+            tokens = 3 + torch.arange(2 * 5).view(2, 5) * 7
+            return {"input_ids": (tokens % self.config.vocab_size).to(self.device)}
+        if name == "pixel_values":
+            size = self.config.image_size
+            height, width = (size, size) if isinstance(size, int) else size
+            pixels = torch.linspace(-1, 1, 2 * self.config.num_channels * height * width).sin()
+            return {"pixel_values": pixels.view(2, self.config.num_channels, height, width).to(self.device)}
+        raise ValueError(
+            f"{self._named()} takes {name!r}; a tiny batch can only be made of 'input_ids' or 'pixel_values'. Pass "
+            "check=False if you know that its attention follows transformers' AttentionInterface."
+        )
+
+    @torch.no_grad()
+    def _switch_and_check(self) -> None:
+        """Switches to recording attention, and proves on a tiny batch that it records and changes nothing."""
+        batch = self._tiny_batch()
+        self.model.set_attn_implementation(self._original)
+        with self._precision():
+            expected = self.model.base_model(**self._arguments(batch), return_dict=True).last_hidden_state
+        name = _register(self._original)
+        self.model.set_attn_implementation(name)
+        if self.config._attn_implementation != name:
+            raise ValueError(self._hidden("it does not follow transformers' AttentionInterface"))
+        with self._precision():
+            output = self.model.base_model(**self._arguments(batch), output_attentions=True, return_dict=True)
+        calls = output.attentions or ()
+        readable = [call for call in calls if isinstance(call, _AttentionCall)]
+        if len(readable) != len(calls) or not calls:
+            raise ValueError(
+                self._hidden(f"{len(calls) - len(readable)} of {len(calls)} layers returned something else")
+            )
+        if len(calls) != self.num_hidden_layers:
+            kinds = self.config.to_dict().get("layer_types") or ()
+            others = {i: kind for i, kind in enumerate(kinds) if "attention" not in kind or "linear" in kind}
+            lacking = f"; without attention are {others}" if others else ""
+            raise ValueError(
+                f"{self._named()} has {self.num_hidden_layers} layers, but {len(calls)} of them attend{lacking}. Every "
+                f"layer of a teacher must attend; these work: {_WORKING}."
+            )
+        if readable[0].query.shape[0] != len(expected):
+            raise ValueError(
+                self._hidden(f"it attends inside {len(readable[0].query)} windows of {len(expected)} inputs")
+            )
+        tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
+        error = relative_error(output.last_hidden_state, expected)
+        if not error <= tolerance:
+            raise ValueError(
+                f"{self._named()} gives another output when its attention is recorded (relative difference "
+                f"{error:.2e}, at most {tolerance:.0e}). It treats attention implementation {self._original!r} "
+                "specially; load it with another attn_implementation ('sdpa' or 'eager')."
+            )
+        self._sizes = [(call.query.shape[1], call.key.shape[1], call.query.shape[3]) for call in readable]
+        self.scalings = tuple(
+            size[2] ** -0.5 if c.scaling is None else c.scaling for c, size in zip(calls, self._sizes)
+        )
+        self.head = self._plain_head(batch, output.last_hidden_state)
+        self._isolates = self._isolates and self._keeps_documents_apart(batch, tolerance)
+
+    def _keeps_documents_apart(self, batch: dict[str, Tensor], tolerance: float) -> bool:
+        """Whether the second of two packed documents ignores the first: some models do not see restarts."""
+        tokens = batch[self.model.main_input_name]
+        positions = torch.tensor([[0, 1, 2, 0, 1]], device=self.device).expand_as(tokens)
+        outputs = []
+        for first in (tokens[:, :3], tokens[:, :3].flip(0)):
+            packed = batch | {
+                self.model.main_input_name: torch.cat((first, tokens[:, 3:]), dim=1),
+                "position_ids": positions,
+            }
+            with self._precision():
+                outputs.append(
+                    self.model.base_model(**self._arguments(packed), return_dict=True).last_hidden_state[:, 3:]
+                )
+        return relative_error(*outputs) <= tolerance
+
+    def _plain_head(self, batch: dict[str, Tensor], last_hidden_state: Tensor) -> nn.Module | None:
+        head = self.model.get_output_embeddings()
+        if head is None or self.model.base_model is self.model:
+            return None
+        with self._precision():
+            logits = self.model(**self._arguments(batch), return_dict=True).logits
+            return head if torch.equal(head(last_hidden_state), logits) else None
+
+    def _hidden(self, reason: str) -> str:
+        return (
+            f"{self._named()} hides its attention: {reason}. Queries and keys can be read from models that support "
+            f"set_attn_implementation; these work: {_WORKING}. Losses without attention do not need a Teacher."
+        )
+
+    @torch.no_grad()
+    def _find_rotary(self) -> RotaryPlan:
+        if "position_ids" not in self._accepted:
+            raise ValueError(f"remove_rotary=True, but {self._named()} takes no position_ids: set it to False.")
+        batch = self._tiny_batch()
+        length = batch[self.model.main_input_name].shape[1]
+        runs, all_tables = [], []
+        for start in (0, min(64, self.config.max_position_embeddings - length)):
+            positions = torch.arange(start, start + length, device=self.device).expand(2, -1)
+            arguments = self._arguments(batch | {"position_ids": positions})
+            with recorded_tables(self.model.base_model) as tables, self._precision():
+                calls = self.model.base_model(**arguments, output_attentions=True, return_dict=True).attentions
+            if not tables:
+                raise ValueError(
+                    f"remove_rotary=True, but {self._named()} has no rotary_emb module: it has no rotary embedding, or "
+                    "one that can't be read. Set remove_rotary=False."
+                )
+            runs.append([(call.query, call.key) for call in calls])
+            all_tables.append(tables)
+        plan = find_plan(runs, all_tables)
+        tolerance = 1e-2 if runs[0][0][1].dtype in (torch.float32, torch.float64) else 0.2
+        if not plan.error <= tolerance:
+            raise ValueError(
+                f"remove_rotary=True, but no known layout undoes the rotary embedding of {self._named()}: its unrotated "
+                f"keys or queries still depend on the position (relative difference {plan.error:.2e}, at most "
+                f"{tolerance:.0e}). Known are halves and interleaved pairs at the start of a head. Set remove_rotary=False."
+            )
+        if all(index is None for index in plan.tables):
+            raise ValueError(f"remove_rotary=True, but no layer of {self._named()} rotates its keys: set it to False.")
+        return plan
+
+
+def check_vocabularies(
+    student_vocab_size: int,
+    teacher_vocab_size: int,
+    student_tokenizer: Any | None = None,
+    teacher_tokenizer: Any | None = None,
+) -> int:
+    """Returns the number of vocabulary entries that student and teacher share, or says why they share none.
+
+    Embeddings are often padded to a round number of rows, so the sizes of one tokenizer's models may differ; logits
+    are then compared over the smaller size. With both tokenizers the answer is exact; without them a difference of at
+    most 1,024 rows is taken for padding (among common models the widest is Phi's, 905).
+
+    Args:
+        student_vocab_size: rows of the student's output embeddings.
+        teacher_vocab_size: rows of the teacher's output embeddings.
+        student_tokenizer: optional tokenizer of the student (anything with `get_vocab()`).
+        teacher_tokenizer: optional tokenizer of the teacher.
+
+    Returns:
+        The size to slice both logits to.
+
+    Raises:
+        ValueError: the tokenizers differ, their tokens do not fit, or the sizes differ by more than padding.
+    """
+    shared = min(student_vocab_size, teacher_vocab_size)
+    sizes = f"student_vocab_size={student_vocab_size} and teacher_vocab_size={teacher_vocab_size}"
+    way_out = (
+        "The student must read the teacher's tokens: build it with the teacher's vocabulary "
+        "(vocab_size=teacher_vocab_size) and save it with the teacher's tokenizer."
+    )
+    known = student_tokenizer is not None and teacher_tokenizer is not None
+    if known:
+        student_tokens, teacher_tokens = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+        if student_tokens != teacher_tokens:
+            differing = len(student_tokens.items() ^ teacher_tokens.items())
+            raise ValueError(
+                f"Student and teacher use different tokenizers: {len(student_tokens)} and {len(teacher_tokens)} "
+                f"tokens, {differing} entries (token, id) in only one of them ({sizes}). {way_out}"
+            )
+        needed = max(teacher_tokens.values(), default=-1) + 1
+        if shared < needed:
+            raise ValueError(f"The tokenizer needs {needed} rows, but {sizes}. {way_out}")
+    difference = abs(student_vocab_size - teacher_vocab_size)
+    if difference > _MAX_VOCABULARY_PADDING and not known:
+        raise ValueError(
+            f"{sizes} differ by {difference}, more than padding explains ({_MAX_VOCABULARY_PADDING}). {way_out} If "
+            "it is padding, pass both tokenizers to prove it."
+        )
+    if difference:
+        logger.info(
+            f"{sizes} differ by {difference} padding rows: logits are compared over the first {shared} tokens."
+        )
+    return shared

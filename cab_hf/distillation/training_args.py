@@ -1,0 +1,108 @@
+"""Arguments of a distillation run. Each option is written once, here; recipes and the command line set the rest."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+LOSSES = ("kl", "ce", "bridge", "output", "hidden", "attention")
+"""The loss parts. Each has `<name>_weight`, `<name>_end` and `<name>_decay`; a weight of 0.0 is not computed."""
+
+
+@dataclass
+class DistillationTrainingArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] and what happens between teacher and student.
+
+    Every loss is a mean over the tokens of an optimizer step and over its own elements, so that a weight means the
+    same at any batch size, accumulation, length or width.
+
+    Source: arXiv 2510.19266; soft KL as in Hinton et al. (arXiv 1503.02531).
+
+    Raises:
+        ValueError: for a negative weight, an end outside (0, 1], or a temperature that is not positive.
+    """
+
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(teacher || student) on the logits."})
+    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."})
+    bridge_weight: float = field(default=1.0, metadata={"help": "Weight of the attention bridge: B to K, C to Q."})
+    output_weight: float = field(
+        default=0.0, metadata={"help": "Weight of matching mixer output to attention output, before the projections."}
+    )
+    hidden_weight: float = field(default=0.0, metadata={"help": "Weight of matching the hidden state after each block."})
+    attention_weight: float = field(
+        default=0.0, metadata={"help": "Weight of matching attention maps (MOHAWK), quadratic in length."}
+    )
+
+    kl_end: float = field(default=1.0, metadata={"help": "Fraction of training after which the KL is off."})
+    ce_end: float = field(default=1.0, metadata={"help": "Fraction of training after which the cross-entropy is off."})
+    bridge_end: float = field(default=1.0, metadata={"help": "Fraction of training after which the bridge is off."})
+    output_end: float = field(default=1.0, metadata={"help": "Fraction of training after which output matching is off."})
+    hidden_end: float = field(default=1.0, metadata={"help": "Fraction of training after which state matching is off."})
+    attention_end: float = field(default=1.0, metadata={"help": "Fraction of training after which map matching is off."})
+
+    kl_decay: str = field(default="none", metadata={"help": "Course of the KL's weight to its end: none, linear, cosine."})
+    ce_decay: str = field(default="none", metadata={"help": "Course of the cross-entropy's weight to its end."})
+    bridge_decay: str = field(default="none", metadata={"help": "Course of the bridge's weight to its end."})
+    output_decay: str = field(default="none", metadata={"help": "Course of output matching's weight to its end."})
+    hidden_decay: str = field(default="none", metadata={"help": "Course of state matching's weight to its end."})
+    attention_decay: str = field(default="none", metadata={"help": "Course of map matching's weight to its end."})
+
+    temperature: float = field(default=1.0, metadata={"help": "Softens both distributions of the KL."})
+    logits_chunk_size: int = field(
+        default=1024, metadata={"help": "Tokens whose logits exist at once; memory grows with it, results do not."}
+    )
+    relative_loss: bool = field(
+        default=True, metadata={"help": "Divide each layer's alignment error by its target's mean square."}
+    )
+    layer_map: str = field(
+        default="floor",
+        metadata={"help": "Teacher layer of each student layer: floor (the paper's), uniform, last, or indices '0,2,5'."},
+    )
+    target_map: str = field(
+        default="none", metadata={"help": "Map on the bridge's targets: none, softmax, relu, exp, elu1."}
+    )
+    remove_rotary: bool = field(
+        default=False, metadata={"help": "Undo the rotary rotation of the teacher's keys and queries."}
+    )
+    bridge_hidden_size: int = field(default=128, metadata={"help": "Hidden width of the bridge's MLPs."})
+    bridge_shared_roles: bool = field(default=False, metadata={"help": "One MLP body for B and C of a layer."})
+    bridge_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the bridge; the student's when not given."}
+    )
+    trainable: str | None = field(
+        default=None,
+        metadata={"help": "Regular expression over the student's parameter names; the others are frozen. None: all."},
+    )
+    teacher_device: str | None = field(default=None, metadata={"help": "Device of the teacher; the student's if not given."})
+    teacher_dtype: str | None = field(default=None, metadata={"help": "Dtype of the teacher; its own if not given."})
+    cuda_graph: bool = field(
+        default=False,
+        metadata={"help": "Replay the whole step as one CUDA graph: for batches of one shape, on a single process."},
+    )
+
+    remove_unused_columns: bool = field(
+        default=True, metadata={"help": "Drop dataset columns that the student's forward does not take."}
+    )
+    # Reading the loss for this filter would wait for the device at every step.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and inf losses out of the log."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in LOSSES:
+            weight, end, decay = (getattr(self, f"{name}_{what}") for what in ("weight", "end", "decay"))
+            if weight < 0:
+                raise ValueError(f"`{name}_weight` must not be negative, got {weight}. Use 0.0 to leave the loss out.")
+            if not 0 < end <= 1:
+                raise ValueError(f"`{name}_end` is a fraction of training in (0, 1], got {end}.")
+            if decay not in ("none", "linear", "cosine"):
+                raise ValueError(f"`{name}_decay` must be none, linear or cosine, got {decay!r}.")
+        if not any(getattr(self, f"{name}_weight") for name in LOSSES):
+            raise ValueError(f"Every loss weight is 0.0; set at least one of {[f'{name}_weight' for name in LOSSES]}.")
+        if self.temperature <= 0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+        if self.logits_chunk_size < 1:
+            raise ValueError(f"`logits_chunk_size` must be at least 1 token, got {self.logits_chunk_size}.")
+
+    def is_active(self, name: str, progress: float) -> bool:
+        """Whether a loss part is computed at `progress`, the fraction of training done."""
+        return getattr(self, f"{name}_weight") > 0 and (progress < getattr(self, f"{name}_end") or progress == 0)

@@ -1,0 +1,195 @@
+"""Configuration of the CAB-Mamba language models.
+
+Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group, `d` width.
+"""
+
+import math
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+DEFAULT_STATE_SIZE = {"mamba": 16, "mamba2": 128}
+
+
+@strict
+class CABMambaConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`CABMambaModel`]: a stack of state-space mixers, with or without MLPs between them.
+
+    With the defaults (no MLP, RMS norm, sequential residual) the model has the parameters of transformers'
+    `MambaForCausalLM` (`mixer_type="mamba"`) or `Mamba2ForCausalLM` (`mixer_type="mamba2"`) under the same names.
+
+    Args:
+        mixer_type (`"mamba"` or `"mamba2"`, defaults to `"mamba"`):
+            The mixer of every layer: S6 of Mamba (arXiv 2312.00752) or SSD of Mamba-2 (arXiv 2405.21060).
+        mixer_types (`list[str]`, *optional*):
+            One mixer type a layer; overrides `mixer_type`.
+        state_size (`int`, *optional*): `n`, the width of B and C. 16 for S6 and 128 for SSD when not given.
+        expand (`float`, defaults to 2): mixer width over `hidden_size`.
+        num_heads (`int`, *optional*): SSD heads; `expand * hidden_size / head_dim` when not given.
+        head_dim (`int`, defaults to 64): `p`, the width of an SSD head.
+        n_groups (`int`, defaults to 1): groups of SSD heads that share B and C, and the groups of the output norm.
+        conv_kernel (`int`, defaults to 4): taps of the causal convolution.
+        conv_activation (`"silu"` or `None`, defaults to `"silu"`): activation after the convolution.
+        use_bias (`bool`, defaults to `False`): biases of the mixer's input and output projection.
+        use_conv_bias (`bool`, defaults to `True`): bias of the convolution.
+        time_step_rank (`int`, *optional*): rank of S6's time-step projection; `ceil(hidden_size / 16)` when not given.
+        time_step_min, time_step_max, time_step_floor (`float`): range of the initial time step.
+        time_step_limit (`tuple[float, float]`): SSD's time step is clamped to it.
+        chunk_size (`int`, defaults to 256): chunk of the SSD scan; results do not depend on it.
+        transition_init (`"identity"`, `"s4d"` or `"moving_average"`, defaults to `"identity"`):
+            How the transition starts: A ~ I, every token remembered (the paper's choice, table 3); S4D-real as in
+            Mamba; or normalised moving averages whose memory is log-spaced over `memory_range` across heads.
+        memory_range (`tuple[float, float]`, defaults to (8, 512)): shortest and longest memory, in tokens, of
+            `transition_init="moving_average"`.
+        conv_init, gate_init, skip_init (`"usual"` or `"transparent"`, default `"usual"`):
+            Whether convolution, gate and skip (D) start as in Mamba, or as if absent: taps (0, .., 0, 1), a gate of
+            constant one, D = 0.
+        intermediate_size (`int`, *optional*): width of the MLP after each mixer; no MLP when not given.
+        gated_mlp (`bool`, defaults to `True`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
+        mlp_bias (`bool`, defaults to `False`): biases of the MLP.
+        hidden_act (`str`, defaults to `"silu"`): activation of the MLP.
+        norm_type (`"rms_norm"` or `"layer_norm"`, defaults to `"rms_norm"`): norm before each mixer and MLP and at the end.
+        layer_norm_epsilon (`float`, defaults to 1e-5): epsilon of every norm.
+        parallel_residual (`bool`, defaults to `False`): mixer and MLP read the same residual stream side by side.
+        shared_norm (`bool`, defaults to `False`): with `parallel_residual`, one norm feeds both.
+        max_position_embeddings (`int`, *optional*): learned absolute positions of that many tokens; none when not given.
+        lm_head_bias (`bool`, defaults to `False`): bias of the language-modelling head.
+        residual_in_fp32 (`bool`, defaults to `True`): keep the residual stream in float32.
+        rescale_prenorm_residual (`bool`, defaults to `False`): divide initial output projections by `sqrt(layers)`.
+
+    Raises:
+        ValueError: for sizes that do not fit each other; the message holds both and a value that works.
+    """
+
+    model_type = "cab_mamba"
+
+    vocab_size: int = 50280
+    hidden_size: int = 768
+    num_hidden_layers: int = 24
+
+    mixer_type: Literal["mamba", "mamba2"] = "mamba"
+    mixer_types: list[str] | None = None
+    state_size: int | None = None
+    expand: int | float = 2
+    num_heads: int | None = None
+    head_dim: int = 64
+    n_groups: int = 1
+    conv_kernel: int = 4
+    conv_activation: Literal["silu"] | None = "silu"
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    time_step_rank: int | None = None
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: list[float] | tuple[float, ...] = (0.0, float("inf"))
+    chunk_size: int = 256
+
+    transition_init: Literal["identity", "s4d", "moving_average"] = "identity"
+    memory_range: list[float] | tuple[float, ...] = (8.0, 512.0)
+    conv_init: Literal["usual", "transparent"] = "usual"
+    gate_init: Literal["usual", "transparent"] = "usual"
+    skip_init: Literal["usual", "transparent"] = "usual"
+
+    intermediate_size: int | None = None
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    layer_norm_epsilon: float = 1e-5
+    parallel_residual: bool = False
+    shared_norm: bool = False
+    max_position_embeddings: int | None = None
+
+    lm_head_bias: bool = False
+    tie_word_embeddings: bool = True
+    residual_in_fp32: bool = True
+    rescale_prenorm_residual: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.state_size is None:
+            self.state_size = max(DEFAULT_STATE_SIZE[kind] for kind in set(self.layer_mixer_types) & set(DEFAULT_STATE_SIZE))
+        if self.num_heads is None:
+            self.num_heads = max(round(self.expand * self.hidden_size) // self.head_dim, 1)
+        if self.time_step_rank is None:
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_mixer_types(self) -> list[str]:
+        """The mixer type of each layer."""
+        return self.mixer_types if self.mixer_types is not None else [self.mixer_type] * self.num_hidden_layers
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' cache keeps for each layer: a convolution state and a recurrent state."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+    @property
+    def mixer_width(self) -> int:
+        """Channels inside a mixer (`d_inner` of Mamba)."""
+        return round(self.expand * self.hidden_size)
+
+    @property
+    def group_size(self) -> int:
+        """Channels that share B, C and one normalisation in an SSD mixer."""
+        return self.mixer_width // self.n_groups
+
+    def validate_architecture(self):
+        """Part of the `@strict` validation: sizes that must fit each other."""
+        if self.mixer_types is not None:
+            unknown = sorted(set(self.mixer_types) - set(DEFAULT_STATE_SIZE))
+            if unknown:
+                raise ValueError(f"`mixer_types` holds {unknown}; known are {sorted(DEFAULT_STATE_SIZE)}.")
+            if len(self.mixer_types) != self.num_hidden_layers:
+                raise ValueError(
+                    f"`mixer_types` names {len(self.mixer_types)} layers, `num_hidden_layers` is "
+                    f"{self.num_hidden_layers}. Give one mixer type a layer, or `mixer_type` for all."
+                )
+        for name in ("hidden_size", "num_hidden_layers", "state_size", "head_dim", "n_groups", "conv_kernel", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if "mamba2" in self.layer_mixer_types:
+            if self.num_heads * self.head_dim != self.mixer_width:
+                raise ValueError(
+                    f"`num_heads` * `head_dim` is {self.num_heads} * {self.head_dim} = {self.num_heads * self.head_dim}, "
+                    f"`expand` * `hidden_size` is {self.expand} * {self.hidden_size} = {self.mixer_width}. They must be "
+                    f"equal: set `expand={self.num_heads * self.head_dim / self.hidden_size:g}`, or a `head_dim` that "
+                    f"divides {self.mixer_width}, such as {_largest_divisor(self.mixer_width, self.head_dim)}."
+                )
+            if self.num_heads % self.n_groups:
+                raise ValueError(
+                    f"`num_heads` ({self.num_heads}) must be a multiple of `n_groups` ({self.n_groups}); "
+                    f"{_largest_divisor(self.num_heads, self.n_groups)} works."
+                )
+        if self.gate_init == "transparent" and not self.use_bias:
+            raise ValueError(
+                "`gate_init='transparent'` needs `use_bias=True`: the constant gate is the gate's bias "
+                f"(silu of zero is zero). Got `use_bias={self.use_bias}`."
+            )
+        if self.shared_norm and not (self.parallel_residual and self.intermediate_size):
+            raise ValueError(
+                f"`shared_norm=True` is for `parallel_residual=True` with an MLP; got `parallel_residual="
+                f"{self.parallel_residual}`, `intermediate_size={self.intermediate_size}`."
+            )
+        for name in ("time_step_limit", "memory_range"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high:
+                raise ValueError(f"`{name}` must be (low, high) with 0 <= low <= high, got ({low}, {high}).")
+        if not self.memory_range[0] > 0:
+            raise ValueError(f"`memory_range` starts at {self.memory_range[0]} tokens; it must be positive.")
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return next(k for k in range(min(number, at_most), 0, -1) if number % k == 0)
+
+
+__all__ = ["CABMambaConfig"]

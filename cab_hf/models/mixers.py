@@ -1,0 +1,355 @@
+"""State-space mixers: S6 (Mamba) and SSD (Mamba-2), with their projections B and C in the open.
+
+The parameters are those of transformers' MambaMixer and Mamba2Mixer, name for name.
+Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group, `d` width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from .configuration_cab_mamba import CABMambaConfig
+from .ssm_ops import (
+    causal_conv1d,
+    causal_conv1d_update,
+    selective_scan,
+    selective_scan_update,
+    ssd_scan,
+    ssd_scan_update,
+)
+
+
+IDENTITY_A_LOG = -20.0
+"""A = -exp(-20), so that a step's decay is one within float32 (arXiv 2510.19266, released vision code)."""
+
+UNIT_GATE = 1.278464542761074
+"""silu(UNIT_GATE) = 1."""
+
+
+class SSMProjections(NamedTuple):
+    """What a mixer shows of one forward pass.
+
+    Attributes:
+        B: `(b, t, g, n)`, what a token writes with: the counterpart of attention's key.
+        C: `(b, t, g, n)`, what a token reads with: the counterpart of attention's query.
+        time_step: `(b, t, h)` for SSD, `(b, t, d)` for S6, float32; zero at padding.
+        output: `(b, t, d)`, the mixer's output before its output projection.
+    """
+
+    B: torch.Tensor
+    C: torch.Tensor
+    time_step: torch.Tensor
+    output: torch.Tensor
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS norm in groups of `x * silu(gate)`, in float32 (Mamba-2's output norm)."""
+
+    def __init__(self, width: int, group_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.group_size = group_size
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        gated = x.float() * F.silu(gate.float())
+        groups = gated.unflatten(-1, (-1, self.group_size))  # (b, t, g, d / g)
+        normalised = F.rms_norm(groups, (self.group_size,), eps=self.eps).flatten(-2)
+        return self.weight * normalised.to(x.dtype)
+
+
+class StateSpaceMixer(nn.Module):
+    """What both mixers share: the convolution with its cache, and how padding stays out of the state."""
+
+    def __init__(self, config: CABMambaConfig, layer_idx: int, conv_width: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.conv1d = nn.Conv1d(
+            conv_width,
+            conv_width,
+            config.conv_kernel,
+            groups=conv_width,
+            padding=config.conv_kernel - 1,
+            bias=config.use_conv_bias,
+        )
+
+    def convolve(
+        self,
+        x: torch.Tensor,
+        cache: Cache | None,
+        attention_mask: torch.Tensor | None,
+        seq_idx: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Causal convolution of `x` (b, t, d) that continues from, and updates, the cache's convolution state."""
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        activation = self.config.conv_activation
+        if cache is None:
+            return causal_conv1d(x, weight, bias, activation, seq_idx=seq_idx)
+        state = cache.get_conv_state(self.layer_idx) if cache.has_previous_state(self.layer_idx) else None  # (b, d, k)
+        if state is not None and x.shape[1] == 1:
+            return causal_conv1d_update(x[:, 0], state, weight, bias, activation)[:, None]
+        past = x.new_zeros(x.shape[0], x.shape[2], self.config.conv_kernel) if state is None else state.to(x.dtype)
+        output = causal_conv1d(x, weight, bias, activation, initial_states=past)
+        cache.update_conv_state(self._last_inputs(past, x, attention_mask), self.layer_idx)
+        return output
+
+    def _last_inputs(self, past: torch.Tensor, x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The last `k` real inputs of each row `(b, d, k)`: right padding must not push them out of the state."""
+        inputs = torch.cat([past, x.transpose(1, 2)], dim=-1)  # (b, d, k + t)
+        kernel = self.config.conv_kernel
+        if attention_mask is None:
+            return inputs[..., -kernel:]
+        positions = torch.arange(1, x.shape[1] + 1, device=x.device)
+        ends = (positions * (attention_mask != 0)).amax(dim=1)  # (b,)
+        index = ends[:, None] + torch.arange(kernel, device=x.device)  # (b, k)
+        return inputs.gather(2, index[:, None].expand(-1, inputs.shape[1], -1))
+
+    def init_convolution(self) -> None:
+        if self.config.conv_init == "transparent":
+            taps = torch.zeros_like(self.conv1d.weight)
+            taps[..., -1] = 1.0
+            init.copy_(self.conv1d.weight, taps)
+        else:
+            init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))
+        if self.conv1d.bias is not None:
+            init.zeros_(self.conv1d.bias)
+
+    def init_output(self) -> None:
+        init.constant_(self.D, 0.0 if self.config.skip_init == "transparent" else 1.0)
+        if self.config.rescale_prenorm_residual:
+            std = self.config.initializer_range / math.sqrt(self.config.num_hidden_layers)
+            init.normal_(self.out_proj.weight, mean=0.0, std=std)
+
+    def random_time_steps(self, count: int) -> torch.Tensor:
+        """Log-uniform initial time steps `(count,)` as in Mamba."""
+        low, high = math.log(self.config.time_step_min), math.log(self.config.time_step_max)
+        return torch.exp(torch.rand(count) * (high - low) + low).clamp(min=self.config.time_step_floor)
+
+    def averaging_time_steps(self, count: int) -> torch.Tensor:
+        """Time steps `(count,)` of moving averages whose memories are log-spaced: with A = -1, dt = 1 / memory."""
+        shortest, longest = self.config.memory_range
+        return 1.0 / torch.logspace(math.log10(shortest), math.log10(longest), count)
+
+
+class SSDMixer(StateSpaceMixer):
+    """The mixer of Mamba-2 (arXiv 2405.21060): one decay a head, B and C shared in groups, a gated norm per group."""
+
+    def __init__(self, config: CABMambaConfig, layer_idx: int):
+        self.state_width = config.n_groups * config.state_size
+        super().__init__(config, layer_idx, conv_width=config.mixer_width + 2 * self.state_width)
+        self.split_sizes = [config.mixer_width, config.mixer_width + 2 * self.state_width, config.num_heads]
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.split_sizes), bias=config.use_bias)
+        self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
+        self.A_log = nn.Parameter(torch.empty(config.num_heads))
+        self.D = nn.Parameter(torch.empty(config.num_heads))
+        self.norm = GatedRMSNorm(config.mixer_width, config.group_size, config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(config.mixer_width, config.hidden_size, bias=config.use_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, SSMProjections]:
+        """
+        Args:
+            hidden_states: `(b, t, hidden_size)`.
+            cache_params: continued and updated when given.
+            attention_mask: `(b, t)`, zero at padding, which then never reaches the state.
+            seq_idx: `(b, t)`, int32 document index of packed sequences; the state resets where it changes.
+
+        Returns:
+            output `(b, t, hidden_size)` and the [`SSMProjections`].
+        """
+        config = self.config
+        heads, groups = (config.num_heads, config.head_dim), (config.n_groups, config.state_size)
+        gate, xBC, dt = self.in_proj(hidden_states).split(self.split_sizes, dim=-1)
+        dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*config.time_step_limit)  # (b, t, h)
+        if attention_mask is not None:
+            padding = (attention_mask == 0)[..., None]
+            xBC, dt = xBC.masked_fill(padding, 0.0), dt.masked_fill(padding, 0.0)
+        state = recurrent_state(cache_params, self.layer_idx)
+        xBC = self.convolve(xBC, cache_params, attention_mask, seq_idx)
+        x, B, C = xBC.split([config.mixer_width, self.state_width, self.state_width], dim=-1)
+        x, B, C = x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups)  # (b, t, h, p), (b, t, g, n)
+        A = -torch.exp(self.A_log.float())
+        if state is not None and x.shape[1] == 1:
+            y = ssd_scan_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)[:, None]
+        else:
+            y, state = ssd_scan(x, dt, A, B, C, self.D, config.chunk_size, initial_state=state, seq_idx=seq_idx)
+            if cache_params is not None:
+                cache_params.update_recurrent_state(state, self.layer_idx)
+        y = self.norm(y.flatten(-2), gate)  # (b, t, d)
+        return self.out_proj(y), SSMProjections(B, C, dt, y)
+
+    def attention_map(
+        self, B: torch.Tensor, C: torch.Tensor, time_step: torch.Tensor, seq_idx: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The map that the scan applies to its input: `C_i exp(sum A dt) B_j dt_j`, and D on the diagonal.
+
+        Args: the fields of [`SSMProjections`].
+
+        Returns:
+            `(b, h, t, t)`, float32, lower triangular.
+        """
+        decay = decay_map(time_step.transpose(1, 2) * -torch.exp(self.A_log.float())[:, None], seq_idx)  # (b, h, t, t)
+        scores = torch.einsum("bign,bjgn->bgij", C.float(), B.float())
+        scores = scores.repeat_interleave(self.config.num_heads // self.config.n_groups, dim=1)
+        skip = torch.diag_embed(self.D.float()[:, None].expand(-1, B.shape[1]))  # (h, t, t)
+        return scores * decay * time_step.transpose(1, 2)[:, :, None] + skip
+
+    @torch.no_grad()
+    def init_mixer_weights(self) -> None:
+        """Fills the parameters that the config's starts decide; called by `_init_weights`."""
+        config, heads = self.config, self.config.num_heads
+        moving_average = config.transition_init == "moving_average"
+        self.init_convolution()
+        self.init_output()
+        init.ones_(self.norm.weight)
+        if config.transition_init == "identity":
+            init.constant_(self.A_log, IDENTITY_A_LOG)
+        else:
+            init.copy_(self.A_log, torch.zeros(heads) if moving_average else torch.arange(1, heads + 1).log())
+        steps = self.averaging_time_steps(heads) if moving_average else self.random_time_steps(heads)
+        init.copy_(self.dt_bias, inverse_softplus(steps))
+
+        gate, xBC, _ = self.split_sizes
+        weight = torch.empty_like(self.in_proj.weight).normal_(std=config.initializer_range)
+        if config.gate_init == "transparent":
+            weight[:gate] = 0.0
+        if moving_average:
+            weight[gate + xBC :] = 0.0
+        init.copy_(self.in_proj.weight, weight)
+        if self.in_proj.bias is not None:
+            bias = torch.zeros_like(self.in_proj.bias)
+            bias[:gate] = UNIT_GATE if config.gate_init == "transparent" else 0.0
+            init.copy_(self.in_proj.bias, bias)
+
+
+class S6Mixer(StateSpaceMixer):
+    """The mixer of Mamba (arXiv 2312.00752): one decay a channel and state, B and C shared by all channels."""
+
+    def __init__(self, config: CABMambaConfig, layer_idx: int):
+        super().__init__(config, layer_idx, conv_width=config.mixer_width)
+        width, rank, state_size = config.mixer_width, config.time_step_rank, config.state_size
+        self.in_proj = nn.Linear(config.hidden_size, 2 * width, bias=config.use_bias)
+        self.x_proj = nn.Linear(width, rank + 2 * state_size, bias=False)
+        self.dt_proj = nn.Linear(rank, width)
+        self.A_log = nn.Parameter(torch.empty(width, state_size))
+        self.D = nn.Parameter(torch.empty(width))
+        self.out_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, SSMProjections]:
+        """Arguments and results as [`SSDMixer.forward`], with one group."""
+        config = self.config
+        x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)  # (b, t, d) each
+        padding = None if attention_mask is None else (attention_mask == 0)[..., None]
+        if padding is not None:
+            x = x.masked_fill(padding, 0.0)
+        state = recurrent_state(cache_params, self.layer_idx)
+        x = self.convolve(x, cache_params, attention_mask, seq_idx)
+        steps, B, C = self.x_proj(x).split([config.time_step_rank, config.state_size, config.state_size], dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            dt = F.softplus(self.dt_proj(steps.to(self.dt_proj.weight.dtype)).float())  # (b, t, d)
+        if padding is not None:
+            dt = dt.masked_fill(padding, 0.0)
+        A = -torch.exp(self.A_log.float())  # (d, n)
+        if state is not None and x.shape[1] == 1:
+            y = selective_scan_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)[:, None]
+        else:
+            y, state = selective_scan(x, dt, A, B, C, self.D, initial_state=state, seq_idx=seq_idx)
+            if cache_params is not None:
+                cache_params.update_recurrent_state(state, self.layer_idx)
+        y = y * F.silu(gate)
+        return self.out_proj(y), SSMProjections(B[:, :, None], C[:, :, None], dt, y)
+
+    def attention_map(
+        self, B: torch.Tensor, C: torch.Tensor, time_step: torch.Tensor, seq_idx: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The mean over each head's channels of the maps that the scan applies, one a channel.
+
+        A head is `head_dim` neighbouring channels (all channels where `head_dim` does not divide the mixer's width).
+
+        Returns:
+            `(b, h, t, t)`, float32, lower triangular.
+        """
+        width = self.config.mixer_width
+        head_dim = self.config.head_dim if width % self.config.head_dim == 0 else width
+        A = -torch.exp(self.A_log.float())
+        steps = time_step.transpose(1, 2)  # (b, d, t)
+        heads = []
+        for channels in torch.arange(width, device=B.device).split(head_dim):
+            head_map = 0.0
+            for n in range(self.config.state_size):
+                decay = decay_map(steps[:, channels] * A[channels, n, None], seq_idx)  # (b, p, t, t)
+                scores = C[:, :, 0, n, None].float() * B[:, None, :, 0, n].float()  # (b, t, t)
+                head_map = head_map + scores * (decay * steps[:, channels, None]).mean(dim=1)
+            heads.append(head_map + self.D[channels].float().mean() * torch.eye(B.shape[1], device=B.device))
+        return torch.stack(heads, dim=1)
+
+    @torch.no_grad()
+    def init_mixer_weights(self) -> None:
+        """Fills the parameters that the config's starts decide; called by `_init_weights`."""
+        config, width = self.config, self.config.mixer_width
+        moving_average = config.transition_init == "moving_average"
+        self.init_convolution()
+        self.init_output()
+        if config.transition_init == "identity":
+            init.constant_(self.A_log, IDENTITY_A_LOG)
+        else:
+            states = torch.zeros(config.state_size) if moving_average else torch.arange(1, config.state_size + 1).log()
+            init.copy_(self.A_log, states.expand(width, -1))
+        if moving_average:
+            # Neighbouring channels of a head share a memory, as in SSD.
+            count = max(width // config.head_dim, 1)
+            steps = self.averaging_time_steps(count).repeat_interleave(math.ceil(width / count))[:width]
+            init.zeros_(self.dt_proj.weight)
+        else:
+            steps = self.random_time_steps(width)
+            bound = config.time_step_rank**-0.5
+            init.uniform_(self.dt_proj.weight, -bound, bound)
+        init.copy_(self.dt_proj.bias, inverse_softplus(steps))
+        if config.gate_init == "transparent":
+            weight = torch.empty_like(self.in_proj.weight).normal_(std=config.initializer_range)
+            weight[width:] = 0.0
+            init.copy_(self.in_proj.weight, weight)
+            bias = torch.zeros_like(self.in_proj.bias)
+            bias[width:] = UNIT_GATE
+            init.copy_(self.in_proj.bias, bias)
+
+
+def recurrent_state(cache: Cache | None, layer_idx: int) -> torch.Tensor | None:
+    """The cached state of a layer, or None before the first forward pass."""
+    if cache is None or not cache.has_previous_state(layer_idx):
+        return None
+    return cache.get_recurrent_state(layer_idx)
+
+
+def inverse_softplus(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.log(-torch.expm1(-x))
+
+
+def decay_map(log_decay: torch.Tensor, seq_idx: torch.Tensor | None) -> torch.Tensor:
+    """`exp(sum of log_decay over (j, i])` for j <= i, else 0. Input `(b, h, t)`, output `(b, h, t, t)`, float32."""
+    total = log_decay.float().cumsum(dim=-1)
+    tokens = total.shape[-1]
+    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=total.device).tril()
+    if seq_idx is not None:
+        visible = visible & (seq_idx[:, None, :, None] == seq_idx[:, None, None, :])
+    return (total[..., :, None] - total[..., None, :]).masked_fill(~visible, -torch.inf).exp()
+
+
+MIXERS = {"mamba": S6Mixer, "mamba2": SSDMixer}

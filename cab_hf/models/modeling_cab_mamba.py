@@ -1,0 +1,357 @@
+"""CAB-Mamba language models: stacks of state-space mixers that show their B and C.
+
+Shape legend: `b` batch, `t` token, `h` head, `n` state, `g` group, `d` width.
+"""
+
+import importlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_cab_mamba import CABMambaConfig
+from .mixers import MIXERS, S6Mixer, SSDMixer, SSMProjections
+
+
+@dataclass
+class CABMambaOutput(ModelOutput):
+    """
+    Attributes:
+        last_hidden_state: `(b, t, hidden_size)`, after the final norm.
+        cache_params: convolution and recurrent states of every layer; with `use_cache`.
+        hidden_states: embeddings, then the output of every block, the last one after the final norm; with
+            `output_hidden_states`.
+        projections: one [`SSMProjections`] a layer; with `output_projections`.
+        attentions: one implied attention map `(b, h, t, t)` a layer; with `output_attentions`.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    cache_params: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    projections: tuple[SSMProjections, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class CABMambaCausalLMOutput(ModelOutput):
+    """Like [`CABMambaOutput`], with `loss` (scalar, when `labels` are given) and `logits` `(b, t, vocab_size)`."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cache_params: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    projections: tuple[SSMProjections, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class CABMambaMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` where `config.gated_mlp` is False."""
+
+    def __init__(self, config: CABMambaConfig):
+        super().__init__()
+        sizes = (config.hidden_size, config.intermediate_size)
+        self.gate_proj = nn.Linear(*sizes, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(*sizes, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(*reversed(sizes), bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(hidden_states)
+        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
+        return self.down_proj(inner)
+
+
+def make_norm(config: CABMambaConfig) -> nn.Module:
+    norm = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+
+class CABMambaBlock(GradientCheckpointingLayer):
+    """Norm, mixer and, where the config has one, MLP around a residual stream."""
+
+    def __init__(self, config: CABMambaConfig, layer_idx: int):
+        super().__init__()
+        self.parallel_residual = config.parallel_residual
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = make_norm(config)
+        self.mixer = MIXERS[config.layer_mixer_types[layer_idx]](config, layer_idx)
+        self.mlp = CABMambaMLP(config) if config.intermediate_size else None
+        self.mlp_norm = make_norm(config) if self.mlp is not None and not config.shared_norm else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Returns the hidden states, the four fields of the mixer's projections, and its attention map or None.
+
+        Flat, because reentrant checkpointing keeps gradients of top-level tensors only.
+        """
+        residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
+        normed = self.norm(hidden_states.to(self.norm.weight.dtype))
+        mixed, projections = self.mixer(normed, cache_params, attention_mask, seq_idx)
+        hidden_states = residual + mixed
+        if self.mlp is not None:
+            if self.mlp_norm is not None:
+                stream = residual if self.parallel_residual else hidden_states
+                normed = self.mlp_norm(stream.to(self.mlp_norm.weight.dtype))
+            hidden_states = hidden_states + self.mlp(normed)
+        attention_map = None
+        if output_attentions:
+            attention_map = self.mixer.attention_map(*projections[:3], seq_idx)
+        return hidden_states, *projections, attention_map
+
+
+class CABMambaPreTrainedModel(PreTrainedModel):
+    config_class = CABMambaConfig
+    base_model_prefix = "backbone"
+    _no_split_modules = ["CABMambaBlock"]
+    # Rounded to half precision, these move the transition by more than training does.
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "dt_proj"]
+    supports_gradient_checkpointing = True
+    _can_compile_fullgraph = True
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (S6Mixer, SSDMixer)):
+            module.init_mixer_weights()
+
+
+class CABMambaModel(CABMambaPreTrainedModel):
+    """The backbone: embeddings, blocks and a final norm."""
+
+    def __init__(self, config: CABMambaConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = (
+            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.max_position_embeddings else None
+        )
+        self.layers = nn.ModuleList([CABMambaBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.norm_f = make_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        cache_params: Cache | None = None,
+        use_cache: bool | None = None,
+        output_projections: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> CABMambaOutput | tuple:
+        """
+        Args:
+            input_ids: `(b, t)`, or `inputs_embeds`: `(b, t, hidden_size)`.
+            attention_mask: `(b, t)` or, with a cache, `(b, past + t)`; zero at padding, on either side of a row.
+            position_ids: `(b, t)`. In packed sequences a position of zero starts a document; read for learned
+                positions too, where the attention mask gives them when they are missing.
+            seq_idx: `(b, t)`, index of each token's document in packed sequences: states do not cross documents.
+            cache_params: states to continue from, as returned by an earlier call with `use_cache=True`.
+            output_projections: return every layer's B, C, time step and mixer output.
+            output_attentions: return every layer's implied attention map, quadratic in length.
+
+        Raises:
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, for packed sequences with a
+                cache, and for learned positions that can't be known or do not exist.
+        """
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings(input_ids)
+        length = inputs_embeds.shape[1]
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+
+        packed = seq_idx is not None
+        if not packed and position_ids is not None and length > 1:
+            packed = attention_mask is None and cache_params is None and not use_cache
+        if packed and (cache_params is not None or use_cache):
+            raise ValueError(
+                "Packed sequences (`seq_idx`) can't be combined with a cache: a row has one state, but several "
+                "documents. Pass `use_cache=False`, or one sequence a row with an `attention_mask`."
+            )
+        if packed and seq_idx is None:
+            seq_idx = (position_ids == 0).cumsum(dim=-1)
+        if seq_idx is not None:
+            seq_idx = seq_idx.to(torch.int32).expand(inputs_embeds.shape[0], -1)
+
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training and not packed
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and cache_params is None:
+            cache_params = DynamicCache(config=config)
+        continues = cache_params is not None and cache_params.has_previous_state()
+
+        hidden_states = inputs_embeds
+        if self.position_embeddings is not None:
+            if position_ids is None:
+                position_ids = self._position_ids(inputs_embeds, attention_mask, continues)
+            hidden_states = hidden_states + self.position_embeddings(position_ids)
+        if attention_mask is not None:
+            # A token that is decoded alone is never padding.
+            attention_mask = None if continues and length == 1 else attention_mask[:, -length:]
+
+        all_hidden_states, all_projections, all_maps = (hidden_states,), (), ()
+        for layer in self.layers:
+            hidden_states, *projections, attention_map = layer(
+                hidden_states, cache_params, attention_mask, seq_idx, output_attentions
+            )
+            all_hidden_states += (hidden_states,)
+            all_projections += (SSMProjections(*projections),)
+            all_maps += (attention_map,)
+        hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
+
+        output = CABMambaOutput(
+            last_hidden_state=hidden_states,
+            cache_params=cache_params if use_cache else None,
+            hidden_states=(*all_hidden_states[:-1], hidden_states) if output_hidden_states else None,
+            projections=all_projections if output_projections else None,
+            attentions=all_maps if output_attentions else None,
+        )
+        return output if config.return_dict is not False and return_dict is not False else output.to_tuple()
+
+    def _position_ids(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, continues: bool
+    ) -> torch.LongTensor:
+        length, table = inputs_embeds.shape[1], self.config.max_position_embeddings
+        if attention_mask is not None:
+            positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        elif continues:
+            raise ValueError(
+                "A student with learned positions that continues from a cache needs `position_ids` (b, t) or the "
+                "`attention_mask` (b, past + t) of the whole sequence; got neither."
+            )
+        else:
+            positions = torch.arange(length, device=inputs_embeds.device)[None]
+        if positions.shape[1] > table:
+            raise ValueError(
+                f"The sequence has {positions.shape[1]} tokens, `max_position_embeddings` is {table}. Shorten the "
+                f"input, or use a student without learned positions."
+            )
+        return positions[:, -length:]
+
+
+class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
+    """[`CABMambaModel`] with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+
+    def __init__(self, config: CABMambaConfig):
+        super().__init__(config)
+        self.backbone = CABMambaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @classmethod
+    def from_teacher(cls, teacher: PreTrainedModel, **kwargs) -> "CABMambaForCausalLM":
+        """A student of the teacher's shape with its weights: see `cab_hf.transfer.student_from_teacher`.
+
+        Raises:
+            ImportError: where the package `cab_hf` is not installed.
+            ValueError: for a teacher of an unknown family; the message lists the known ones.
+        """
+        return importlib.import_module("cab_hf.transfer").student_from_teacher(teacher, student_class=cls, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        cache_params: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> dict:
+        # Positions follow from the mask, on whichever side of the prompt its padding is.
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            cache_params=cache_params,
+            attention_mask=attention_mask,
+            position_ids=None if attention_mask is not None else position_ids,
+            **kwargs,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        cache_params: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_projections: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> CABMambaCausalLMOutput | tuple:
+        """
+        Arguments as [`CABMambaModel.forward`], and
+
+        Args:
+            labels: `(b, t)`, shifted inside; -100 is ignored.
+            logits_to_keep: compute logits for the last that many tokens (0: all), or for these positions.
+        """
+        outputs = self.backbone(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_projections=output_projections,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept].to(self.lm_head.weight.dtype))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CABMambaCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            cache_params=outputs.cache_params,
+            hidden_states=outputs.hidden_states,
+            projections=outputs.projections,
+            attentions=outputs.attentions,
+        )
+        return output if self.config.return_dict is not False and return_dict is not False else output.to_tuple()
+
+
+__all__ = ["CABMambaForCausalLM", "CABMambaModel", "CABMambaPreTrainedModel"]

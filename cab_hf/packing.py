@@ -1,0 +1,409 @@
+"""Documents to fixed blocks of tokens: packing, padding, collating, and a compact file of tokens.
+
+Shapes: `b` batch, `t` token.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset, Features, IterableDataset, Value
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+Documents = Dataset | IterableDataset
+
+IGNORE_INDEX = -100
+TOKEN_SUFFIX = ".npz"
+TOKENS = datasets.List(Value("int32"))
+
+
+def pack_documents(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    *,
+    isolate_documents: bool = True,
+    append_eos: bool = True,
+    drop_last: bool = True,
+    num_proc: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Documents:
+    """Joins all documents into one run of tokens and cuts it into blocks of equal size: no token is padding.
+
+    Every token is in exactly one block, but those of a last incomplete block when `drop_last`.
+    `labels` are the `input_ids`, not shifted, with -100 where a token must not be predicted: at the first of a block
+    and, with `isolate_documents`, at the first of a document. So the count of labels that are not -100 is the count
+    of predicted tokens.
+
+    Args:
+        documents: Rows of {"text"}, or {"input_ids", "vocabulary"} from a file of `save_tokens`.
+        tokenizer: Its special tokens are added the way it does it by itself.
+        block_size: Tokens a block.
+        isolate_documents: Also give `seq_idx`, which numbers the documents inside a block, so that a student's state
+            is reset, and `position_ids`, which restart at 0, from which Transformers models (called without an
+            attention mask and with `use_cache=False`) build an attention mask of separate documents.
+            False: a block is one running text.
+        append_eos: End each document by the tokenizer's end-of-sequence token.
+        drop_last: Drop the last incomplete block instead of returning it shorter.
+        num_proc: Processes that tokenise.
+        cache_dir: Where `datasets` keeps the blocks; its own default otherwise.
+
+    Returns:
+        Rows of {"input_ids": int32 (t,), "labels": int32 (t,), "seq_idx"?: int32 (t,), "position_ids"?: int32 (t,)}.
+
+    Raises:
+        ValueError: `block_size` is below 2, the tokenizer has no end-of-sequence token, another tokenizer made the
+            tokens, or there are fewer tokens than one block.
+    """
+    _check_block_size(block_size)
+    tokens = _tokenize(documents, tokenizer, append_eos, num_proc)
+    fields = ("input_ids", "labels", "seq_idx", "position_ids") if isolate_documents else ("input_ids", "labels")
+    features = Features(dict.fromkeys(fields, TOKENS))
+    arguments = {
+        "documents": tokens,
+        "block_size": block_size,
+        "isolate_documents": isolate_documents,
+        "drop_last": drop_last,
+    }
+    if isinstance(documents, IterableDataset):
+        return IterableDataset.from_generator(_blocks, features=features, gen_kwargs=arguments)
+    found = sum(len(row) for batch in tokens.iter(1000) for row in batch["input_ids"])
+    if found < (block_size if drop_last else 1):
+        raise ValueError(
+            f"The documents have {found} tokens, fewer than one block of block_size {block_size}. "
+            "Use a smaller block_size, drop_last=False, or more text."
+        )
+    return Dataset.from_generator(
+        _blocks, features=features, gen_kwargs=arguments, cache_dir=None if cache_dir is None else str(cache_dir)
+    )
+
+
+def pad_documents(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    *,
+    padding_side: str = "right",
+    append_eos: bool = True,
+    num_proc: int | None = None,
+) -> Documents:
+    """Gives each document rows of its own: windows of `block_size` tokens, the last one padded.
+
+    Args:
+        documents: Rows of {"text"}, or {"input_ids", "vocabulary"} from a file of `save_tokens`.
+        tokenizer: Gives the padding token, or its end-of-sequence token where it has none.
+        block_size: Tokens a row.
+        padding_side: "right" or "left".
+        append_eos: End each document by the tokenizer's end-of-sequence token.
+        num_proc: Processes that tokenise.
+
+    Returns:
+        Rows of {"input_ids", "attention_mask", "labels"}, each int32 (t,); labels are -100 at padding and at the
+        first token of a row.
+
+    Raises:
+        ValueError: A bad `block_size` or `padding_side`, a tokenizer without padding and end-of-sequence token, or
+            tokens that another tokenizer made.
+    """
+    _check_block_size(block_size)
+    _check_padding_side(padding_side)
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if pad_token_id is None:
+        raise ValueError("tokenizer has neither a pad_token nor an eos_token. Set tokenizer.pad_token first.")
+    tokens = _tokenize(documents, tokenizer, append_eos, num_proc)
+    function = functools.partial(_windows, block_size=block_size, padding_side=padding_side, pad_token_id=pad_token_id)
+    features = Features(dict.fromkeys(("input_ids", "attention_mask", "labels"), TOKENS))
+    progress = {} if isinstance(tokens, IterableDataset) else {"num_proc": num_proc, "desc": "Padding documents"}
+    return tokens.map(function, batched=True, remove_columns=["input_ids"], features=features, **progress)
+
+
+@dataclass
+class LanguageCollator:
+    """Rows of tokens to a batch of tensors.
+
+    Rows of equal length pass through as they are: no attention mask is made up, so nothing is masked needlessly.
+    Ragged rows are padded, with `attention_mask` 0 and labels -100 there. Ragged rows of *packed* documents get no
+    attention mask, which would hide the document borders from a Transformers model; their padding is one more
+    document, with labels -100. Empty rows are dropped with one warning.
+
+    Args:
+        pad_token_id: Token written at padding.
+        padding_side: "right" or "left".
+    """
+
+    pad_token_id: int
+    padding_side: str = "right"
+
+    def __post_init__(self) -> None:
+        _check_padding_side(self.padding_side)
+        if self.pad_token_id is None or self.pad_token_id < 0:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id!r}. Give a token id, for instance tokenizer.eos_token_id."
+            )
+
+    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """Collates a batch.
+
+        Args:
+            rows: Each {"input_ids", "labels"?, "attention_mask"?, "seq_idx"?, "position_ids"?} of sequences (t,).
+
+        Returns:
+            Tensors (b, t) under the same names, and always `labels`. `seq_idx` is int32, the others are int64.
+
+        Raises:
+            ValueError: Rows have different columns, or one row's columns have different lengths.
+        """
+        batch = [self._row(row) for row in rows]
+        kept = [row for row in batch if len(row["input_ids"])]
+        if len(kept) < len(batch):
+            logger.warning_once("Dropped rows without any token. Filter them out of the dataset to silence this.")
+        if not kept:
+            # A step must still run on every process, so an ignored token stands in for an empty batch.
+            kept = [{"input_ids": np.array([self.pad_token_id]), "labels": np.array([IGNORE_INDEX])}]
+        if len({frozenset(row) for row in kept}) > 1:
+            raise ValueError(f"Rows have different columns: {sorted({tuple(row) for row in kept})}. Use one kind.")
+
+        length = max(len(row["input_ids"]) for row in kept)
+        is_packed = "seq_idx" in kept[0] or "position_ids" in kept[0]
+        if not is_packed and any(len(row["input_ids"]) < length for row in kept):
+            for row in kept:
+                row.setdefault("attention_mask", np.ones(len(row["input_ids"]), dtype=np.int64))
+        if is_packed and "attention_mask" in kept[0]:
+            raise ValueError(
+                "Rows have seq_idx or position_ids and also attention_mask. Drop attention_mask: with it Transformers "
+                "models ignore the borders between packed documents."
+            )
+        padded = [self._pad(row, length) for row in kept]
+        return {name: torch.tensor(np.stack([row[name] for row in padded]), dtype=_DTYPES[name]) for name in padded[0]}
+
+    def _row(self, row: dict) -> dict[str, np.ndarray]:
+        arrays = {name: np.asarray(row[name], dtype=np.int64) for name in _DTYPES if name in row}
+        lengths = {name: array.shape for name, array in arrays.items()}
+        if len(set(lengths.values())) > 1 or any(len(shape) != 1 for shape in lengths.values()):
+            raise ValueError(f"The columns of one row have the shapes {lengths}. Each must be (t,) with the same t.")
+        if "labels" not in arrays:
+            labels = arrays["input_ids"].copy()
+            if "attention_mask" in arrays:
+                labels[arrays["attention_mask"] == 0] = IGNORE_INDEX
+            arrays["labels"] = labels
+        real = np.flatnonzero(arrays.get("attention_mask", np.ones_like(arrays["labels"])))
+        # Nothing stands before the first token, or only padding does: it can't be predicted.
+        arrays["labels"] = arrays["labels"].copy()
+        arrays["labels"][real[:1]] = IGNORE_INDEX
+        return arrays
+
+    def _pad(self, row: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+        missing = length - len(row["input_ids"])
+        if not missing:
+            return row
+        left = self.padding_side == "left"
+        padding = {
+            "input_ids": np.full(missing, self.pad_token_id),
+            "labels": np.full(missing, IGNORE_INDEX),
+            "attention_mask": np.zeros(missing, dtype=np.int64),
+            "position_ids": np.arange(missing),
+        }
+        if "seq_idx" in row:
+            padding["seq_idx"] = np.full(missing, row["seq_idx"][0] - 1 if left else row["seq_idx"][-1] + 1)
+        padded = {
+            name: np.concatenate((padding[name], values) if left else (values, padding[name]))
+            for name, values in row.items()
+        }
+        if "seq_idx" in padded:
+            padded["seq_idx"] -= min(0, padded["seq_idx"][0])
+        return padded
+
+
+_DTYPES = {
+    "input_ids": torch.int64,
+    "labels": torch.int64,
+    "attention_mask": torch.int64,
+    "seq_idx": torch.int32,
+    "position_ids": torch.int64,
+}
+
+
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Targets of the positions that predict them: `labels` one step to the left, -100 at the end.
+
+    Args:
+        labels: (b, t), integer.
+
+    Returns:
+        (b, t), same dtype.
+    """
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def save_tokens(path: str | os.PathLike, documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokenises documents and writes them to one compressed `.npz` file, which `load_documents` reads back.
+
+    About 1.2 bytes a token: a way to carry a corpus to a machine without a network. No end-of-sequence token is
+    added here, `pack_documents` does that. The file remembers its tokenizer's vocabulary by a digest.
+
+    Args:
+        path: File name, ending in `.npz`. It appears complete or not at all.
+        documents: Rows of {"text", "name"?}.
+        tokenizer: Its special tokens are added the way it does it by itself.
+
+    Returns:
+        The number of tokens written.
+
+    Raises:
+        ValueError: `path` does not end in `.npz`, or `documents` are tokenised already.
+    """
+    path = Path(path)
+    if path.suffix != TOKEN_SUFFIX:
+        raise ValueError(f"path is {path}, which does not end in {TOKEN_SUFFIX}.")
+    if "text" not in documents.column_names:
+        raise ValueError(f"documents have no column text (columns {documents.column_names}).")
+    rows = _tokenize(documents, tokenizer, append_eos=False, num_proc=None)["input_ids"]
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    arrays = [np.asarray(row, dtype=dtype) for row in rows]
+    tokens = np.concatenate(arrays) if arrays else np.zeros(0, dtype=dtype)
+    offsets = np.cumsum([0, *map(len, arrays)])
+    names = documents["name"] if "name" in documents.column_names else [str(index) for index in range(len(arrays))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}{TOKEN_SUFFIX}")
+    try:
+        np.savez_compressed(
+            scratch,
+            tokens=tokens,
+            offsets=offsets,
+            names=np.array(list(names), dtype=np.str_),
+            vocabulary=np.array(vocabulary_digest(tokenizer)),
+        )
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return len(tokens)
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over a tokenizer's tokens and their ids: equal exactly when the vocabularies are."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def _tokenize(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, append_eos: bool, num_proc: int | None
+) -> Documents:
+    if append_eos and tokenizer.eos_token_id is None:
+        raise ValueError("append_eos is True, but tokenizer has no eos_token. Set it, or pass append_eos=False.")
+    columns = columns_of(documents)
+    eos_token_id = tokenizer.eos_token_id if append_eos else None
+    if "text" in columns:
+        function = functools.partial(_tokenize_batch, tokenizer=tokenizer, eos_token_id=eos_token_id)
+    elif "input_ids" in columns and "vocabulary" in columns:
+        function = functools.partial(
+            _checked_tokens, vocabulary=vocabulary_digest(tokenizer), eos_token_id=eos_token_id
+        )
+    else:
+        raise ValueError(
+            f"documents have the columns {columns}, but need text, or input_ids and vocabulary. "
+            "Read them by load_documents."
+        )
+    progress = {} if isinstance(documents, IterableDataset) else {"num_proc": num_proc, "desc": "Tokenising documents"}
+    return documents.map(
+        function, batched=True, remove_columns=columns, features=Features({"input_ids": TOKENS}), **progress
+    )
+
+
+def _tokenize_batch(
+    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, eos_token_id: int | None
+) -> dict[str, list]:
+    texts = [text for text in batch["text"] if text is not None and text.strip()]
+    if not texts:
+        return {"input_ids": []}
+    encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    return {"input_ids": [_with_eos(row, eos_token_id) for row in encoded["input_ids"] if len(row)]}
+
+
+def _checked_tokens(batch: dict[str, list], vocabulary: str, eos_token_id: int | None) -> dict[str, list]:
+    for found in set(batch["vocabulary"]):
+        if found != vocabulary:
+            raise ValueError(
+                f"The documents were tokenised with another vocabulary ({found[:12]}) than that of tokenizer "
+                f"({vocabulary[:12]}). Use the tokenizer they were written with, or tokenise the texts again."
+            )
+    return {"input_ids": [_with_eos(row, eos_token_id) for row in batch["input_ids"] if len(row)]}
+
+
+def _with_eos(row: Sequence[int], eos_token_id: int | None) -> list[int]:
+    row = list(row)
+    return row if eos_token_id is None or row[-1] == eos_token_id else [*row, eos_token_id]
+
+
+def _blocks(documents: Documents, block_size: int, isolate_documents: bool, drop_last: bool) -> Iterator[dict]:
+    block = {name: np.zeros(block_size, dtype=np.int32) for name in ("input_ids", "labels", "seq_idx", "position_ids")}
+    fields = list(block) if isolate_documents else ["input_ids", "labels"]
+    filled = pieces = 0
+    for document in documents:
+        tokens = np.asarray(document["input_ids"], dtype=np.int32)
+        start = 0
+        while start < len(tokens):
+            size = min(block_size - filled, len(tokens) - start)
+            place = slice(filled, filled + size)
+            block["input_ids"][place] = tokens[start : start + size]
+            block["labels"][place] = tokens[start : start + size]
+            if isolate_documents or filled == 0:
+                block["labels"][filled] = IGNORE_INDEX
+            block["seq_idx"][place] = pieces
+            block["position_ids"][place] = np.arange(size)
+            start += size
+            filled += size
+            pieces += 1
+            if filled == block_size:
+                yield {name: block[name].copy() for name in fields}
+                filled = pieces = 0
+    if filled and not drop_last:
+        yield {name: block[name][:filled].copy() for name in fields}
+
+
+def _windows(
+    batch: dict[str, list], block_size: int, padding_side: str, pad_token_id: int
+) -> dict[str, list[np.ndarray]]:
+    rows = {"input_ids": [], "attention_mask": [], "labels": []}
+    for document in batch["input_ids"]:
+        tokens = np.asarray(document, dtype=np.int32)
+        for start in range(0, len(tokens), block_size):
+            window = tokens[start : start + block_size]
+            missing = block_size - len(window)
+            width = (missing, 0) if padding_side == "left" else (0, missing)
+            labels = window.copy()
+            labels[0] = IGNORE_INDEX
+            rows["input_ids"].append(np.pad(window, width, constant_values=pad_token_id))
+            rows["attention_mask"].append(np.pad(np.ones_like(window), width))
+            rows["labels"].append(np.pad(labels, width, constant_values=IGNORE_INDEX))
+    return rows
+
+
+def columns_of(documents: Documents) -> list[str]:
+    """Column names of a dataset or stream; reads the first row of a stream that does not know them."""
+    if documents.column_names is not None:
+        return list(documents.column_names)
+    first = next(iter(documents), None)
+    if first is None:
+        raise ValueError("The stream of documents is empty.")
+    return list(first)
+
+
+def _check_block_size(block_size: int) -> None:
+    if block_size < 2:
+        raise ValueError(f"block_size is {block_size}, but predicting a next token takes at least 2 tokens a block.")
+
+
+def _check_padding_side(padding_side: str) -> None:
+    if padding_side not in ("left", "right"):
+        raise ValueError(f'padding_side is {padding_side!r}. It must be "left" or "right".')

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1] for line in (HERE / "cab_hf/__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+EXTRAS = {
+    "cuda": ["mamba-ssm>=2.3", "causal-conv1d>=1.6"],
+    "peft": ["peft>=0.18"],
+    "plots": ["matplotlib>=3.8"],
+    "demo": ["gguf>=0.17", "matplotlib>=3.8"],
+    "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.14", "peft>=0.18", "gguf>=0.17", "matplotlib>=3.8"],
+}
+
+setup(
+    name="cab-hf",
+    version=VERSION,
+    description="Turn any pretrained Transformer into a Mamba: distillation through the attention bridge",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["cab_hf", "cab_hf.*"]), "cab_hf.model_cards"],
+    package_dir={"cab_hf.model_cards": "model_cards"},
+    package_data={"cab_hf.model_cards": ["template.md"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "transformers>=5.22,<6",
+        "accelerate>=1.10",
+        "datasets>=4",
+        "evaluate>=0.4.6",
+        "huggingface_hub>=1",
+        "safetensors>=0.6",
+        "pyyaml>=6",
+    ],
+    extras_require=EXTRAS,
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
