@@ -1,8 +1,25 @@
 """Turn any pretrained Transformer into a Mamba: distillation through the attention bridge (arXiv 2510.19266)."""
 
-from .models import CABMambaConfig, CABMambaForCausalLM, CABMambaModel
+from cab_hf.distillation import (
+    AttentionBridge,
+    DistillationModel,
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    Teacher,
+)
+from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaModel
 
 
 __version__ = "0.1.0"
 
-__all__ = ["CABMambaConfig", "CABMambaForCausalLM", "CABMambaModel", "__version__"]
+__all__ = [
+    "AttentionBridge",
+    "CABMambaConfig",
+    "CABMambaForCausalLM",
+    "CABMambaModel",
+    "DistillationModel",
+    "DistillationTrainer",
+    "DistillationTrainingArguments",
+    "Teacher",
+    "__version__",
+]

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
+from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
 from cab_hf.packing import (
@@ -300,7 +301,12 @@ def _from_generator(
     features = features or Features({"text": Value("large_string"), "name": Value("large_string")})
     if streaming:
         return IterableDataset.from_generator(function, features=features, gen_kwargs=arguments)
-    return Dataset.from_generator(function, features=features, gen_kwargs=arguments, cache_dir=cache_dir)
+    try:
+        return Dataset.from_generator(function, features=features, gen_kwargs=arguments, cache_dir=cache_dir)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise ValueError(str(error.__cause__)) from error
+        raise
 
 
 def _builtin_documents() -> Iterator[dict]:

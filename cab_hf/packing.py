@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, Value
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -268,12 +269,14 @@ def save_tokens(path: str | os.PathLike, documents: Dataset, tokenizer: PreTrain
         raise ValueError(f"path is {path}, which does not end in {TOKEN_SUFFIX}.")
     if "text" not in documents.column_names:
         raise ValueError(f"documents have no column text (columns {documents.column_names}).")
-    rows = _tokenize(documents, tokenizer, append_eos=False, num_proc=None)["input_ids"]
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    arrays = [np.asarray(row, dtype=dtype) for row in rows]
-    tokens = np.concatenate(arrays) if arrays else np.zeros(0, dtype=dtype)
-    offsets = np.cumsum([0, *map(len, arrays)])
-    names = documents["name"] if "name" in documents.column_names else [str(index) for index in range(len(arrays))]
+    arrays, names = [np.zeros(0, dtype=dtype)], []
+    for index, document in enumerate(tqdm(documents, desc=f"Tokenising {path.name}")):
+        for row in _tokenize_batch({"text": [document["text"]]}, tokenizer, eos_token_id=None)["input_ids"]:
+            arrays.append(np.asarray(row, dtype=dtype))
+            names.append(document.get("name", str(index)))
+    tokens = np.concatenate(arrays)
+    offsets = np.cumsum([len(array) for array in arrays])
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.stem}.{os.getpid()}{TOKEN_SUFFIX}")
     try:
@@ -281,7 +284,7 @@ def save_tokens(path: str | os.PathLike, documents: Dataset, tokenizer: PreTrain
             scratch,
             tokens=tokens,
             offsets=offsets,
-            names=np.array(list(names), dtype=np.str_),
+            names=np.array(names, dtype=np.str_),
             vocabulary=np.array(vocabulary_digest(tokenizer)),
         )
         scratch.replace(path)
@@ -373,7 +376,7 @@ def _blocks(documents: Documents, block_size: int, isolate_documents: bool, drop
 
 def _windows(
     batch: dict[str, list], block_size: int, padding_side: str, pad_token_id: int
-) -> dict[str, list[np.ndarray]]:
+) -> dict[str, list[list[int]]]:
     rows = {"input_ids": [], "attention_mask": [], "labels": []}
     for document in batch["input_ids"]:
         tokens = np.asarray(document, dtype=np.int32)
@@ -383,9 +386,9 @@ def _windows(
             width = (missing, 0) if padding_side == "left" else (0, missing)
             labels = window.copy()
             labels[0] = IGNORE_INDEX
-            rows["input_ids"].append(np.pad(window, width, constant_values=pad_token_id))
-            rows["attention_mask"].append(np.pad(np.ones_like(window), width))
-            rows["labels"].append(np.pad(labels, width, constant_values=IGNORE_INDEX))
+            rows["input_ids"].append(np.pad(window, width, constant_values=pad_token_id).tolist())
+            rows["attention_mask"].append(np.pad(np.ones_like(window), width).tolist())
+            rows["labels"].append(np.pad(labels, width, constant_values=IGNORE_INDEX).tolist())
     return rows
 
 

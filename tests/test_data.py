@@ -78,9 +78,9 @@ class TestLoadDocuments:
     def test_wrong_encoding_names_the_file(self, tmp_path):
         file = tmp_path / "latin.txt"
         file.write_bytes("façade".encode("latin-1"))
-        with pytest.raises(Exception, match="latin.txt is not utf-8") as caught:
-            next(iter(load_documents(file, streaming=True)))
-        assert isinstance(caught.value, ValueError)
+        for streaming in (False, True):
+            with pytest.raises(ValueError, match="latin.txt is not utf-8.*for instance latin-1"):
+                next(iter(load_documents(file, streaming=streaming, cache_dir=tmp_path)))
         assert next(iter(load_documents(file, streaming=True, encoding="latin-1")))["text"] == "façade"
 
     @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
@@ -274,11 +274,10 @@ class TestPadDocuments:
         assert len(rows) == 3
         for row, window in zip(rows, windows):
             missing = 6 - len(window)
-            fill = (lambda value: [value] * missing)  # noqa: E731
             expected = {
-                "input_ids": (fill(0), window),
-                "attention_mask": (fill(0), [1] * len(window)),
-                "labels": (fill(-100), [-100, *window[1:]]),
+                "input_ids": ([0] * missing, window),
+                "attention_mask": ([0] * missing, [1] * len(window)),
+                "labels": ([-100] * missing, [-100, *window[1:]]),
             }
             for name, (padding, values) in expected.items():
                 assert row[name] == (padding + values if side == "left" else values + padding)

@@ -1,0 +1,17 @@
+"""What happens between two models: teacher, alignment, bridge, losses and the trainer."""
+
+from cab_hf.distillation.bridge import AttentionBridge
+from cab_hf.distillation.modeling_distillation import DistillationModel
+from cab_hf.distillation.teacher import Teacher, TeacherAttention
+from cab_hf.distillation.trainer import DistillationTrainer
+from cab_hf.distillation.training_args import DistillationTrainingArguments
+
+
+__all__ = [
+    "AttentionBridge",
+    "DistillationModel",
+    "DistillationTrainer",
+    "DistillationTrainingArguments",
+    "Teacher",
+    "TeacherAttention",
+]

@@ -73,7 +73,8 @@ def chunked_kl_ce(
         agreement: also count agreeing tokens.
         chunk_size: tokens whose logits exist at the same time.
         vocab_size: take only the first so many logits of both. By default the smaller vocabulary's size, since of two
-            vocabularies of one tokenizer the larger is padded at its end; cross-entropy is over the same logits.
+            vocabularies of one tokenizer the larger is padded at its end. Cross-entropy is over the same logits, but
+            over all of the student's when it is computed alone: name the size where both cases shall compare.
 
     Returns:
         LogitsLoss.
@@ -112,7 +113,7 @@ def chunked_kl_ce(
             )
         )
     with torch.no_grad():
-        sums, _ = _linear_head_sums(
+        sums, *_ = _linear_head_sums(
             rows, student_head.weight, student_head.bias, targets, kl_weight, ce_weight, chunk_size, (False,) * 3
         )
     return sums
@@ -184,10 +185,10 @@ class _LinearHeadLoss(torch.autograd.Function):
         ce_weight: float | Tensor,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sums, gradients = _linear_head_sums(
+        sums, scale, gradients = _linear_head_sums(
             rows, weight, bias, targets, kl_weight, ce_weight, chunk_size, ctx.needs_input_grad[:3]
         )
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(scale, *gradients)
         ctx.dtypes = [None if x is None else x.dtype for x in (rows, weight, bias)]
         ctx.mark_non_differentiable(sums.kl, sums.ce, sums.agreement)
         return tuple(sums)
@@ -195,9 +196,11 @@ class _LinearHeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, total_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        scale, *saved = ctx.saved_tensors
+        scale = scale * total_gradient
         gradients = (
-            None if gradient is None else (gradient * total_gradient).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if gradient is None else (gradient * scale).to(dtype)
+            for gradient, dtype in zip(saved, ctx.dtypes, strict=True)
         )
         return *gradients, None, None, None, None
 
@@ -211,8 +214,12 @@ def _linear_head_sums(
     ce_weight: float | Tensor,
     chunk_size: int,
     wanted: tuple[bool, ...],
-) -> tuple[LogitsLoss, list[Tensor | None]]:
-    """The sums, and the gradients of `total` by rows, weight and bias where wanted."""
+) -> tuple[LogitsLoss, Tensor, tuple[Tensor | None, ...]]:
+    """The sums, and the gradients of `total / scale` by rows, weight and bias where wanted, after that scale.
+
+    The scale is the larger weight: one divided by the number of tokens would push a half precision gradient of the
+    logits below its smallest number before any loss scaling could lift it.
+    """
     device_type = rows.device.type
     autocasts = torch.is_autocast_enabled(device_type) and rows.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocasts else rows.dtype
@@ -225,6 +232,12 @@ def _linear_head_sums(
     weight_gradient = torch.zeros_like(weight, dtype=accumulation) if wants_weight else None
     bias_gradient = torch.zeros_like(bias, dtype=accumulation) if wants_bias else None
     kl, ce, agreement = (rows.new_zeros((), dtype=accumulation) for _ in range(3))
+    kl_weight, ce_weight = (
+        weight.to(rows.device, accumulation) if isinstance(weight, Tensor) else kl.new_full((), weight)
+        for weight in (kl_weight, ce_weight)
+    )
+    scale = torch.maximum(kl_weight.abs(), ce_weight.abs()).clamp(min=torch.finfo(accumulation).tiny)
+    kl_share, ce_share = kl_weight / scale, ce_weight / scale
 
     for start in range(0, rows.shape[0], chunk_size):
         chunk = slice(start, start + chunk_size)
@@ -234,7 +247,7 @@ def _linear_head_sums(
         with torch.autocast(device_type, enabled=False):
             inputs = _selected(rows[chunk], chunk_targets.used).to(dtype)
             logits = F.linear(inputs, head_weight[:width], None if bias is None else head_bias[:width])
-            sums, gradient = _closed_form(logits, teacher_logits, chunk_targets, kl_weight, ce_weight, any(wanted))
+            sums, gradient = _closed_form(logits, teacher_logits, chunk_targets, kl_share, ce_share, any(wanted))
             kl, ce, agreement = kl + sums.kl, ce + sums.ce, agreement + sums.agreement
             if wants_rows:
                 rows_gradient[chunk] = gradient @ head_weight[:width]
@@ -242,11 +255,8 @@ def _linear_head_sums(
                 weight_gradient[:width] += gradient.T @ inputs
             if wants_bias:
                 bias_gradient[:width] += gradient.sum(0, dtype=accumulation)
-    return LogitsLoss(kl * kl_weight + ce * ce_weight, kl, ce, agreement), [
-        rows_gradient,
-        weight_gradient,
-        bias_gradient,
-    ]
+    sums = LogitsLoss(kl * kl_weight + ce * ce_weight, kl, ce, agreement)
+    return sums, scale, (rows_gradient, weight_gradient, bias_gradient)
 
 
 class _ChunkSums(NamedTuple):
@@ -259,11 +269,11 @@ def _closed_form(
     logits: Tensor,
     teacher_logits: Tensor | None,
     targets: _Targets,
-    kl_weight: float | Tensor,
-    ce_weight: float | Tensor,
+    kl_share: Tensor,
+    ce_share: Tensor,
     wants_gradient: bool,
 ) -> tuple[_ChunkSums, Tensor | None]:
-    """One chunk's sums, and the weighted gradient by its logits, written over them to save memory.
+    """One chunk's sums, and the gradient of their weighted sum by its logits, written over them to save memory.
 
     By logits `s` at temperature `T`, `T^2 KL` has the gradient `T (softmax(s / T) - softmax(teacher / T))` and
     cross-entropy `softmax(s) - onehot(label)`.
@@ -280,7 +290,7 @@ def _closed_form(
         kl = _selected(kl_rows, targets.real).sum() * targets.temperature**2
         if wants_gradient:
             gradient = student.exp_().sub_(teacher_probabilities)
-            gradients.append((gradient, _row_factor(targets.real, kl_weight, gradient) * targets.temperature))
+            gradients.append((gradient, _row_factor(targets.real, kl_share) * targets.temperature))
         del teacher, student, teacher_probabilities
     if targets.labels is not None:
         labelled = targets.labelled
@@ -289,7 +299,7 @@ def _closed_form(
         ce = -_selected(student.gather(-1, labels).squeeze(-1), labelled).sum()
         if wants_gradient:
             gradient = student.exp_().scatter_add_(-1, labels, student.new_full((1, 1), -1.0).expand_as(labels))
-            gradients.append((gradient, _row_factor(labelled, ce_weight, gradient)))
+            gradients.append((gradient, _row_factor(labelled, ce_share)))
         del student
     sums = _ChunkSums(kl, ce, agreement)
     if not wants_gradient:
@@ -300,10 +310,9 @@ def _closed_form(
     return sums, torch.addcmul(gradient.mul_(factor), *gradients[1], out=logits)
 
 
-def _row_factor(counted: Tensor | None, weight: float | Tensor, like: Tensor) -> Tensor:
-    """`(n, 1)` or `(1, 1)`: the weight where rows count, 0 elsewhere."""
-    factor = like.new_ones(1, 1) * weight
-    return factor if counted is None else counted[:, None] * factor
+def _row_factor(counted: Tensor | None, share: Tensor) -> Tensor:
+    """`(n, 1)` or `(1, 1)`: the share where rows count, 0 elsewhere."""
+    return share.view(1, 1) if counted is None else counted[:, None] * share
 
 
 def _module_head_loss(

@@ -274,8 +274,8 @@ class Teacher:
         whole = logits and not plain_head
         if whole and self.model.base_model is self.model:
             raise ValueError(
-                f"logits=True, but {self._named()} has no head. Load it with AutoModelForCausalLM or another class with "
-                "a head, or use losses without logits."
+                f"logits=True, but {self._named()} has no head. Load it with AutoModelForCausalLM or another class "
+                "with a head, or use losses without logits."
             )
         if attentions:
             arguments["output_attentions"] = True
@@ -290,6 +290,8 @@ class Teacher:
             last = None if whole else output.last_hidden_state
             scores = output.logits if whole else self.head(last) if logits else None
 
+            read = tuple(self._read(output.attentions, tables)) if attentions else None
+
         def home(x: Tensor) -> Tensor:
             # The host would read a non-blocking copy to it before it has arrived.
             return x.to(main.device, non_blocking=main.device.type != "cpu")
@@ -297,9 +299,7 @@ class Teacher:
         return TeacherOutput(
             last_hidden_state=None if last is None else home(last),
             logits=None if scores is None else home(scores),
-            attentions=tuple(TeacherAttention(*map(home, a)) for a in self._read(output.attentions, tables))
-            if attentions
-            else None,
+            attentions=None if read is None else tuple(TeacherAttention(*map(home, attention)) for attention in read),
             hidden_states=tuple(map(home, output.hidden_states)) if hidden_states else None,
         )
 
@@ -444,8 +444,8 @@ class Teacher:
             others = {i: kind for i, kind in enumerate(kinds) if "attention" not in kind or "linear" in kind}
             lacking = f"; without attention are {others}" if others else ""
             raise ValueError(
-                f"{self._named()} has {self.num_hidden_layers} layers, but {len(calls)} of them attend{lacking}. Every "
-                f"layer of a teacher must attend; these work: {_WORKING}."
+                f"{self._named()} has {self.num_hidden_layers} layers, but {len(calls)} of them attend{lacking}. "
+                f"Every layer of a teacher must attend; these work: {_WORKING}."
             )
         if readable[0].query.shape[0] != len(expected):
             raise ValueError(
@@ -510,8 +510,8 @@ class Teacher:
                 calls = self.model.base_model(**arguments, output_attentions=True, return_dict=True).attentions
             if not tables:
                 raise ValueError(
-                    f"remove_rotary=True, but {self._named()} has no rotary_emb module: it has no rotary embedding, or "
-                    "one that can't be read. Set remove_rotary=False."
+                    f"remove_rotary=True, but {self._named()} has no rotary_emb module: it has no rotary embedding, "
+                    "or one that can't be read. Set remove_rotary=False."
                 )
             runs.append([(call.query, call.key) for call in calls])
             all_tables.append(tables)
@@ -519,9 +519,10 @@ class Teacher:
         tolerance = 1e-2 if runs[0][0][1].dtype in (torch.float32, torch.float64) else 0.2
         if not plan.error <= tolerance:
             raise ValueError(
-                f"remove_rotary=True, but no known layout undoes the rotary embedding of {self._named()}: its unrotated "
-                f"keys or queries still depend on the position (relative difference {plan.error:.2e}, at most "
-                f"{tolerance:.0e}). Known are halves and interleaved pairs at the start of a head. Set remove_rotary=False."
+                f"remove_rotary=True, but no known layout undoes the rotary embedding of {self._named()}: "
+                f"unrotated keys or queries still depend on the position (relative difference {plan.error:.2e}, at "
+                f"most {tolerance:.0e}). Known are halves and interleaved pairs at the start of a head. Set "
+                "remove_rotary=False."
             )
         if all(index is None for index in plan.tables):
             raise ValueError(f"remove_rotary=True, but no layer of {self._named()} rotates its keys: set it to False.")

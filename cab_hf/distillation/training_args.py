@@ -28,7 +28,9 @@ class DistillationTrainingArguments(TrainingArguments):
     output_weight: float = field(
         default=0.0, metadata={"help": "Weight of matching mixer output to attention output, before the projections."}
     )
-    hidden_weight: float = field(default=0.0, metadata={"help": "Weight of matching the hidden state after each block."})
+    hidden_weight: float = field(
+        default=0.0, metadata={"help": "Weight of matching the hidden state after each block."}
+    )
     attention_weight: float = field(
         default=0.0, metadata={"help": "Weight of matching attention maps (MOHAWK), quadratic in length."}
     )
@@ -36,11 +38,19 @@ class DistillationTrainingArguments(TrainingArguments):
     kl_end: float = field(default=1.0, metadata={"help": "Fraction of training after which the KL is off."})
     ce_end: float = field(default=1.0, metadata={"help": "Fraction of training after which the cross-entropy is off."})
     bridge_end: float = field(default=1.0, metadata={"help": "Fraction of training after which the bridge is off."})
-    output_end: float = field(default=1.0, metadata={"help": "Fraction of training after which output matching is off."})
-    hidden_end: float = field(default=1.0, metadata={"help": "Fraction of training after which state matching is off."})
-    attention_end: float = field(default=1.0, metadata={"help": "Fraction of training after which map matching is off."})
+    output_end: float = field(
+        default=1.0, metadata={"help": "Fraction of training after which output matching is off."}
+    )
+    hidden_end: float = field(
+        default=1.0, metadata={"help": "Fraction of training after which state matching is off."}
+    )
+    attention_end: float = field(
+        default=1.0, metadata={"help": "Fraction of training after which map matching is off."}
+    )
 
-    kl_decay: str = field(default="none", metadata={"help": "Course of the KL's weight to its end: none, linear, cosine."})
+    kl_decay: str = field(
+        default="none", metadata={"help": "Course of the KL's weight to its end: none, linear, cosine."}
+    )
     ce_decay: str = field(default="none", metadata={"help": "Course of the cross-entropy's weight to its end."})
     bridge_decay: str = field(default="none", metadata={"help": "Course of the bridge's weight to its end."})
     output_decay: str = field(default="none", metadata={"help": "Course of output matching's weight to its end."})
@@ -56,7 +66,9 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     layer_map: str = field(
         default="floor",
-        metadata={"help": "Teacher layer of each student layer: floor (the paper's), uniform, last, or indices '0,2,5'."},
+        metadata={
+            "help": "Teacher layer of each student layer: floor (the paper's), uniform, last, or indices '0,2,5'."
+        },
     )
     target_map: str = field(
         default="none", metadata={"help": "Map on the bridge's targets: none, softmax, relu, exp, elu1."}
@@ -73,7 +85,9 @@ class DistillationTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Regular expression over the student's parameter names; the others are frozen. None: all."},
     )
-    teacher_device: str | None = field(default=None, metadata={"help": "Device of the teacher; the student's if not given."})
+    teacher_device: str | None = field(
+        default=None, metadata={"help": "Device of the teacher; the student's if not given."}
+    )
     teacher_dtype: str | None = field(default=None, metadata={"help": "Dtype of the teacher; its own if not given."})
     cuda_graph: bool = field(
         default=False,

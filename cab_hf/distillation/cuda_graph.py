@@ -1,0 +1,92 @@
+"""A training step that the host starts with one call: teacher, student and backward pass as a CUDA graph."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+WARM_UP_STEPS = 3
+
+
+class GraphedStep:
+    """Captures forward and backward passes of batches of one shape, and replays them.
+
+    A small model's step is bound by the host, which launches thousands of kernels; a graph launches them all at once.
+
+    Args:
+        model: the trained module, as prepared for training.
+        distil: `(model, inputs, weights, active, counts) -> DistillationOutput`, everything up to the loss.
+        accumulates: whether several calls add up their gradients before an optimizer step.
+
+    Raises:
+        ValueError: when batches have other shapes than the first one.
+    """
+
+    def __init__(self, model: nn.Module, distil: Callable, accumulates: bool):
+        self.model = model
+        self.distil = distil
+        self.accumulates = accumulates
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.shapes: dict[str, torch.Size] | None = None
+        self.active: frozenset[str] | None = None
+
+    def __call__(
+        self, inputs: dict[str, Tensor], weights: Tensor, active: frozenset[str], counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Leaves gradients in the parameters; returns loss and parts, which the next call overwrites."""
+        shapes = {name: value.shape for name, value in inputs.items()}
+        if self.shapes is not None and shapes != self.shapes:
+            raise ValueError(
+                f"`cuda_graph=True` needs batches of one shape; the first had {self.shapes}, this one has {shapes}. Use "
+                "packed blocks with `dataloader_drop_last=True`, or set `cuda_graph=False`."
+            )
+        if active != self.active:
+            self.shapes, self.active = shapes, active
+            self._capture(inputs, weights, counts)
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value, non_blocking=True)
+        self.weights.copy_(weights, non_blocking=True)
+        self.counts.copy_(counts, non_blocking=True)
+        self.graph.replay()
+        self._hand_over_gradients()
+        return self.loss, self.parts
+
+    def _capture(self, inputs: dict[str, Tensor], weights: Tensor, counts: Tensor) -> None:
+        self.inputs = {name: value.clone() for name, value in inputs.items()}
+        self.weights, self.counts = weights.clone(), counts.clone()
+        earlier = [parameter.grad for parameter in self.parameters]
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            for _ in range(WARM_UP_STEPS):
+                self._clear_gradients()
+                self._run()
+        torch.cuda.current_stream().wait_stream(side_stream)
+        self._clear_gradients()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss, self.parts = self._run()
+        self.gradients = [parameter.grad for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, earlier):
+            parameter.grad = gradient
+
+    def _run(self) -> tuple[Tensor, Tensor]:
+        outputs = self.distil(self.model, self.inputs, self.weights, self.active, self.counts)
+        outputs.loss.backward()
+        return outputs.loss.detach(), outputs.parts
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _hand_over_gradients(self) -> None:
+        for parameter, gradient in zip(self.parameters, self.gradients):
+            if gradient is None:
+                continue
+            if not self.accumulates:
+                parameter.grad = gradient
+            elif parameter.grad is None:
+                parameter.grad = gradient.clone()
+            else:
+                parameter.grad += gradient

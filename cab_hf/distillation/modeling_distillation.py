@@ -1,0 +1,253 @@
+"""The one module that is trained: student and bridge together, under all their losses.
+
+Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
+
+from cab_hf.distillation.alignment import layer_map
+from cab_hf.distillation.bridge import ROLES, AttentionBridge, bridge_targets
+from cab_hf.distillation.chunked_kl import IGNORED_LABEL
+from cab_hf.distillation.losses import (
+    attention_loss,
+    bridge_loss,
+    chunked_kl_ce,
+    hidden_loss,
+    mean_square,
+    output_loss,
+    target_map,
+)
+from cab_hf.distillation.teacher import Teacher, TeacherOutput
+from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
+
+
+ALIGNMENT_LOSSES = ("bridge", "output", "hidden", "attention")
+SCALED_TARGETS = (*ROLES, "output", "hidden")
+
+
+@dataclass
+class DistillationOutput(ModelOutput):
+    """
+    Attributes:
+        loss: scalar, the weighted sum of the parts.
+        parts: `(6,)`, the unweighted parts in the order of `LOSSES`, detached; 0 where not computed.
+        agreement: number of tokens where student and teacher agree on the next one; with `agreement=True`.
+    """
+
+    loss: Tensor | None = None
+    parts: Tensor | None = None
+    agreement: Tensor | None = None
+
+
+class DistillationModel(nn.Module):
+    """A student and the bridge to its teacher, which DDP, FSDP and ZeRO wrap as one.
+
+    Args:
+        student: a causal language model whose base model takes `output_projections`, such as [`CABMambaForCausalLM`],
+            or a PEFT model around one.
+        teacher: describes the targets; it is not kept.
+        args: decides which losses exist and how they are computed.
+
+    Raises:
+        ValueError: a layer map, widths or heads that do not fit the losses asked for.
+
+    Source: arXiv 2510.19266; the bridge loss is the mean over layers of `MSE(MLP(B), K) + MSE(MLP(C), Q)`.
+    """
+
+    def __init__(self, student: nn.Module, teacher: Teacher, args: DistillationTrainingArguments):
+        super().__init__()
+        self.student = student
+        self.args = args
+        config = self.core.config
+        map_spec = (
+            [int(i) for i in args.layer_map.split(",")] if args.layer_map[:1] in "-0123456789" else args.layer_map
+        )
+        self.layer_map = layer_map(map_spec, config.num_hidden_layers, teacher.num_hidden_layers)
+        self.teacher_scalings = [teacher.scalings[index] for index in self.layer_map]
+        self.bridge = None
+        if args.bridge_weight > 0:
+            width = [
+                config.state_size * (config.n_groups if kind == "mamba2" else 1) for kind in config.layer_mixer_types
+            ]
+            self.bridge = AttentionBridge(
+                width,
+                [teacher.key_sizes[index] for index in self.layer_map],
+                [teacher.query_sizes[index] for index in self.layer_map],
+                hidden_size=args.bridge_hidden_size,
+                shared_roles=args.bridge_shared_roles,
+            )
+        self._check_widths(teacher)
+        # The targets' mean squares, by which relative losses divide: of one calibration batch, so that a loss does
+        # not depend on how a batch is cut into accumulation steps and processes.
+        self.register_buffer("target_scales", torch.ones(len(SCALED_TARGETS), config.num_hidden_layers))
+
+    def _check_widths(self, teacher: Teacher) -> None:
+        config = self.core.config
+        if self.args.output_weight > 0:
+            widths = sorted({teacher.query_sizes[index] for index in self.layer_map})
+            if widths != [config.mixer_width]:
+                raise ValueError(
+                    f"`output_weight` compares the student's mixers, {config.mixer_width} wide, with the teacher's "
+                    f"attention, {widths} wide. Use a student of the teacher's shape (from_teacher), or "
+                    "`bridge_weight`, whose MLPs map between widths."
+                )
+        if self.args.hidden_weight > 0 and config.hidden_size != teacher.hidden_size:
+            raise ValueError(
+                f"`hidden_weight` compares hidden states, but the student's `hidden_size` is {config.hidden_size} and "
+                f"the teacher's {teacher.hidden_size}. Use equal sizes, or `bridge_weight`."
+            )
+
+    @property
+    def core(self) -> nn.Module:
+        """The student without an adapter around it."""
+        return self.student.get_base_model() if "peft_config" in vars(self.student) else self.student
+
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        """The Trainer asks the model for activation checkpointing; the student's blocks have it."""
+        self.student.activation_checkpointing_enable(**kwargs)
+
+    @torch.no_grad()
+    def calibrate_targets(self, targets: TeacherOutput, mask: Tensor | None) -> None:
+        """Measures the mean squares of one batch's targets, by which relative losses divide from then on."""
+        for layer, index in enumerate(self.layer_map):
+            if targets.attentions is not None:
+                query, key = self._bridge_targets(targets, index, mask)
+                self.target_scales[0, layer] = mean_square(key, mask)
+                self.target_scales[1, layer] = mean_square(query, mask)
+                self.target_scales[2, layer] = mean_square(targets.attentions[index].output, mask)
+            if targets.hidden_states is not None:
+                self.target_scales[3, layer] = mean_square(targets.hidden_states[index + 1], mask)
+
+    def _bridge_targets(self, targets: TeacherOutput, index: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        query, key = bridge_targets(targets.attentions[index])
+        if self.args.target_map == "none":
+            return query, key
+        return target_map(query, self.args.target_map, "query", mask), target_map(
+            key, self.args.target_map, "key", mask
+        )
+
+    def forward(
+        self,
+        *,
+        targets: TeacherOutput,
+        teacher_head: nn.Module | None,
+        weights: Tensor,
+        active: frozenset[str],
+        num_tokens: Tensor,
+        num_labels: Tensor,
+        labels: Tensor | None = None,
+        agreement: bool = False,
+        **inputs: Tensor,
+    ) -> DistillationOutput:
+        """
+        Args:
+            targets: what the teacher made of the same inputs.
+            teacher_head: maps `targets.last_hidden_state` to logits; None if `targets.logits` holds them.
+            weights: `(6,)` float32, in the order of `LOSSES`.
+            active: names of the losses to compute.
+            num_tokens, num_labels: 0-dim, real tokens and labels of the whole optimizer step: the sums' divisors.
+            labels: `(b, t)`, unshifted; -100 is ignored.
+            agreement: count tokens where both models agree.
+            inputs: of the student's base model.
+        """
+        mask = inputs.get("attention_mask")
+        # An optimizer step without any real token has a loss of zero, not 0 / 0.
+        num_tokens, num_labels = num_tokens.clamp(min=1), num_labels.clamp(min=1)
+        outputs = self.core.base_model(
+            **inputs,
+            use_cache=False,
+            output_projections=bool(active & {"bridge", "output", "attention"}),
+            output_hidden_states="hidden" in active,
+        )
+        parts = dict.fromkeys(LOSSES, weights.new_zeros(()))
+        loss = weights.new_zeros(())
+        agreeing = None
+        if active & {"kl", "ce"} or agreement:
+            logits_loss = chunked_kl_ce(
+                outputs.last_hidden_state,
+                self.core.get_output_embeddings(),
+                targets.last_hidden_state if teacher_head is not None else targets.logits,
+                teacher_head,
+                mask=mask,
+                labels=shifted_labels(labels) if "ce" in active else None,
+                temperature=self.args.temperature,
+                kl_weight=weights[0] / num_tokens if "kl" in active else 0.0,
+                ce_weight=weights[1] / num_labels if "ce" in active else 0.0,
+                agreement=agreement,
+                chunk_size=self.args.logits_chunk_size,
+            )
+            loss, agreeing = logits_loss.total, logits_loss.agreement
+            parts["kl"], parts["ce"] = logits_loss.kl / num_tokens, logits_loss.ce / num_labels
+        for name in ALIGNMENT_LOSSES:
+            if name in active:
+                parts[name] = self._mean_over_layers(name, outputs, targets, mask, inputs.get("seq_idx")) / num_tokens
+                loss = loss + weights[LOSSES.index(name)] * parts[name]
+        return DistillationOutput(
+            loss=loss + self._touch_unused(active),
+            parts=torch.stack([part.detach().float() for part in parts.values()]),
+            agreement=agreeing,
+        )
+
+    def _touch_unused(self, active: frozenset[str]) -> Tensor | float:
+        """Zero, with a zero gradient for parameters that no active loss reaches: DDP waits for every gradient."""
+        modules = [] if active & {"kl", "ce"} else [self.student]
+        if self.bridge is not None and "bridge" not in active:
+            modules.append(self.bridge)
+        parameters = (p for module in modules for p in module.parameters() if p.requires_grad)
+        return sum((0.0 * parameter.flatten()[:1].sum() for parameter in parameters), start=0.0)
+
+    def _mean_over_layers(
+        self, name: str, outputs: ModelOutput, targets: TeacherOutput, mask: Tensor | None, seq_idx: Tensor | None
+    ) -> Tensor:
+        total = 0.0
+        for layer, index in enumerate(self.layer_map):
+            if name == "bridge":
+                projections = outputs.projections[layer]
+                query, key = self._bridge_targets(targets, index, mask)
+                for row, (role, projection, target) in enumerate(
+                    (("key", projections.B, key), ("query", projections.C, query))
+                ):
+                    prediction = self.bridge(layer, role, projection)
+                    total = total + bridge_loss(prediction, target, mask, self._relative(row, layer))
+            elif name == "output":
+                target = targets.attentions[index].output
+                total = total + output_loss(outputs.projections[layer].output, target, mask, self._relative(2, layer))
+            elif name == "hidden":
+                student, teacher = outputs.hidden_states[layer + 1], targets.hidden_states[index + 1]
+                total = total + hidden_loss(student, teacher, mask, self._relative(3, layer))
+            else:
+                # One layer's maps exist at a time: they are made again in the backward pass.
+                total = total + checkpoint(
+                    self._map_loss, layer, *outputs.projections[layer][:3], targets, mask, seq_idx, use_reentrant=False
+                )
+        return total / len(self.layer_map)
+
+    def _relative(self, row: int, layer: int) -> Tensor | bool:
+        return self.target_scales[row, layer] if self.args.relative_loss else False
+
+    def _map_loss(
+        self,
+        layer: int,
+        B: Tensor,
+        C: Tensor,
+        time_step: Tensor,
+        targets: TeacherOutput,
+        mask: Tensor | None,
+        seq_idx: Tensor | None,
+    ) -> Tensor:
+        attention = targets.attentions[self.layer_map[layer]]
+        student_map = self.core.base_model.layers[layer].mixer.attention_map(B, C, time_step, seq_idx)
+        return attention_loss(student_map, attention.query, attention.key, mask, self.teacher_scalings[layer])
+
+
+def shifted_labels(labels: Tensor) -> Tensor:
+    """The label of each position's next token, `(b, t)`; the last position has none."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+__all__ = ["DistillationModel", "DistillationOutput", "shifted_labels"]

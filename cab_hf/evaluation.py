@@ -1,0 +1,488 @@
+"""What a student is worth: perplexity, distance to its teacher, recall, speed, a sample. Each number with an interval.
+
+Every function works for any causal language model, switches it to eval mode and puts the mode back.
+
+Shapes: `b` batch, `t` token, `V` vocabulary, `n` rows (blocks or sequences).
+"""
+
+import inspect
+import math
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cab_hf.data import IGNORE_INDEX, LanguageCollator, shift_labels
+from cab_hf.distillation.teacher import check_vocabularies
+
+
+# Dataset of rows, or (n, t) token ids, or rows as dicts or lists of token ids.
+Blocks = datasets.Dataset | datasets.IterableDataset | torch.Tensor | Sequence[dict | Sequence[int]]
+
+_Z95 = 1.959964
+_CHUNK = 1024
+
+
+class Perplexity(evaluate.Metric):
+    """Perplexity from sums: `compute(nll=[...], tokens=[...])`, one entry a block, needs no model and no Hub."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="exp of the mean negative log-likelihood of a token, with a 95 % interval over blocks.",
+            citation="",
+            inputs_description="nll: summed negative log-likelihood of a block in nats; tokens: how many tokens.",
+            features=datasets.Features({"nll": datasets.Value("float64"), "tokens": datasets.Value("int64")}),
+        )
+
+    def _compute(self, nll: Sequence[float], tokens: Sequence[int]) -> dict[str, float | int | list[float]]:
+        mean, low, high = ratio_interval(nll, tokens)
+        return {
+            "perplexity": math.exp(mean),
+            "ci95": [math.exp(low), math.exp(high)],
+            "nll": mean,
+            "n_tokens": int(np.sum(tokens)),
+            "n_blocks": int(np.count_nonzero(tokens)),
+        }
+
+
+def perplexity(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    *,
+    max_tokens: int | None = None,
+    padding_side: str = "right",
+    progress: bool = True,
+) -> dict[str, float | int | list[float]]:
+    """Perplexity per token of a causal language model.
+
+    Labels are shifted here; -100 and padding do not count. Log-probabilities are float32 whatever the model's dtype.
+
+    Args:
+        model: Any causal language model.
+        blocks: Rows of `pack_documents` or `pad_documents`, or bare token ids. Rows with `seq_idx` or `position_ids`
+            hold packed documents, which stay apart.
+        batch_size: Rows a forward pass; its logits are held in the model's dtype.
+        device: Where to move the model first; by default it stays where it is.
+        max_tokens: Stop after the row with which that many predicted tokens are reached.
+        padding_side: Side on which ragged rows are padded.
+        progress: Show a progress bar.
+
+    Returns:
+        `perplexity`, its 95 % interval `ci95` (normal approximation over blocks), `nll` in nats per token, `n_tokens`
+        predicted, `n_blocks`.
+
+    Raises:
+        ValueError: No token to predict, or packed rows for a model that can't keep documents apart.
+    """
+    sums, counts = [], []
+    with _evaluating(model, device=device):
+        for batch in _batches(model, blocks, batch_size, max_tokens, padding_side, progress, "Perplexity"):
+            logits = _logits(model, batch)
+            targets = shift_labels(batch["labels"]).to(logits.device)
+            per_row = torch.zeros(len(targets), dtype=torch.float64, device=logits.device)
+            for rows, columns, target in _token_chunks(targets):
+                nll = F.cross_entropy(logits[rows, columns].float(), target, reduction="none")
+                per_row.index_add_(0, rows, nll.double())
+            sums += per_row.tolist()
+            counts += (targets != IGNORE_INDEX).sum(1).tolist()
+    return Perplexity(keep_in_memory=True).compute(nll=sums, tokens=counts)
+
+
+def compare(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    blocks: Blocks,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    *,
+    max_tokens: int | None = None,
+    padding_side: str = "right",
+    progress: bool = True,
+) -> dict[str, float | int | list[float]]:
+    """How far a student is from its teacher, over the same tokens in one pass.
+
+    Perplexity alone hides a student that has only adapted to a text: a ratio of 1 may come with a large divergence.
+    Where the vocabularies differ by padding, the logits are compared over the smaller one.
+
+    Args:
+        student: The student.
+        teacher: The teacher, a model of the same vocabulary.
+        blocks, batch_size, device, max_tokens, padding_side, progress: As in `perplexity`; both models are moved.
+
+    Returns:
+        `kl`: KL(teacher || student) in nats per predicted token; `agreement`: share of tokens where both models' most
+        likely token is the same; `student_perplexity`, `teacher_perplexity`, `perplexity_ratio` (student / teacher),
+        `n_tokens`, `n_blocks`. Each of the first five has its 95 % interval over blocks under `..._ci95`.
+
+    Raises:
+        ValueError: As in `perplexity`, or the vocabularies differ by more than padding.
+    """
+    totals = []
+    with _evaluating(student, teacher, device=device):
+        for batch in _batches(student, blocks, batch_size, max_tokens, padding_side, progress, "Comparing", teacher):
+            student_logits = _logits(student, batch)
+            teacher_logits = _logits(teacher, batch)
+            vocab_size = check_vocabularies(student_logits.shape[-1], teacher_logits.shape[-1])
+            targets = shift_labels(batch["labels"]).to(student_logits.device)
+            per_row = torch.zeros(len(targets), 4, dtype=torch.float64, device=student_logits.device)
+            for rows, columns, target in _token_chunks(targets):
+                ours = F.log_softmax(student_logits[rows, columns, :vocab_size].float(), dim=-1)
+                place = rows.to(teacher_logits.device), columns.to(teacher_logits.device)
+                theirs = teacher_logits[place][:, :vocab_size].to(ours.device).float().log_softmax(dim=-1)
+                values = (
+                    F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1),
+                    ours.argmax(-1) == theirs.argmax(-1),
+                    F.nll_loss(ours, target, reduction="none"),
+                    F.nll_loss(theirs, target, reduction="none"),
+                )
+                per_row.index_add_(0, rows, torch.stack([value.double() for value in values], dim=-1))
+            counts = (targets != IGNORE_INDEX).sum(1, keepdim=True)
+            totals.append(torch.cat([per_row, counts], dim=1).cpu().numpy())
+    kl, agreement, student_nll, teacher_nll, tokens = np.concatenate(totals or [np.zeros((0, 5))]).T
+
+    report: dict[str, float | int | list[float]] = {}
+    for name, sums in (
+        ("kl", kl),
+        ("agreement", agreement),
+        ("student_perplexity", student_nll),
+        ("teacher_perplexity", teacher_nll),
+        ("perplexity_ratio", student_nll - teacher_nll),
+    ):
+        numbers = ratio_interval(sums, tokens)
+        report[name], low, high = map(math.exp, numbers) if "perplexity" in name else numbers
+        report[f"{name}_ci95"] = [low, high]
+    return report | {"n_tokens": int(tokens.sum()), "n_blocks": int(np.count_nonzero(tokens))}
+
+
+def copying_recall(
+    model: PreTrainedModel,
+    vocabulary: int | Sequence[int],
+    gap: int,
+    *,
+    length: int = 64,
+    n: int = 32,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> dict[str, float | int | list[float]]:
+    """Share of tokens that a model copies from earlier in its context, which perplexity does not show.
+
+    A sequence is `length` different random tokens, `gap` random other tokens, and the first `length` tokens again.
+    Counted are the tokens of the repeat but its first, which nothing announces: `length - 1` a sequence, each right
+    when it is the most likely one given all (true) tokens before it.
+
+    Args:
+        model: Any causal language model.
+        vocabulary: Size of the vocabulary, or the token ids to draw from (to leave out special tokens, for instance).
+        gap: Tokens between the two copies.
+        length: Tokens to copy.
+        n: Sequences.
+        seed: Picks the tokens.
+        batch_size: Sequences a forward pass.
+        device: Where to move the model first; by default it stays where it is.
+        progress: Show a progress bar.
+
+    Returns:
+        `recall`, its 95 % interval `ci95` (Wilson, for the number of independent tokens that the spread between
+        sequences speaks for), `n_tokens` counted, `n_sequences`, `gap`, `length`.
+
+    Raises:
+        ValueError: `vocabulary` has not enough tokens, `length` is below 2, or `gap` is negative.
+    """
+    pool = np.arange(vocabulary) if isinstance(vocabulary, int) else np.unique(np.asarray(vocabulary))
+    if length < 2 or gap < 0 or n < 1:
+        raise ValueError(f"length is {length}, gap {gap} and n {n}. They must be at least 2, 0 and 1.")
+    if len(pool) < length + (gap > 0):
+        raise ValueError(
+            f"vocabulary has {len(pool)} tokens, fewer than the {length + (gap > 0)} that length {length} and gap "
+            f"{gap} take. Use a smaller length or more tokens."
+        )
+    generator = np.random.default_rng(seed)
+    sequences = []
+    for _ in range(n):
+        shuffled = generator.permutation(pool)
+        copied, others = shuffled[:length], shuffled[length:]
+        filler = generator.choice(others, gap) if gap else others[:0]
+        sequences.append(np.concatenate([copied, filler, copied]))
+    tokens = torch.from_numpy(np.stack(sequences))
+
+    right = []
+    with _evaluating(model, device=device):
+        for batch in _batches(model, tokens, batch_size, None, "right", progress, f"Recall over a gap of {gap}"):
+            predicted = _logits(model, batch)[:, -length:-1].argmax(-1)
+            right += (predicted == batch["input_ids"][:, 1 - length :].to(predicted.device)).sum(1).tolist()
+    counts = [length - 1] * n
+    recall = sum(right) / sum(counts)
+    return {
+        "recall": recall,
+        "ci95": list(wilson_interval(recall, _effective_count(right, counts))),
+        "n_tokens": sum(counts),
+        "n_sequences": n,
+        "gap": gap,
+        "length": length,
+    }
+
+
+def throughput(
+    model: PreTrainedModel,
+    length: int,
+    batch_size: int,
+    mode: str = "forward",
+    *,
+    new_tokens: int = 64,
+    repeats: int = 5,
+    warmup: int = 2,
+    seed: int = 0,
+) -> dict[str, float | int | str]:
+    """Tokens a second, on random tokens, where the model is and in its dtype.
+
+    Args:
+        model: Any causal language model.
+        length: Tokens of a row (`forward`) or of a prompt (`generate`).
+        batch_size: Rows.
+        mode: "forward": one pass over `length` tokens without a cache, counting them; logits of the last token only.
+            "generate": greedy decoding of `new_tokens` after the prompt, counting new tokens; the time includes the
+            pass over the prompt.
+        new_tokens: Tokens to generate a row.
+        repeats: Timed runs.
+        warmup: Runs before them.
+        seed: Picks the tokens.
+
+    Returns:
+        `tokens_per_second` (median of the runs), `slowest` and `fastest` run in the same unit, and what was measured:
+        `mode`, `length`, `batch_size`, `new_tokens`, `repeats`, `device`, `dtype`.
+
+    Raises:
+        ValueError: `mode` is neither "forward" nor "generate".
+    """
+    if mode not in ("forward", "generate"):
+        raise ValueError(f'mode is {mode!r}. It must be "forward" or "generate".')
+    device = model.device
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(vocab_size, (batch_size, length), generator=generator).to(device)
+
+    def run() -> None:
+        if mode == "forward":
+            model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+        else:
+            model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    seconds = []
+    with _evaluating(model):
+        for index in tqdm(range(warmup + repeats), desc=f"Throughput ({mode}, {length} tokens)"):
+            _synchronise(device)
+            start = time.perf_counter()
+            run()
+            _synchronise(device)
+            if index >= warmup:
+                seconds.append(time.perf_counter() - start)
+    counted = batch_size * (length if mode == "forward" else new_tokens)
+    return {
+        "tokens_per_second": counted / statistics.median(seconds),
+        "slowest": counted / max(seconds),
+        "fastest": counted / min(seconds),
+        "mode": mode,
+        "length": length,
+        "batch_size": batch_size,
+        "new_tokens": new_tokens if mode == "generate" else 0,
+        "repeats": repeats,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    *,
+    temperature: float = 1.0,
+) -> str:
+    """A continuation of `prompt`, the same for the same seed; the global random state is left alone.
+
+    Args:
+        model: Any causal language model.
+        tokenizer: Its tokenizer.
+        prompt: Text to continue.
+        max_new_tokens: Tokens at most; fewer when the model ends the text.
+        seed: Of the random draws.
+        temperature: Divides the logits; 0.0 takes the most likely token each time.
+
+    Returns:
+        The new text, without the prompt.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    devices = [model.device] if model.device.type == "cuda" else []
+    with _evaluating(model), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_token_id,
+            **(draws if temperature > 0 else {"do_sample": False}),
+        )
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def ratio_interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float, float]:
+    """Mean per token and its 95 % interval, taking rows, whose tokens hang together, as the independent unit.
+
+    Args:
+        sums: (n,) sum of a quantity over each row's tokens.
+        counts: (n,) tokens of each row; rows without any do not count.
+
+    Returns:
+        (mean, low, high), by the normal approximation of a ratio of sums; infinitely wide for a single row.
+
+    Raises:
+        ValueError: There is no token.
+    """
+    sums, counts = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    rows = len(counts)
+    if not rows:
+        raise ValueError(
+            "There is no token to predict. Give rows of at least two tokens whose labels are not all -100."
+        )
+    mean = sums.sum() / counts.sum()
+    if rows == 1:
+        return float(mean), -math.inf, math.inf
+    error = math.sqrt(rows / (rows - 1) * np.square(sums - mean * counts).sum()) / counts.sum()
+    return float(mean), float(mean - _Z95 * error), float(mean + _Z95 * error)
+
+
+def wilson_interval(share: float, n: float) -> tuple[float, float]:
+    """95 % interval of a share seen in `n` independent trials, sensible also at 0 and 1 (Wilson 1927)."""
+    centre = share + _Z95**2 / (2 * n)
+    spread = _Z95 * math.sqrt(share * (1 - share) / n + _Z95**2 / (4 * n**2))
+    scale = 1 + _Z95**2 / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def _effective_count(right: Sequence[int], counts: Sequence[int]) -> float:
+    """Independent trials that would spread as much as the rows do: at least the rows, at most the tokens."""
+    share, low, high = ratio_interval(right, counts)
+    error = (high - low) / (2 * _Z95)
+    if error == 0 or math.isinf(error):
+        return len(counts)
+    return float(np.clip(share * (1 - share) / error**2, len(counts), sum(counts)))
+
+
+@contextmanager
+def _evaluating(*models: nn.Module, device: str | torch.device | None = None) -> Iterator[None]:
+    if device is not None:
+        for model in models:
+            model.to(device)
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _batches(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    batch_size: int,
+    max_tokens: int | None,
+    padding_side: str,
+    progress: bool,
+    description: str,
+    *others: PreTrainedModel,
+) -> Iterator[dict[str, torch.Tensor]]:
+    # Padding is masked, so any token serves.
+    collate = LanguageCollator(pad_token_id=0, padding_side=padding_side)
+    bar = tqdm(desc=description, unit=" tokens", unit_scale=True, disable=not progress)
+    with bar:
+        for rows in _grouped(_rows(blocks, max_tokens), batch_size):
+            batch = collate(rows)
+            if "seq_idx" in batch or "position_ids" in batch:
+                for one in (model, *others):
+                    _check_packing(one, batch)
+            yield batch
+            bar.update(batch["input_ids"].numel())
+
+
+def _rows(blocks: Blocks, max_tokens: int | None) -> Iterator[dict]:
+    found = 0
+    for block in blocks:
+        row = block if isinstance(block, dict) else {"input_ids": block}
+        yield row
+        labels = np.asarray(row.get("labels", row["input_ids"]))[1:]
+        seen = np.asarray(row["attention_mask"])[1:] if "attention_mask" in row else np.ones_like(labels)
+        found += int(np.count_nonzero((labels != IGNORE_INDEX) & (seen != 0)))
+        if max_tokens is not None and found >= max_tokens:
+            return
+
+
+def _grouped(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    group = []
+    for row in rows:
+        group.append(row)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _check_packing(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
+    accepted = inspect.signature(model.forward).parameters
+    needed = "seq_idx" if type(model)._is_stateful else "position_ids"
+    if needed not in accepted or needed not in batch:
+        raise ValueError(
+            f"The rows hold packed documents ({', '.join(batch)}), but {type(model).__name__} keeps documents apart "
+            f"only by {needed}. Use rows of pad_documents, or of pack_documents(..., isolate_documents=False)."
+        )
+
+
+def _logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    accepted = inspect.signature(model.forward).parameters
+    inputs = {
+        name: batch[name].to(model.device)
+        for name in ("input_ids", "attention_mask", "seq_idx", "position_ids")
+        if name in batch and (name in accepted or name == "attention_mask")
+    }
+    # With a cache Transformers models would not see the borders between packed documents.
+    return model(**inputs, use_cache=False).logits
+
+
+def _token_chunks(targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Row, column and target of the predicted tokens, a bounded number at a time."""
+    rows, columns = torch.nonzero(targets != IGNORE_INDEX, as_tuple=True)
+    for start in range(0, len(rows), _CHUNK):
+        place = rows[start : start + _CHUNK], columns[start : start + _CHUNK]
+        yield *place, targets[place]
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,159 @@
+"""The attention bridge: its shapes, its loss against the paper's formula, and that it learns."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from cab_hf.distillation.bridge import ROLES, AttentionBridge, bridge_targets
+from cab_hf.distillation.losses import bridge_loss
+
+
+class Attention(NamedTuple):
+    query: torch.Tensor
+    key: torch.Tensor
+
+
+def make_attention(batch=2, heads=4, key_heads=2, tokens=5, head_dim=3, dtype=torch.float32) -> Attention:
+    return Attention(
+        torch.randn(batch, heads, tokens, head_dim, dtype=dtype),
+        torch.randn(batch, key_heads, tokens, head_dim, dtype=dtype),
+    )
+
+
+def test_targets_put_heads_side_by_side():
+    torch.manual_seed(0)
+    attention = make_attention()
+    query, key = bridge_targets(attention)
+    assert query.shape == (2, 5, 12) and key.shape == (2, 5, 6)
+    for b, t, h, p in [(0, 0, 0, 0), (1, 4, 3, 2), (0, 3, 2, 1)]:
+        assert query[b, t, h * 3 + p] == attention.query[b, h, t, p]
+    assert key[1, 2, 1 * 3 + 2] == attention.key[1, 1, 2, 2]
+
+
+def test_targets_are_detached():
+    attention = make_attention()
+    attention.query.requires_grad_()
+    assert not bridge_targets(attention)[0].requires_grad
+
+
+def test_layers_may_have_different_sizes():
+    bridge = AttentionBridge([6, 10], key_sizes=[4, 8], query_sizes=[8, 12], hidden_size=7)
+    assert bridge(0, "key", torch.randn(2, 3, 6)).shape == (2, 3, 4)
+    assert bridge(1, "key", torch.randn(2, 3, 2, 5)).shape == (2, 3, 8)  # (b, t, g, n)
+    assert bridge(1, "query", torch.randn(2, 3, 10)).shape == (2, 3, 12)
+    grouped = torch.randn(2, 3, 2, 5)
+    torch.testing.assert_close(bridge(1, "key", grouped), bridge(1, "key", grouped.reshape(2, 3, 10)))
+
+
+def test_every_layer_role_and_direction_has_its_own_mlp():
+    torch.manual_seed(0)
+    bridge = AttentionBridge([6, 6], [4, 4], [4, 4], hidden_size=5, num_directions=2)
+    x = torch.randn(1, 2, 6)
+    outputs = [bridge(layer, role, x, direction) for layer in (0, 1) for role in ROLES for direction in (0, 1)]
+    for i, first in enumerate(outputs):
+        for second in outputs[:i]:
+            assert not torch.allclose(first, second)
+    assert sum(p.numel() for p in bridge.parameters()) == 8 * (6 * 5 + 5 + 5 * 4 + 4)
+
+
+def test_shared_roles_share_what_fits():
+    one = AttentionBridge([6], [4], [4], hidden_size=5, shared_roles=True)
+    x = torch.randn(1, 2, 6)
+    assert torch.equal(one(0, "key", x), one(0, "query", x))
+    assert sum(p.numel() for p in one.parameters()) == 6 * 5 + 5 + 5 * 4 + 4
+
+    grouped = AttentionBridge([6], [4], [8], hidden_size=5, shared_roles=True)
+    assert grouped(0, "key", x).shape[-1] == 4 and grouped(0, "query", x).shape[-1] == 8
+    assert sum(p.numel() for p in grouped.parameters()) == 6 * 5 + 5 + (5 * 4 + 4) + (5 * 8 + 8)
+
+
+def test_state_dict_round_trips():
+    torch.manual_seed(0)
+    arguments = {
+        "input_sizes": [6, 8],
+        "key_sizes": [4, 4],
+        "query_sizes": [8, 8],
+        "hidden_size": 5,
+        "num_directions": 2,
+    }
+    first, second = AttentionBridge(**arguments), AttentionBridge(**arguments)
+    second.load_state_dict(first.state_dict(), strict=True)
+    x = torch.randn(1, 3, 8)
+    assert torch.equal(first(1, "query", x, 1), second(1, "query", x, 1))
+    assert "layers.1.0.up.key.weight" in first.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: AttentionBridge([6], [4, 4], [4]), "input_sizes names 1 layers, key_sizes 2 and query_sizes 1"),
+        (lambda: AttentionBridge([], [], []), "input_sizes is empty"),
+        (lambda: AttentionBridge([6], [0], [4]), "is 0"),
+        (lambda: AttentionBridge([6], [4], [4])(1, "key", torch.zeros(1, 1, 6)), "layer is 1.*layers 0 to 0"),
+        (lambda: AttentionBridge([6], [4], [4])(0, "B", torch.zeros(1, 1, 6)), "role is 'B'.*'key'.*'query'"),
+        (lambda: AttentionBridge([6], [4], [4])(0, "key", torch.zeros(1, 1, 6), 1), "num_directions=1"),
+        (lambda: AttentionBridge([6], [4], [4])(0, "key", torch.zeros(1, 1, 7)), "7 wide.*built for 6"),
+    ],
+)
+def test_errors_teach(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def paper_loss(bridge: AttentionBridge, Bs, Cs, attentions) -> torch.Tensor:
+    """mean over layers of MSE(MLP(B), K) + MSE(MLP(C), Q), from the weights up."""
+    layers = []
+    for layer, (B, C, attention) in enumerate(zip(Bs, Cs, attentions)):
+        total = 0.0
+        for role, projection, states in (("key", B, attention.key), ("query", C, attention.query)):
+            mlp = bridge.layers[layer][0]
+            x = projection.flatten(2) @ mlp.up[role].weight.T + mlp.up[role].bias
+            x = x / (1 + torch.exp(-x))
+            prediction = x @ mlp.down[role].weight.T + mlp.down[role].bias
+            target = torch.cat([states[:, h] for h in range(states.shape[1])], dim=-1)
+            total = total + ((prediction - target) ** 2).mean()
+        layers.append(total)
+    return torch.stack(layers).mean()
+
+
+def our_loss(bridge: AttentionBridge, Bs, Cs, attentions) -> torch.Tensor:
+    total = 0.0
+    for layer, (B, C, attention) in enumerate(zip(Bs, Cs, attentions)):
+        query, key = bridge_targets(attention)
+        total = total + bridge_loss(bridge(layer, "key", B), key) + bridge_loss(bridge(layer, "query", C), query)
+    return total / (len(Bs) * Bs[0].shape[0] * Bs[0].shape[1])
+
+
+def make_problem(layers=3, dtype=torch.float32):
+    torch.manual_seed(0)
+    bridge = AttentionBridge([8] * layers, [6] * layers, [12] * layers, hidden_size=16).to(dtype)
+    Bs, Cs = ([torch.randn(2, 5, 2, 4, dtype=dtype, requires_grad=True) for _ in range(layers)] for _ in range(2))
+    return bridge, Bs, Cs, [make_attention(dtype=dtype) for _ in range(layers)]
+
+
+def test_loss_is_the_papers():
+    problem = make_problem(dtype=torch.float64)
+    ours, paper = our_loss(*problem), paper_loss(*problem)
+    torch.testing.assert_close(ours, paper, rtol=1e-12, atol=0)
+    inputs = [*problem[0].parameters(), *problem[1], *problem[2]]
+    for mine, theirs in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(paper, inputs)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_bridge_learns():
+    bridge, Bs, Cs, attentions = make_problem(layers=2)
+    before = {name: weight.clone() for name, weight in bridge.named_parameters()}
+    optimizer = torch.optim.Adam(bridge.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(100):
+        loss = our_loss(bridge, Bs, Cs, attentions)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    for name, weight in bridge.named_parameters():
+        assert not torch.equal(weight, before[name]), name
+    for projection in (*Bs, *Cs):
+        assert projection.grad.abs().min() > 0
