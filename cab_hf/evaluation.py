@@ -9,7 +9,7 @@ import inspect
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import datasets
@@ -29,7 +29,7 @@ from cab_hf.distillation.teacher import check_vocabularies
 Blocks = datasets.Dataset | datasets.IterableDataset | torch.Tensor | Sequence[dict | Sequence[int]]
 
 _Z95 = 1.959964
-_CHUNK = 1024
+_CHUNK = 512
 
 
 class Perplexity(evaluate.Metric):
@@ -46,8 +46,8 @@ class Perplexity(evaluate.Metric):
     def _compute(self, nll: Sequence[float], tokens: Sequence[int]) -> dict[str, float | int | list[float]]:
         mean, low, high = ratio_interval(nll, tokens)
         return {
-            "perplexity": math.exp(mean),
-            "ci95": [math.exp(low), math.exp(high)],
+            "perplexity": _exp(mean),
+            "ci95": [_exp(low), _exp(high)],
             "nll": mean,
             "n_tokens": int(np.sum(tokens)),
             "n_blocks": int(np.count_nonzero(tokens)),
@@ -160,7 +160,7 @@ def compare(
         ("perplexity_ratio", student_nll - teacher_nll),
     ):
         numbers = ratio_interval(sums, tokens)
-        report[name], low, high = map(math.exp, numbers) if "perplexity" in name else numbers
+        report[name], low, high = map(_exp, numbers) if "perplexity" in name else numbers
         report[f"{name}_ci95"] = [low, high]
     return report | {"n_tokens": int(tokens.sum()), "n_blocks": int(np.count_nonzero(tokens))}
 
@@ -365,9 +365,7 @@ def ratio_interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float,
     sums, counts = sums[counts > 0], counts[counts > 0]
     rows = len(counts)
     if not rows:
-        raise ValueError(
-            "There is no token to predict. Give rows of at least two tokens whose labels are not all -100."
-        )
+        raise ValueError("There is no token to predict. Give rows of two tokens or more, with labels beside -100.")
     mean = sums.sum() / counts.sum()
     if rows == 1:
         return float(mean), -math.inf, math.inf
@@ -420,15 +418,15 @@ def _batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     # Padding is masked, so any token serves.
     collate = LanguageCollator(pad_token_id=0, padding_side=padding_side)
-    bar = tqdm(desc=description, unit=" tokens", unit_scale=True, disable=not progress)
-    with bar:
+    total = None if max_tokens is not None or isinstance(blocks, datasets.IterableDataset) else len(blocks)
+    with tqdm(desc=description, total=total, unit="row", disable=not progress) as bar:
         for rows in _grouped(_rows(blocks, max_tokens), batch_size):
             batch = collate(rows)
             if "seq_idx" in batch or "position_ids" in batch:
                 for one in (model, *others):
                     _check_packing(one, batch)
             yield batch
-            bar.update(batch["input_ids"].numel())
+            bar.update(len(rows))
 
 
 def _rows(blocks: Blocks, max_tokens: int | None) -> Iterator[dict]:
@@ -455,9 +453,8 @@ def _grouped(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
 
 
 def _check_packing(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
-    accepted = inspect.signature(model.forward).parameters
-    needed = "seq_idx" if type(model)._is_stateful else "position_ids"
-    if needed not in accepted or needed not in batch:
+    needed = "seq_idx" if _core(model)._is_stateful else "position_ids"
+    if needed not in _accepted(model) or needed not in batch:
         raise ValueError(
             f"The rows hold packed documents ({', '.join(batch)}), but {type(model).__name__} keeps documents apart "
             f"only by {needed}. Use rows of pad_documents, or of pack_documents(..., isolate_documents=False)."
@@ -465,14 +462,22 @@ def _check_packing(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> No
 
 
 def _logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    accepted = inspect.signature(model.forward).parameters
-    inputs = {
-        name: batch[name].to(model.device)
-        for name in ("input_ids", "attention_mask", "seq_idx", "position_ids")
-        if name in batch and (name in accepted or name == "attention_mask")
-    }
+    accepted = _accepted(model).keys() - {"labels"}
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name in accepted}
+    if "attention_mask" in inputs and "position_ids" in accepted:
+        # Learned positions would otherwise count padding on the left.
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     # With a cache Transformers models would not see the borders between packed documents.
     return model(**inputs, use_cache=False).logits
+
+
+def _accepted(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(_core(model).forward).parameters
+
+
+def _core(model: PreTrainedModel | nn.Module) -> PreTrainedModel:
+    """The model without an adapter of PEFT around it, whose own signature hides what the model takes."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
 def _token_chunks(targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -481,6 +486,11 @@ def _token_chunks(targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.T
     for start in range(0, len(rows), _CHUNK):
         place = rows[start : start + _CHUNK], columns[start : start + _CHUNK]
         yield *place, targets[place]
+
+
+def _exp(value: float) -> float:
+    """exp that overflows to infinity, as a diverged model's perplexity does."""
+    return math.exp(value) if value < 700 else math.inf
 
 
 def _synchronise(device: torch.device) -> None:

@@ -1,0 +1,212 @@
+"""Recipes: a YAML file, overridden by the command line, becomes the arguments of a run."""
+
+import difflib
+import json
+import sys
+from argparse import SUPPRESS
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from cab_hf.distillation.training_args import DistillationTrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """Teacher and student of a run."""
+
+    teacher: str = field(
+        default="smollm2-demo",
+        metadata={
+            "help": "Hub id or folder of the teacher. 'smollm2-demo': SmolLM2-135M out of its PyPI package. "
+            "'random-llama': a tiny random one, for tests."
+        },
+    )
+    student: str | None = field(default=None, metadata={"help": "Hub id or folder of a student to go on with."})
+    student_from: str = field(
+        default="teacher",
+        metadata={"help": "Without `student`: build one of the teacher's shape and weights, or from the 'config' alone."},
+    )
+    student_config: dict | str = field(
+        default_factory=dict, metadata={"help": "Fields of CABMambaConfig for a new student (on the command line: JSON)."}
+    )
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new student; the teacher's if not given."})
+    mixer_type: str = field(default="mamba2", metadata={"help": "Mixer of a new student: mamba or mamba2."})
+    copy_weights: bool = field(default=True, metadata={"help": "Copy what does not depend on the mixer (student_from: teacher)."})
+    copy_attention: bool = field(default=True, metadata={"help": "Copy V, K, Q, O to x, B, C, out (student_from: teacher)."})
+    calibrate: bool = field(default=True, metadata={"help": "Set the output norms on one batch (student_from: teacher)."})
+    license: str | None = field(default=None, metadata={"help": "Licence of the student, for its card; the teacher's if known."})
+
+
+@dataclass
+class DataArguments:
+    """Text of a run, and what is evaluated on it."""
+
+    dataset: list[str] = field(
+        default_factory=lambda: ["builtin"],
+        metadata={"help": "Hub ids, files, folders or globs of text; 'builtin': Python's language reference."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset, such as wikitext-2-raw-v1."})
+    dataset_split: str | None = field(default=None, metadata={"help": "Split of a dataset; 'train' if not given."})
+    text_column: str | None = field(default=None, metadata={"help": "Column that holds the text."})
+    holdout: str = field(
+        default="0.1", metadata={"help": "Documents to evaluate on: a fraction, a number, or a pattern over their names."}
+    )
+    block_size: int = field(default=512, metadata={"help": "Tokens a training example."})
+    isolate_documents: bool = field(default=True, metadata={"help": "Keep documents apart that share a block."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    eval_max_tokens: int | None = field(default=65536, metadata={"help": "Tokens of the final evaluation, at most."})
+    eval_batch_size: int = field(default=8, metadata={"help": "Rows of a batch of the final evaluation."})
+    recall_gaps: list[int] = field(
+        default_factory=list, metadata={"help": "Also test copying over these gaps, in tokens (FINDINGS: perplexity hides it)."}
+    )
+    sample_prompt: str = field(default="The", metadata={"help": "Prompt of the printed sample; empty: no sample."})
+    sample_tokens: int = field(default=48, metadata={"help": "Tokens of the sample."})
+    verify_reload: bool = field(
+        default=False, metadata={"help": "Load the saved student in a fresh process without cab_hf and generate there."}
+    )
+
+
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationTrainingArguments)
+STAGE_FIELDS = {field.name for field in fields(DistillationTrainingArguments) if field.init} - {"output_dir"}
+
+
+@dataclass
+class Recipe:
+    """A parsed recipe.
+
+    Attributes:
+        model, data: arguments of the run.
+        stages: (name, training arguments) in the order in which they run; one, named "train", where the recipe lists
+            none.
+        values: the recipe as it was asked for, without defaults.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    stages: list[tuple[str, DistillationTrainingArguments]]
+    values: dict[str, Any]
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.values["output_dir"])
+
+
+def parse_recipe(arguments: Sequence[str]) -> Recipe:
+    """Reads `RECIPE.yaml [--option value ...]`; an option on the command line wins over the recipe.
+
+    Args:
+        arguments: of the command line, without the program's name.
+
+    Raises:
+        FileNotFoundError: the recipe does not exist.
+        ValueError: an unknown key or option (the message names the nearest known one), a value of the wrong type, or a
+            stage that sets what belongs to the whole run.
+    """
+    path, options = _split_arguments(arguments)
+    values = load_recipe(path) if path is not None else {}
+    values |= _parse_options(options)
+    values.setdefault("output_dir", str(Path("outputs") / (path.stem if path is not None else "student")))
+    return build_recipe(values)
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """The mapping in a recipe file, its keys checked."""
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise FileNotFoundError(f"There is no recipe {path}." + (f" Did you mean {path.parent / near[0]}?" if near else ""))
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of options to values.")
+    _check_keys(values, _known_options() | {"stages"}, f"key in {path}")
+    return values
+
+
+def build_recipe(values: dict[str, Any]) -> Recipe:
+    """Makes the arguments of a run, and of each of its stages, out of plain values."""
+    values = {name: value if name == "stages" else _typed(name, value) for name, value in values.items()}
+    stages = values.get("stages") or [{"name": "train"}]
+    whole = {name: value for name, value in values.items() if name != "stages"}
+    model, data, _ = HfArgumentParser(ARGUMENT_CLASSES).parse_dict(whole)
+    if isinstance(model.student_config, str):
+        model.student_config = json.loads(model.student_config or "{}")
+    if model.student_from not in ("teacher", "config"):
+        raise ValueError(f"`student_from` must be 'teacher' or 'config', got {model.student_from!r}.")
+    runs = []
+    for number, stage in enumerate(stages, start=1):
+        stage = dict(stage)
+        name = str(stage.pop("name", f"stage{number}"))
+        _check_keys(stage, STAGE_FIELDS, f"key in stage {name!r} (a stage sets training options only)")
+        training = {name: value for name, value in whole.items() if name in STAGE_FIELDS}
+        training |= {name: _typed(name, value) for name, value in stage.items()}
+        folder = Path(whole["output_dir"]) / "stages" / f"{number}-{name}"
+        runs.append((name, DistillationTrainingArguments(output_dir=str(folder), **training)))
+    return Recipe(model, data, runs, values)
+
+
+def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    if arguments and not arguments[0].startswith("-"):
+        return Path(arguments[0]), list(arguments[1:])
+    return None, list(arguments)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+def _parser() -> HfArgumentParser:
+    parser = _Parser(
+        ARGUMENT_CLASSES,
+        prog="train_cab.py RECIPE.yaml",
+        description="Distil a Transformer into a Mamba. Any option of a recipe can be given here too, and wins.",
+        allow_abbrev=False,
+    )
+    for action in parser._actions:
+        if action.dest != "help":
+            action.default, action.required = SUPPRESS, False
+    return parser
+
+
+def _known_options() -> set[str]:
+    return {field.name for kind in ARGUMENT_CLASSES for field in fields(kind) if field.init}
+
+
+def _parse_options(options: list[str]) -> dict[str, Any]:
+    namespace, unknown = _parser().parse_known_args(options)
+    if unknown:
+        names = [name.lstrip("-").partition("=")[0] for name in unknown if name.startswith("-")] or unknown
+        _check_keys(dict.fromkeys(names), _known_options(), "option")
+    return vars(namespace)
+
+
+def _check_keys(values: dict[str, Any], known: set[str], what: str) -> None:
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known are {', '.join(sorted(known)[:8])}, ..."
+            raise ValueError(f"Unknown {what}: {name!r}.{hint}")
+
+
+def _typed(name: str, value: Any) -> Any:
+    """A value of a recipe as the command line would read it: YAML takes `2e-5` for a string."""
+    action = next(action for action in _parser()._actions if action.dest == name)
+    if action.nargs in ("*", "+") and not isinstance(value, list):
+        value = [value]
+    if not isinstance(value, str) or action.type in (None, str):
+        return value
+    try:
+        return action.type(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` is {value!r}, which is no {getattr(action.type, '__name__', 'valid value')}.") from error
+
+
+def fail_in_one_line(error: Exception) -> None:
+    """Ends the process with the error's message and exit code 1, without a traceback."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(1)

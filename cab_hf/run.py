@@ -1,0 +1,365 @@
+"""A whole run: teacher, student and data of a recipe, its stages, evaluation, card."""
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import logging
+
+from cab_hf.data import load_documents, split_documents
+from cab_hf.demo import fetch_smollm2
+from cab_hf.distillation.teacher import Teacher, check_vocabularies
+from cab_hf.distillation.trainer import DistillationTrainer, last_whole_checkpoint
+from cab_hf.evaluation import compare, copying_recall, sample
+from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
+from cab_hf.packing import LanguageCollator, pack_documents
+from cab_hf.recipes import Recipe
+from cab_hf.transfer import calibrate_output_norm, student_from_teacher
+
+
+logger = logging.get_logger(__name__)
+
+CACHE = Path(".cache")
+RECIPE_NAME, REPORT_NAME = "recipe.yaml", "report.json"
+# Options that do not change what a run computes: a finished run may be asked for again with others.
+FREE_OPTIONS = {"sample_prompt", "sample_tokens", "verify_reload", "disable_tqdm", "report_to", "resume_from_checkpoint"}
+FRESH_PROCESS = """
+import sys
+sys.modules["cab_hf"] = None  # an import of the package would fail: the folder must do alone
+from transformers import pipeline
+generator = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
+print(generator(sys.argv[2], max_new_tokens=int(sys.argv[3]), do_sample=False)[0]["generated_text"])
+"""
+
+
+def run_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Distils, evaluates and saves a student; what an earlier run of the same recipe finished is reused.
+
+    `output_dir` then holds the student (weights, config, modelling files, tokenizer, card), `report.json`,
+    `recipe.yaml`, and under `stages/` each stage's checkpoints and its own loadable student.
+
+    Returns:
+        The report that is also in `report.json`.
+
+    Raises:
+        ValueError: `output_dir` holds a run of another recipe.
+    """
+    folder = recipe.output_dir
+    finished = _claim(folder, recipe)
+    if finished is None:
+        finished = _distil(recipe)
+    else:
+        print(f"{folder} already holds this run's student; it is reused. Remove the folder to train again.")
+    print(summary(finished))
+    if recipe.data.verify_reload and _is_main_process(recipe):
+        print(f"In a fresh process without cab_hf, the student continues:\n{reload_in_fresh_process(recipe)}\n")
+    return finished
+
+
+def _distil(recipe: Recipe) -> dict[str, Any]:
+    started = time.time()
+    main_args = recipe.stages[0][1]
+    set_seed(main_args.seed)
+    with main_args.main_process_first(desc="teacher"):
+        teacher_model, tokenizer = load_teacher(recipe.model.teacher)
+    with main_args.main_process_first(desc="data"):
+        train_blocks, heldout_blocks = load_blocks(recipe, tokenizer)
+    collator = LanguageCollator(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    teacher = Teacher(
+        teacher_model,
+        device=torch.device(main_args.teacher_device or main_args.device),
+        dtype=None if main_args.teacher_dtype is None else getattr(torch, main_args.teacher_dtype),
+        remove_rotary=main_args.remove_rotary,
+    )
+    student = build_student(recipe, teacher, collator([train_blocks[i] for i in range(min(8, len(train_blocks)))]))
+    check_vocabularies(student.config.vocab_size, teacher_model.config.vocab_size)
+
+    def evaluate() -> dict[str, Any]:
+        data = recipe.data
+        with torch.autocast(main_args.device.type, torch.bfloat16, enabled=main_args.bf16):
+            result = compare(
+                student,
+                teacher.model,
+                heldout_blocks,
+                data.eval_batch_size,
+                main_args.device,
+                max_tokens=data.eval_max_tokens,
+            )
+            recall = {
+                str(gap): {
+                    name: copying_recall(model, len(tokenizer), gap, device=main_args.device)
+                    for name, model in (("teacher", teacher.model), ("student", student))
+                }
+                for gap in data.recall_gaps
+            }
+        return result | ({"recall": recall} if recall else {})
+
+    is_main = _is_main_process(recipe)
+    before = evaluate() if is_main else None
+    histories = []
+    for name, args in recipe.stages:
+        histories.append(_run_stage(name, args, student, teacher, tokenizer, collator, train_blocks, heldout_blocks))
+    report = {
+        "teacher": recipe.model.teacher,
+        "dataset": recipe.data.dataset,
+        "student_parameters": student.num_parameters(),
+        "teacher_parameters": teacher.model.num_parameters(),
+        "train_tokens": sum(history["tokens"] for history in histories),
+        "seconds": {"whole": round(time.time() - started, 1)},
+        "before": before,
+        "after": evaluate() if is_main else None,
+        "stages": histories,
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
+        "folder": str(recipe.output_dir),
+    }
+    if is_main:
+        _save(recipe, student, teacher, tokenizer, report)
+    return report
+
+
+def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, by Hub id, folder, or one of the built-in names."""
+    if name == "random-llama":
+        return _random_llama()
+    source = fetch_smollm2(CACHE) if name == "smollm2-demo" else name
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
+
+
+def _random_llama() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={"<eos>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from tokenizers import decoders
+
+    tokenizer.decoder = decoders.ByteLevel()
+    config = LlamaConfig(
+        vocab_size=len(alphabet) + 1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
+    """Training and held-out blocks of a recipe's documents."""
+    data = recipe.data
+    documents = load_documents(
+        data.dataset if len(data.dataset) > 1 else data.dataset[0],
+        config_name=data.dataset_config,
+        split=data.dataset_split,
+        text_column=data.text_column,
+    )
+    blocks = []
+    for part in split_documents(documents, _number_or_text(data.holdout), seed=recipe.stages[0][1].seed):
+        blocks.append(
+            pack_documents(
+                part, tokenizer, data.block_size, isolate_documents=data.isolate_documents, num_proc=data.num_proc
+            )
+        )
+    return blocks[0], blocks[1]
+
+
+def build_student(recipe: Recipe, teacher: Teacher, batch: dict[str, torch.Tensor]) -> CABMambaForCausalLM:
+    """The student that a recipe starts from."""
+    model = recipe.model
+    if model.student is not None:
+        return AutoModelForCausalLM.from_pretrained(model.student, dtype=torch.float32)
+    shape = {} if model.num_hidden_layers is None else {"num_hidden_layers": model.num_hidden_layers}
+    if model.student_from == "config":
+        config = {"vocab_size": teacher.vocab_size, "mixer_type": model.mixer_type} | shape | model.student_config
+        return CABMambaForCausalLM(CABMambaConfig(**config))
+    student = student_from_teacher(
+        teacher.model,
+        mixer_type=model.mixer_type,
+        layer_map=recipe.stages[0][1].layer_map,
+        copy_weights=model.copy_weights,
+        copy_attention=model.copy_attention,
+        **shape,
+        **model.student_config,
+    )
+    if model.calibrate and model.copy_weights:
+        calibrate_output_norm(student, teacher, {"input_ids": batch["input_ids"]})
+    return student
+
+
+def _run_stage(
+    name: str,
+    args: Any,
+    student: CABMambaForCausalLM,
+    teacher: Teacher,
+    tokenizer: PreTrainedTokenizerBase,
+    collator: LanguageCollator,
+    train_blocks: Dataset,
+    heldout_blocks: Dataset,
+) -> dict[str, Any]:
+    folder = Path(args.output_dir)
+    history_file = folder / "history.json"
+    student.requires_grad_(True)
+    trainer = DistillationTrainer(
+        student,
+        teacher,
+        replace(args),
+        train_dataset=train_blocks,
+        eval_dataset=heldout_blocks,
+        data_collator=collator,
+        processing_class=tokenizer,
+    )
+    if history_file.is_file():
+        logger.warning(f"Stage {name!r} is complete in {folder}; its student is loaded.")
+        trainer._load_from_checkpoint(str(folder))
+        return json.loads(history_file.read_text())
+    checkpoint = last_whole_checkpoint(folder)
+    if checkpoint is not None:
+        logger.warning(f"Stage {name!r} goes on from {checkpoint}.")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    tokens = trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    history = {
+        "name": name,
+        "steps": trainer.state.global_step,
+        "tokens": tokens * len(train_blocks[0]["input_ids"]),
+        "seconds": round(result.metrics["train_runtime"], 1),
+        "log": trainer.state.log_history,
+    }
+    if trainer.is_world_process_zero():
+        history_file.write_text(json.dumps(history, indent=1))
+    trainer.accelerator.wait_for_everyone()
+    return history
+
+
+def _save(
+    recipe: Recipe,
+    student: CABMambaForCausalLM,
+    teacher: Teacher,
+    tokenizer: PreTrainedTokenizerBase,
+    report: dict[str, Any],
+) -> None:
+    folder = recipe.output_dir
+    student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if recipe.data.sample_prompt:
+        report["sample"] = sample(
+            student, tokenizer, recipe.data.sample_prompt, recipe.data.sample_tokens, temperature=0.0
+        )
+        report["sample_prompt"] = recipe.data.sample_prompt
+    write_card(folder, recipe, report)
+    # Last: a folder with a report is a finished run.
+    (folder / REPORT_NAME).write_text(json.dumps(report, indent=1))
+
+
+def write_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> None:
+    """Writes the student's card, where its licence is known: a card without one would be wrong."""
+    from cab_hf.hub import write_model_card
+
+    write_model_card(folder, recipe, report)
+
+
+def reload_in_fresh_process(recipe: Recipe) -> str:
+    """What the saved student generates in a new process in which `cab_hf` can't be imported."""
+    data = recipe.data
+    with tempfile.TemporaryDirectory() as elsewhere:
+        process = subprocess.run(
+            [sys.executable, "-c", FRESH_PROCESS, str(recipe.output_dir.resolve()), data.sample_prompt or "The"]
+            + [str(data.sample_tokens)],
+            cwd=elsewhere,
+            capture_output=True,
+            text=True,
+        )
+    if process.returncode:
+        raise RuntimeError(f"The saved student did not load in a fresh process:\n{process.stderr[-2000:]}")
+    return process.stdout.strip()
+
+
+def summary(report: dict[str, Any]) -> str:
+    """A short table of a report, for the terminal."""
+    before, after = report["before"], report["after"]
+    if after is None:
+        return ""
+    lines = [
+        "",
+        f"{'held-out text':<22}{'perplexity':>12}{'KL to teacher':>16}{'top-1 agreement':>18}",
+        f"{'teacher':<22}{after['teacher_perplexity']:>12.2f}{'':>16}{'':>18}",
+        f"{'student, before':<22}{before['student_perplexity']:>12.2f}{before['kl']:>16.3f}{before['agreement']:>18.3f}",
+        f"{'student, after':<22}{after['student_perplexity']:>12.2f}{after['kl']:>16.3f}{after['agreement']:>18.3f}",
+        "",
+        f"n = {after['n_tokens']:,} held-out tokens; trained on {report['train_tokens']:,} tokens in "
+        f"{report['seconds']['whole']:,.0f} s on {report['hardware']}.",
+    ]
+    for gap, recall in after.get("recall", {}).items():
+        values = {name: recall[name]["recall"] for name in ("teacher", "student")}
+        lines.append(f"copying over a gap of {gap}: teacher {values['teacher']:.3f}, student {values['student']:.3f}")
+    if report.get("sample"):
+        text = textwrap.shorten(report["sample_prompt"] + report["sample"], 600)
+        lines += ["", "sample: " + textwrap.fill(text, 110, subsequent_indent="        ")]
+    return "\n".join([*lines, "", f"The student is in {report['folder']}", ""])
+
+
+def _claim(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """Makes `output_dir` this recipe's; returns the report if the run is finished there."""
+    asked = {name: value for name, value in recipe.values.items() if name not in FREE_OPTIONS}
+    path = folder / RECIPE_NAME
+    if path.is_file():
+        found = yaml.safe_load(path.read_text()) or {}
+        found = {name: value for name, value in found.items() if name not in FREE_OPTIONS}
+        differing = sorted(name for name in asked.keys() | found.keys() if asked.get(name) != found.get(name))
+        if differing:
+            details = "; ".join(f"{name}: {found.get(name)!r} there, {asked.get(name)!r} now" for name in differing[:4])
+            raise ValueError(
+                f"`output_dir` {folder} holds a run of another recipe ({details}). Choose another `--output_dir`, or "
+                "remove the folder."
+            )
+    if (folder / REPORT_NAME).is_file():
+        return json.loads((folder / REPORT_NAME).read_text())
+    if _is_main_process(recipe):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Sorted keys and plain types only, so that a run reads what another one wrote.
+        path.write_text(yaml.safe_dump(recipe.values))
+    return None
+
+
+def _is_main_process(recipe: Recipe) -> bool:
+    return recipe.stages[0][1].process_index == 0
+
+
+def _number_or_text(value: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value

@@ -1,0 +1,256 @@
+"""Where each family of Transformers keeps its weights, and what student its config asks for.
+
+A family is one `Family`: the student's config fields, the paths of embeddings, positions, layers and final norm inside
+the base model, and a function that reads one layer. Matrices are `(out, in)`, whatever the teacher stores.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+
+class Affine(NamedTuple):
+    """`x @ weight.T + bias`: weight `(out, in)`, bias `(out,)` or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class TeacherLayer:
+    """The weights of one Transformer layer.
+
+    Attributes:
+        norm, mlp_norm: norms before attention and MLP; `mlp_norm` is None where one norm feeds both.
+        query, key, value: from the normed hidden states to heads x head_dim.
+        output: from heads x head_dim to the residual stream.
+        scaling: factor of `query @ key.T`.
+        gate, up, down: the MLP; `gate` is None where it has no gate.
+    """
+
+    norm: nn.Module
+    mlp_norm: nn.Module | None
+    query: Affine
+    key: Affine
+    value: Affine
+    output: Affine
+    scaling: float
+    gate: Affine | None
+    up: Affine
+    down: Affine
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to read a family of teachers.
+
+    Attributes:
+        student_fields: from the teacher's config to fields of the student's. Raises ValueError for what a student
+            can't express.
+        read_layer: from one layer's module to its weights.
+        layers, final_norm: paths inside the base model.
+        positions: path of the learned position embedding, or None.
+    """
+
+    student_fields: Callable[[PreTrainedConfig], dict[str, Any]]
+    read_layer: Callable[[nn.Module], TeacherLayer]
+    layers: str
+    final_norm: str
+    positions: str | None = None
+
+
+def _linear(module: nn.Linear) -> Affine:
+    return Affine(module.weight, module.bias)
+
+
+def _conv1d(module: nn.Module) -> Affine:
+    """Of transformers' `Conv1D`, which stores `(in, out)`."""
+    return Affine(module.weight.T, module.bias)
+
+
+def _rows(affine: Affine, rows: slice) -> Affine:
+    return Affine(affine.weight[rows], None if affine.bias is None else affine.bias[rows])
+
+
+def _scaled_rows(affine: Affine, scale: Tensor) -> Affine:
+    return Affine(affine.weight * scale[:, None], None if affine.bias is None else affine.bias * scale)
+
+
+def _llama_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "intermediate_size": config.intermediate_size,
+        "gated_mlp": True,
+        "mlp_bias": config.to_dict().get("mlp_bias", False),
+        "hidden_act": config.hidden_act,
+        "norm_type": "rms_norm",
+        "layer_norm_epsilon": config.rms_norm_eps,
+    }
+
+
+def _llama_layer(block: nn.Module) -> TeacherLayer:
+    attention, mlp = block.self_attn, block.mlp
+    return TeacherLayer(
+        norm=block.input_layernorm,
+        mlp_norm=block.post_attention_layernorm,
+        query=_linear(attention.q_proj),
+        key=_linear(attention.k_proj),
+        value=_linear(attention.v_proj),
+        output=_linear(attention.o_proj),
+        scaling=attention.scaling,
+        gate=_linear(mlp.gate_proj),
+        up=_linear(mlp.up_proj),
+        down=_linear(mlp.down_proj),
+    )
+
+
+def _qwen3_layer(block: nn.Module) -> TeacherLayer:
+    """As Llama's, with the weights of the per-head query and key norms folded into the projections.
+
+    The normalisation itself divides by each token's RMS, which no linear projection can do: the student starts with
+    queries and keys of the right direction and the wrong length.
+    """
+    layer, attention = _llama_layer(block), block.self_attn
+    folded = {}
+    for name, norm in (("query", attention.q_norm), ("key", attention.k_norm)):
+        affine: Affine = getattr(layer, name)
+        heads = affine.weight.shape[0] // norm.weight.shape[0]
+        folded[name] = _scaled_rows(affine, norm.weight.repeat(heads))
+    return TeacherLayer(**(vars(layer) | folded))
+
+
+def _gpt2_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    if config.add_cross_attention:
+        raise ValueError(
+            "The teacher's add_cross_attention is True, but a student has one sequence to read. Load a GPT-2 without "
+            "cross-attention."
+        )
+    return {
+        "intermediate_size": config.n_inner or 4 * config.hidden_size,
+        "gated_mlp": False,
+        "mlp_bias": True,
+        "hidden_act": config.activation_function,
+        "norm_type": "layer_norm",
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "max_position_embeddings": config.max_position_embeddings,
+    }
+
+
+def _gpt2_layer(block: nn.Module) -> TeacherLayer:
+    fused = _conv1d(block.attn.c_attn)
+    width = fused.weight.shape[1]
+    query, key, value = (_rows(fused, slice(i * width, (i + 1) * width)) for i in range(3))
+    return TeacherLayer(
+        norm=block.ln_1,
+        mlp_norm=block.ln_2,
+        query=query,
+        key=key,
+        value=value,
+        output=_conv1d(block.attn.c_proj),
+        scaling=block.attn.scaling,
+        gate=None,
+        up=_conv1d(block.mlp.c_fc),
+        down=_conv1d(block.mlp.c_proj),
+    )
+
+
+def _phi_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    if config.qk_layernorm:
+        raise ValueError(
+            "The teacher's qk_layernorm is True: its queries and keys are normalised per head with a shift, which a "
+            "student's projections can't express. Use a Phi with qk_layernorm=False (all released ones), or build a "
+            "student from a CABMambaConfig."
+        )
+    return {
+        "intermediate_size": config.intermediate_size,
+        "gated_mlp": False,
+        "mlp_bias": True,
+        "hidden_act": config.hidden_act,
+        "norm_type": "layer_norm",
+        "layer_norm_epsilon": config.layer_norm_eps,
+        "parallel_residual": True,
+        "shared_norm": True,
+        "lm_head_bias": True,
+    }
+
+
+def _phi_layer(block: nn.Module) -> TeacherLayer:
+    attention, mlp = block.self_attn, block.mlp
+    return TeacherLayer(
+        norm=block.input_layernorm,
+        mlp_norm=None,
+        query=_linear(attention.q_proj),
+        key=_linear(attention.k_proj),
+        value=_linear(attention.v_proj),
+        output=_linear(attention.dense),
+        scaling=attention.scaling,
+        gate=None,
+        up=_linear(mlp.fc1),
+        down=_linear(mlp.fc2),
+    )
+
+
+def _gpt_neox_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "intermediate_size": config.intermediate_size,
+        "gated_mlp": False,
+        "mlp_bias": True,
+        "hidden_act": config.hidden_act,
+        "norm_type": "layer_norm",
+        "layer_norm_epsilon": config.layer_norm_eps,
+        "parallel_residual": config.use_parallel_residual,
+    }
+
+
+def _gpt_neox_layer(block: nn.Module) -> TeacherLayer:
+    attention, mlp = block.attention, block.mlp
+    fused = _linear(attention.query_key_value)
+    # Rows are ordered (head, one of query, key and value, head_dim).
+    by_role = fused.weight.unflatten(0, (-1, 3, attention.head_size)).unbind(1)
+    biases = (None,) * 3
+    if fused.bias is not None:
+        biases = [bias.flatten() for bias in fused.bias.unflatten(0, (-1, 3, attention.head_size)).unbind(1)]
+    query, key, value = (Affine(weight.flatten(0, 1), bias) for weight, bias in zip(by_role, biases, strict=True))
+    return TeacherLayer(
+        norm=block.input_layernorm,
+        mlp_norm=block.post_attention_layernorm,
+        query=query,
+        key=key,
+        value=value,
+        output=_linear(attention.dense),
+        scaling=attention.scaling,
+        gate=None,
+        up=_linear(mlp.dense_h_to_4h),
+        down=_linear(mlp.dense_4h_to_h),
+    )
+
+
+_LLAMA = Family(_llama_fields, _llama_layer, layers="layers", final_norm="norm")
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "smollm3": _LLAMA,
+    "qwen3": Family(_llama_fields, _qwen3_layer, layers="layers", final_norm="norm"),
+    "gpt2": Family(_gpt2_fields, _gpt2_layer, layers="h", final_norm="ln_f", positions="wpe"),
+    "phi": Family(_phi_fields, _phi_layer, layers="layers", final_norm="final_layernorm"),
+    "gpt_neox": Family(_gpt_neox_fields, _gpt_neox_layer, layers="layers", final_norm="final_layer_norm"),
+}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a teacher's config.
+
+    Raises:
+        ValueError: for a family without a table; the message lists the known ones.
+    """
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"No table says where a teacher of model_type {config.model_type!r} keeps its weights; known are "
+            f"{sorted(FAMILIES)}. Any teacher can teach a student that is built from a config: "
+            "CABMambaForCausalLM(CABMambaConfig(vocab_size=..., hidden_size=..., num_hidden_layers=...))."
+        )
+    return FAMILIES[config.model_type]
