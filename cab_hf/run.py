@@ -2,7 +2,6 @@
 
 import json
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,13 +29,14 @@ from transformers.utils import logging
 
 from cab_hf.data import load_documents, split_documents
 from cab_hf.demo import fetch_smollm2
+from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.teacher import Teacher, check_vocabularies
 from cab_hf.distillation.trainer import DistillationTrainer, last_whole_checkpoint
 from cab_hf.evaluation import compare, copying_recall, sample
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 from cab_hf.packing import LanguageCollator, pack_documents
 from cab_hf.recipes import Recipe
-from cab_hf.transfer import calibrate_output_norm, student_from_teacher
+from cab_hf.transfer import student_from_teacher
 
 
 logger = logging.get_logger(__name__)
@@ -87,14 +87,14 @@ def _distil(recipe: Recipe) -> dict[str, Any]:
     with main_args.main_process_first(desc="data"):
         train_blocks, heldout_blocks = load_blocks(recipe, tokenizer)
     collator = LanguageCollator(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    teacher_model.to(main_args.teacher_device or main_args.device)
+    student = build_student(recipe, teacher_model, collator([train_blocks[i] for i in range(min(8, len(train_blocks)))]))
+    check_vocabularies(student.config.vocab_size, teacher_model.config.vocab_size)
     teacher = Teacher(
         teacher_model,
-        device=torch.device(main_args.teacher_device or main_args.device),
         dtype=None if main_args.teacher_dtype is None else getattr(torch, main_args.teacher_dtype),
         remove_rotary=main_args.remove_rotary,
     )
-    student = build_student(recipe, teacher, collator([train_blocks[i] for i in range(min(8, len(train_blocks)))]))
-    check_vocabularies(student.config.vocab_size, teacher_model.config.vocab_size)
 
     def evaluate() -> dict[str, Any]:
         data = recipe.data
@@ -194,27 +194,27 @@ def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dat
     return blocks[0], blocks[1]
 
 
-def build_student(recipe: Recipe, teacher: Teacher, batch: dict[str, torch.Tensor]) -> CABMambaForCausalLM:
-    """The student that a recipe starts from."""
+def build_student(recipe: Recipe, teacher: PreTrainedModel, batch: dict[str, torch.Tensor]) -> CABMambaForCausalLM:
+    """The student that a recipe starts from, calibrated on one batch of training tokens where it asks for that."""
     model = recipe.model
     if model.student is not None:
         return AutoModelForCausalLM.from_pretrained(model.student, dtype=torch.float32)
-    shape = {} if model.num_hidden_layers is None else {"num_hidden_layers": model.num_hidden_layers}
+    config = dict(model.student_config)
+    if model.num_hidden_layers is not None:
+        config["num_hidden_layers"] = model.num_hidden_layers
     if model.student_from == "config":
-        config = {"vocab_size": teacher.vocab_size, "mixer_type": model.mixer_type} | shape | model.student_config
-        return CABMambaForCausalLM(CABMambaConfig(**config))
-    student = student_from_teacher(
-        teacher.model,
+        return CABMambaForCausalLM(
+            CABMambaConfig(**{"vocab_size": teacher.config.vocab_size, "mixer_type": model.mixer_type} | config)
+        )
+    return student_from_teacher(
+        teacher,
         mixer_type=model.mixer_type,
-        layer_map=recipe.stages[0][1].layer_map,
+        layer_map=parse_layer_map(recipe.stages[0][1].layer_map),
         copy_weights=model.copy_weights,
         copy_attention=model.copy_attention,
-        **shape,
-        **model.student_config,
+        calibration_inputs={"input_ids": batch["input_ids"]} if model.calibrate and model.copy_weights else None,
+        **config,
     )
-    if model.calibrate and model.copy_weights:
-        calibrate_output_norm(student, teacher, {"input_ids": batch["input_ids"]})
-    return student
 
 
 def _run_stage(

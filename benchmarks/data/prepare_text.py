@@ -2,8 +2,8 @@
 
     python benchmarks/data/prepare_text.py [--output FOLDER] [--only speeches ...] [--tokenize]
 
-Each corpus becomes a folder of text files, one document a file, with a `manifest.json` beside it that says where it
-came from. `--tokenize` also writes `tokens/NAME.train.npz` and `tokens/NAME.heldout.npz`, a few MB each, which
+Each corpus becomes a folder of text files, one document a file, with a `.json` of the same name beside it that says
+where it came from. `--tokenize` also writes `tokens/NAME.train.npz` and `tokens/NAME.heldout.npz`, a few MB each, which
 `cab_hf.data.load_documents` reads on a machine without a network. What is there already is kept.
 """
 
@@ -86,10 +86,11 @@ def untag(text: str) -> str:
     for tagged in re.split(r"\n\s*\n", text):
         words = re.findall(r"(\S+)/\S+", tagged)
         plain = " ".join({"``": '"(', "''": '")', "(": "((", ")": "))"}.get(word, word) for word in words)
-        # The corpus writes a closing ; ? or ! twice.
+        # The corpus writes a closing ; ? or ! twice, and a full stop after that of an abbreviation.
         plain = re.sub(r"([;?!]) \1(?= |$)", r"\1", plain)
         plain = re.sub(r' (?="\)|\)\)|[,.;:?!](?: |$))', "", plain)
         plain = re.sub(r'("\(|\(\() ', r"\1", plain)
+        plain = re.sub(r"(?<!\.)\.\.(?!\.)", ".", plain)
         paragraphs.append(plain.replace('"(', '"').replace('")', '"').replace("((", "(").replace("))", ")"))
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
 
@@ -149,7 +150,7 @@ def prepare_corpus(name: str, output: Path) -> Path:
         if count != corpus.documents:
             raise SystemExit(f"{version} holds {count} documents, expected {corpus.documents}.")
         manifest = {"package": version, "licence": corpus.licence, "documents": count, "characters": characters}
-        (texts / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        folder.with_suffix(".json").write_text(json.dumps(manifest, indent=2) + "\n")
         texts.rename(folder)
     print(f"{name}: {count} documents, {characters:,} characters from {version} ({corpus.licence})")
     return folder
@@ -167,7 +168,7 @@ def tokenize_corpus(name: str, folder: Path, output: Path, tokenizer: PreTrained
         for file in sorted(folder.rglob("*.txt"))
     ]
     parts = split_documents(Dataset.from_list(rows), CORPORA[name].holdout)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads(folder.with_suffix(".json").read_text())
     manifest |= {"holdout": CORPORA[name].holdout, "vocabulary": vocabulary_digest(tokenizer)}
     for (part, file), documents in zip(files.items(), parts):
         tokens = save_tokens(file, documents, tokenizer)

@@ -174,6 +174,7 @@ def measure(options: argparse.Namespace, batch: int, length: int) -> dict[str, d
             per_device_train_batch_size=batch,
             max_steps=options.warm_up + options.spans * options.span,
             bf16=True,
+            use_cpu=device.type == "cpu",
             learning_rate=1e-4,
             max_grad_norm=1.0,
             report_to=[],

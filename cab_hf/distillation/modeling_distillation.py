@@ -245,9 +245,14 @@ class DistillationModel(nn.Module):
         return attention_loss(student_map, attention.query, attention.key, mask, self.teacher_scalings[layer])
 
 
+def parse_layer_map(text: str) -> str | list[int]:
+    """The `layer_map` argument: the name of a rule, or indices such as "0,2,5"."""
+    return [int(index) for index in text.split(",")] if text[:1].isdigit() else text
+
+
 def shifted_labels(labels: Tensor) -> Tensor:
     """The label of each position's next token, `(b, t)`; the last position has none."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
-__all__ = ["DistillationModel", "DistillationOutput", "shifted_labels"]
+__all__ = ["DistillationModel", "DistillationOutput", "parse_layer_map", "shifted_labels"]

@@ -1,8 +1,8 @@
 """Makes a student out of a Transformer: its shape, its weights, and its attention as the start of a mixer.
 
 Linear attention `h_t = h_{t-1} + k_t v_t, y_t = q_t h_t` is a state-space recurrence with A = I, so a mixer can start
-from the teacher's projections: x <- V, B <- K, C <- Q, output projection <- O. Positions by rotation are left behind: a
-mixer knows order by its recurrence.
+from the teacher's projections: x <- V, B <- K, C <- Q, output projection <- O. Positions by rotation are left behind:
+a mixer knows order by its recurrence.
 
 Shapes: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group, `d` width.
 
@@ -10,7 +10,7 @@ Source: arXiv 2510.19266, section "Method" (the correspondence); arXiv 2408.1523
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -191,9 +191,10 @@ def calibrate_output_norm(
 ) -> None:
     """Gives every mixer head the output size of the teacher's attention head on one batch, in place.
 
-    An SSD mixer normalises each group's output to an RMS of one, so that the norm's weight becomes the teacher's RMS
-    (of the group's heads, over real tokens). An S6 mixer has no norm: the columns of its output projection are scaled
-    by the ratio of the RMS of the teacher and of the student, head by head, from the first layer to the last.
+    What is scaled is the weight of an SSD mixer's output norm, and the columns of an S6 mixer's output projection,
+    which has no norm before it: by the ratio of the RMS of teacher and student, over real tokens, from the first layer
+    to the last. (The norm alone does not make the RMS one: a head of long memory starts with outputs so small that
+    the norm's epsilon counts.)
 
     Args:
         student: the student to calibrate.
@@ -204,47 +205,41 @@ def calibrate_output_norm(
     layers = map_layers(layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     mask = inputs.get("attention_mask")
     with _borrowed(teacher) as borrowed:
-        outputs = [attention.output for attention in borrowed(inputs, attentions=True).attentions]
-        teacher_rms = [_rms(outputs[layer], mask).to(student.device) for layer in layers]
+        teacher_rms = [_rms(attention.output, mask) for attention in borrowed(inputs, attentions=True).attentions]
 
-    handles = []
-    for block, rms in zip(student.base_model.layers, teacher_rms, strict=True):
-        if isinstance(block.mixer, SSDMixer):
-            groups = student.config.n_groups
-            by_group = rms.view(groups, -1) if len(rms) % groups == 0 else rms.expand(groups, -1)
-            weight = block.mixer.norm.weight.view(groups, -1)  # (g, d / g)
-            weight.copy_(by_group.square().mean(dim=1, keepdim=True).sqrt().expand_as(weight))
-        else:
-            handles.append(block.mixer.register_forward_hook(_scaling_hook(rms, mask)))
-    if handles:
-        training = student.training
-        student.eval()
-        try:
-            student.base_model(
-                **{name: inputs[name].to(student.device) for name in ("input_ids", "attention_mask") if name in inputs},
-                use_cache=False,
-            )
-        finally:
-            student.train(training)
-            for handle in handles:
-                handle.remove()
+    training, handles = student.training, []
+    for block, layer in zip(student.base_model.layers, layers, strict=True):
+        handles.append(block.mixer.register_forward_hook(_scaling_hook(teacher_rms[layer].to(student.device), mask)))
+    try:
+        arguments = {
+            name: inputs[name].to(student.device) for name in ("input_ids", "attention_mask") if name in inputs
+        }
+        student.eval().base_model(**arguments, use_cache=False)
+    finally:
+        student.train(training)
+        for handle in handles:
+            handle.remove()
 
 
-def _scaling_hook(teacher_rms: Tensor, mask: Tensor | None):
-    """Scales an S6 mixer's output projection when the mixer runs, and what it returned in that very pass."""
+def _scaling_hook(teacher_rms: Tensor, mask: Tensor | None) -> Callable:
+    """Scales a mixer's output when the mixer runs, for good and in that very pass, which later layers read."""
 
     def scale(
-        mixer: S6Mixer, args: tuple, output: tuple[Tensor, SSMProjections]
+        mixer: SSDMixer | S6Mixer, args: tuple, result: tuple[Tensor, SSMProjections]
     ) -> tuple[Tensor, SSMProjections]:
-        y = output[1].output
+        y = result[1].output  # (b, t, d)
         heads = len(teacher_rms) if y.shape[-1] % len(teacher_rms) == 0 else 1
-        target = teacher_rms if heads > 1 else teacher_rms.square().mean().sqrt()[None]
-        # A head that is silent on this batch says nothing about its scale.
+        wanted = teacher_rms if heads > 1 else teacher_rms.square().mean().sqrt()[None]
         own = _rms(y.unflatten(-1, (heads, -1)), mask)  # (h,)
-        ratio = torch.where(own > 0, target / own.clamp_min(1e-30), 1.0)
-        columns = ratio.repeat_interleave(y.shape[-1] // heads).to(mixer.out_proj.weight.dtype)
-        mixer.out_proj.weight.mul_(columns)
-        return mixer.out_proj(y), output[1]
+        # A head that is silent on this batch says nothing about its scale.
+        ratio = torch.where(own > 0, wanted / own.clamp_min(1e-30), 1.0)
+        channels = ratio.repeat_interleave(y.shape[-1] // heads).to(y.dtype)  # (d,)
+        if isinstance(mixer, SSDMixer):
+            mixer.norm.weight.mul_(channels)
+            y = y * channels
+        else:
+            mixer.out_proj.weight.mul_(channels)
+        return mixer.out_proj(y), result[1]._replace(output=y)
 
     return scale
 
@@ -285,8 +280,8 @@ def _cast(student: CABMambaPreTrainedModel, dtype: torch.dtype) -> None:
 def _copy(name: str, target: Tensor, source: Tensor) -> None:
     if target.shape != source.shape:
         raise ValueError(
-            f"The student's {name} is {tuple(target.shape)}, the teacher's is {tuple(source.shape)}. Leave the sizes to "
-            "student_config, or pass copy_attention=False (mixers) or copy_weights=False (everything)."
+            f"The student's {name} is {tuple(target.shape)}, the teacher's is {tuple(source.shape)}. Leave the sizes "
+            "to student_config, or pass copy_attention=False (mixers) or copy_weights=False (everything)."
         )
     target.copy_(source)
 
@@ -312,8 +307,8 @@ def _copy_bias(name: str, target: Tensor | None, source: Tensor | None) -> None:
 def _copy_affine(name: str, target: nn.Linear | None, source: Affine | None) -> None:
     if (target is None) != (source is None):
         raise ValueError(
-            f"Only one of student and teacher has {name}: the student's MLP must have a gate (gated_mlp) exactly if the "
-            "teacher's has one."
+            f"Only one of student and teacher has {name}: the student's MLP must have a gate (gated_mlp) exactly if "
+            "the teacher's has one."
         )
     if target is not None:
         _copy(f"{name}.weight", target.weight, source.weight)
@@ -334,13 +329,61 @@ def _copy_head(student: CABMambaPreTrainedModel, teacher: PreTrainedModel) -> No
     _copy_bias("lm_head.bias", target.bias, source.bias)
 
 
-def _repeated(affine: Affine, rows: int) -> Affine:
-    """Repeats grouped heads until there are `rows` output features: (h_kv, p) -> (h_kv, repeats, p)."""
-    def repeat(x: Tensor, head_dim: int, repeats: int) -> Tensor:
-        return x.unflatten(0, (-1, head_dim)).repeat_interleave(repeats, dim=0).flatten(0, 1)
+def _by_head(x: Tensor, heads: int, head_dim: int) -> Tensor:
+    """Rows `(h_kv * p, ...)` of a projection as `(h, p, ...)`, grouped heads repeated."""
+    x = x.unflatten(0, (-1, head_dim))
+    return x.repeat_interleave(heads // x.shape[0], dim=0)
 
-    raise NotImplementedError
+
+def _copy_rows(
+    name: str, target: Tensor, bias: Tensor | None, source: Affine, head_dim: int, scale: float = 1.0
+) -> None:
+    """Fills `target` `(h, n, d)` and `bias` `(h, n)`, views of an input projection, with heads of `n` >= `p` rows."""
+    _copy(f"{name}.weight", target[:, :head_dim], _by_head(source.weight, len(target), head_dim) * scale)
+    rows = None if source.bias is None else _by_head(source.bias, len(target), head_dim) * scale
+    _copy_bias(f"{name}.bias", None if bias is None else bias[:, :head_dim], rows)
+
+
+def _check_heads(name: str, mixer: SSDMixer | S6Mixer, layer: TeacherLayer) -> int:
+    """Returns the teacher's head count, or says why the mixer can't take its heads."""
+    head_dim, width = mixer.config.head_dim, mixer.config.mixer_width
+    teacher_width = layer.query.weight.shape[0]
+    if width != teacher_width or width % head_dim or layer.value.weight.shape[0] % head_dim:
+        raise ValueError(
+            f"The student's {name} has a width (expand * hidden_size) of {width} in heads of {head_dim}, the teacher's "
+            f"attention one of {teacher_width} with values of {layer.value.weight.shape[0]}. Leave expand and head_dim "
+            "to student_config, or pass copy_attention=False."
+        )
+    return width // head_dim
 
 
 def _copy_attention_to_ssd(name: str, mixer: SSDMixer, layer: TeacherLayer) -> None:
-    raise NotImplementedError
+    heads = _check_heads(name, mixer, layer)
+    config, head_dim = mixer.config, mixer.config.head_dim
+    if config.n_groups != heads or config.state_size < head_dim:
+        raise ValueError(
+            f"The student's {name} has n_groups={config.n_groups} and state_size={config.state_size}, the teacher "
+            f"{heads} query heads of {head_dim}. Each head brings its own queries and keys, so set n_groups={heads} and "
+            f"state_size={head_dim} (or more), or pass copy_attention=False."
+        )
+    width, states = config.mixer_width, mixer.state_width
+    sizes = [width, width, states, states, config.num_heads]
+    weights = mixer.in_proj.weight.split(sizes)
+    biases = (None,) * 5 if mixer.in_proj.bias is None else mixer.in_proj.bias.split(sizes)
+    # Wider states than keys: B = 0 leaves the output as it is, and a random C lets B learn.
+    weights[2].zero_()
+    if biases[2] is not None:
+        biases[2].zero_()
+    for part, source, scale in ((1, layer.value, 1.0), (2, layer.key, 1.0), (3, layer.query, layer.scaling)):
+        bias = None if biases[part] is None else biases[part].unflatten(0, (heads, -1))
+        _copy_rows(f"{name}.in_proj", weights[part].unflatten(0, (heads, -1)), bias, source, head_dim, scale)
+    _copy_affine(f"{name}.out_proj", mixer.out_proj, layer.output)
+
+
+def _copy_attention_to_s6(name: str, mixer: S6Mixer, layer: TeacherLayer) -> None:
+    heads = _check_heads(name, mixer, layer)
+    width, head_dim = mixer.config.mixer_width, mixer.config.head_dim
+    bias = None if mixer.in_proj.bias is None else mixer.in_proj.bias[:width].unflatten(0, (heads, -1))
+    target = mixer.in_proj.weight[:width].unflatten(0, (heads, -1))
+    _copy_rows(f"{name}.in_proj", target, bias, layer.value, head_dim)
+    _copy_affine(f"{name}.out_proj", mixer.out_proj, layer.output)
