@@ -1,4 +1,4 @@
-"""Naive float64 truths for the tests, written as the equations read: one token after the other, one sequence at a time.
+"""Naive float64 truths for the tests, written as the equations read: one sequence at a time, token after token.
 
 Shape legend: `b` batch, `t` token, `d` width, `k` convolution taps, `h` head, `p` head_dim, `g` group, `n` state.
 """
@@ -77,7 +77,7 @@ def naive_ssd_scan(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x (b, t, h, p), dt (b, t, h), A, D (h,), B, C (b, t, g, n) -> y (b, t, h, p), state (b, h, p, n), both float64."""
+    """x (b, t, h, p), dt (b, t, h), A, D (h,), B, C (b, t, g, n) -> y (b, t, h, p), state (b, h, p, n) in float64."""
     x, dt, A, B, C = (tensor.double() for tensor in (x, dt, A, B, C))
     b, t, h, p = x.shape
     g, n = B.shape[2:]

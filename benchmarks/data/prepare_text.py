@@ -3,8 +3,8 @@
     python benchmarks/data/prepare_text.py [--output FOLDER] [--only speeches ...] [--tokenize]
 
 Each corpus becomes a folder of text files, one document a file, with a `.json` of the same name beside it that says
-where it came from. `--tokenize` also writes `tokens/NAME.train.npz` and `tokens/NAME.heldout.npz`, a few MB each, which
-`cab_hf.data.load_documents` reads on a machine without a network. What is there already is kept.
+where it came from. `--tokenize` also writes `tokens/NAME.train.npz` and `tokens/NAME.heldout.npz`, of a few MB each,
+which `cab_hf.data.load_documents` reads on a machine without a network. What is there already is kept.
 """
 
 import argparse
@@ -84,15 +84,18 @@ def untag(text: str) -> str:
     """Running text out of Brown's `word/tag`: a paragraph a line, spaces set the way a typesetter does."""
     paragraphs = []
     for tagged in re.split(r"\n\s*\n", text):
-        words = re.findall(r"(\S+)/\S+", tagged)
-        plain = " ".join({"``": '"(', "''": '")', "(": "((", ")": "))"}.get(word, word) for word in words)
-        # The corpus writes a closing ; ? or ! twice, and a full stop after that of an abbreviation.
-        plain = re.sub(r"([;?!]) \1(?= |$)", r"\1", plain)
-        plain = re.sub(r' (?="\)|\)\)|[,.;:?!](?: |$))', "", plain)
-        plain = re.sub(r'("\(|\(\() ', r"\1", plain)
-        plain = re.sub(r"(?<!\.)\.\.(?!\.)", ".", plain)
-        paragraphs.append(plain.replace('"(', '"').replace('")', '"').replace("((", "(").replace("))", ")"))
-    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
+        plain = ""
+        glued, previous = True, ""
+        for word in re.findall(r"(\S+)/\S+", tagged):
+            # The corpus writes a closing ; ? or ! twice, and a full stop after that of an abbreviation.
+            if (word == previous and word in ";?!") or (word == "." and plain.endswith(".")):
+                continue
+            closes = word in ("''", ")", "]", ",", ".", ";", ":", "?", "!")
+            plain += ("" if glued or closes else " ") + {"``": '"', "''": '"'}.get(word, word)
+            glued, previous = word in ("``", "(", "["), word
+        if plain:
+            paragraphs.append(plain)
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def npm_pack(package: str, scratch: Path, sha256: str) -> Path:

@@ -38,8 +38,8 @@ class GraphedStep:
         shapes = {name: value.shape for name, value in inputs.items()}
         if self.shapes is not None and shapes != self.shapes:
             raise ValueError(
-                f"`cuda_graph=True` needs batches of one shape; the first had {self.shapes}, this one has {shapes}. Use "
-                "packed blocks with `dataloader_drop_last=True`, or set `cuda_graph=False`."
+                f"`cuda_graph=True` needs batches of one shape; the first had {self.shapes}, this one has {shapes}. "
+                "Use packed blocks with `dataloader_drop_last=True`, or set `cuda_graph=False`."
             )
         if active != self.active:
             self.shapes, self.active = shapes, active
@@ -65,7 +65,8 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(side_stream)
         self._clear_gradients()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Other threads, such as one that pins batches, may talk to the device meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss, self.parts = self._run()
         self.gradients = [parameter.grad for parameter in self.parameters]
         for parameter, gradient in zip(self.parameters, earlier):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cab_hf.distillation.alignment import layer_map
@@ -64,10 +65,9 @@ class DistillationModel(nn.Module):
         self.student = student
         self.args = args
         config = self.core.config
-        map_spec = (
-            [int(i) for i in args.layer_map.split(",")] if args.layer_map[:1] in "-0123456789" else args.layer_map
+        self.layer_map = layer_map(
+            parse_layer_map(args.layer_map), config.num_hidden_layers, teacher.num_hidden_layers
         )
-        self.layer_map = layer_map(map_spec, config.num_hidden_layers, teacher.num_hidden_layers)
         self.teacher_scalings = [teacher.scalings[index] for index in self.layer_map]
         self.bridge = None
         if args.bridge_weight > 0:
@@ -82,8 +82,8 @@ class DistillationModel(nn.Module):
                 shared_roles=args.bridge_shared_roles,
             )
         self._check_widths(teacher)
-        # The targets' mean squares, by which relative losses divide: of one calibration batch, so that a loss does
-        # not depend on how a batch is cut into accumulation steps and processes.
+        # The targets' mean squares, by which relative losses divide: measured once, on the same examples in every
+        # run, so that a loss does not depend on how a batch is cut into accumulation steps and processes.
         self.register_buffer("target_scales", torch.ones(len(SCALED_TARGETS), config.num_hidden_layers))
 
     def _check_widths(self, teacher: Teacher) -> None:
@@ -105,23 +105,25 @@ class DistillationModel(nn.Module):
     @property
     def core(self) -> nn.Module:
         """The student without an adapter around it."""
-        return self.student.get_base_model() if "peft_config" in vars(self.student) else self.student
+        return self.student if isinstance(self.student, PreTrainedModel) else self.student.get_base_model()
 
     def activation_checkpointing_enable(self, **kwargs) -> None:
         """The Trainer asks the model for activation checkpointing; the student's blocks have it."""
         self.student.activation_checkpointing_enable(**kwargs)
 
     @torch.no_grad()
-    def calibrate_targets(self, targets: TeacherOutput, mask: Tensor | None) -> None:
-        """Measures the mean squares of one batch's targets, by which relative losses divide from then on."""
+    def measure_targets(self, targets: TeacherOutput, mask: Tensor | None) -> Tensor:
+        """The mean squares `(4, layers)` of one batch's targets; one where the teacher was not asked for them."""
+        scales = torch.ones_like(self.target_scales)
         for layer, index in enumerate(self.layer_map):
             if targets.attentions is not None:
                 query, key = self._bridge_targets(targets, index, mask)
-                self.target_scales[0, layer] = mean_square(key, mask)
-                self.target_scales[1, layer] = mean_square(query, mask)
-                self.target_scales[2, layer] = mean_square(targets.attentions[index].output, mask)
+                scales[0, layer] = mean_square(key, mask)
+                scales[1, layer] = mean_square(query, mask)
+                scales[2, layer] = mean_square(targets.attentions[index].output, mask)
             if targets.hidden_states is not None:
-                self.target_scales[3, layer] = mean_square(targets.hidden_states[index + 1], mask)
+                scales[3, layer] = mean_square(targets.hidden_states[index + 1], mask)
+        return scales
 
     def _bridge_targets(self, targets: TeacherOutput, index: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         query, key = bridge_targets(targets.attentions[index])
@@ -174,7 +176,7 @@ class DistillationModel(nn.Module):
                 targets.last_hidden_state if teacher_head is not None else targets.logits,
                 teacher_head,
                 mask=mask,
-                labels=shifted_labels(labels) if "ce" in active else None,
+                labels=shifted_labels(labels, mask) if "ce" in active and labels is not None else None,
                 temperature=self.args.temperature,
                 kl_weight=weights[0] / num_tokens if "kl" in active else 0.0,
                 ce_weight=weights[1] / num_labels if "ce" in active else 0.0,
@@ -185,7 +187,7 @@ class DistillationModel(nn.Module):
             parts["kl"], parts["ce"] = logits_loss.kl / num_tokens, logits_loss.ce / num_labels
         for name in ALIGNMENT_LOSSES:
             if name in active:
-                parts[name] = self._mean_over_layers(name, outputs, targets, mask, inputs.get("seq_idx")) / num_tokens
+                parts[name] = self._mean_over_layers(name, outputs, targets, mask) / num_tokens
                 loss = loss + weights[LOSSES.index(name)] * parts[name]
         return DistillationOutput(
             loss=loss + self._touch_unused(active),
@@ -202,7 +204,7 @@ class DistillationModel(nn.Module):
         return sum((0.0 * parameter.flatten()[:1].sum() for parameter in parameters), start=0.0)
 
     def _mean_over_layers(
-        self, name: str, outputs: ModelOutput, targets: TeacherOutput, mask: Tensor | None, seq_idx: Tensor | None
+        self, name: str, outputs: ModelOutput, targets: TeacherOutput, mask: Tensor | None
     ) -> Tensor:
         total = 0.0
         for layer, index in enumerate(self.layer_map):
@@ -223,7 +225,13 @@ class DistillationModel(nn.Module):
             else:
                 # One layer's maps exist at a time: they are made again in the backward pass.
                 total = total + checkpoint(
-                    self._map_loss, layer, *outputs.projections[layer][:3], targets, mask, seq_idx, use_reentrant=False
+                    self._map_loss,
+                    layer,
+                    *outputs.projections[layer][:3],
+                    targets,
+                    mask,
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing is random, and a CUDA graph can't read the state
                 )
         return total / len(self.layer_map)
 
@@ -238,21 +246,36 @@ class DistillationModel(nn.Module):
         time_step: Tensor,
         targets: TeacherOutput,
         mask: Tensor | None,
-        seq_idx: Tensor | None,
     ) -> Tensor:
         attention = targets.attentions[self.layer_map[layer]]
-        student_map = self.core.base_model.layers[layer].mixer.attention_map(B, C, time_step, seq_idx)
+        student_map = self.core.base_model.layers[layer].mixer.attention_map(B, C, time_step)
         return attention_loss(student_map, attention.query, attention.key, mask, self.teacher_scalings[layer])
 
 
 def parse_layer_map(text: str) -> str | list[int]:
-    """The `layer_map` argument: the name of a rule, or indices such as "0,2,5"."""
-    return [int(index) for index in text.split(",")] if text[:1].isdigit() else text
+    """The `layer_map` argument: the name of a rule, or indices such as "0,2,5".
+
+    Raises:
+        ValueError: for a list that holds something else than whole numbers.
+    """
+    if not text[:1].isdigit():
+        return text
+    indices = text.split(",")
+    for index in indices:
+        if not index.strip().isdigit():
+            raise ValueError(f"`layer_map` is {text!r}, but {index!r} is no layer: list whole numbers, as in '0,2,5'.")
+    return [int(index) for index in indices]
 
 
-def shifted_labels(labels: Tensor) -> Tensor:
-    """The label of each position's next token, `(b, t)`; the last position has none."""
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+def shifted_labels(labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The label of each position's next token, `(b, t)`, -100 where there is none: at a row's end and around padding.
+
+    Where the mask `(b, t)` is zero a token neither predicts nor is predicted, whatever its label says.
+    """
+    if mask is not None:
+        labels = labels.masked_fill(mask == 0, IGNORED_LABEL)
+    labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    return labels if mask is None else labels.masked_fill(mask == 0, IGNORED_LABEL)
 
 
 __all__ = ["DistillationModel", "DistillationOutput", "parse_layer_map", "shifted_labels"]

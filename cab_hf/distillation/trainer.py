@@ -1,5 +1,6 @@
 """`DistillationTrainer`: the HF Trainer with a teacher beside the model."""
 
+import copy
 import inspect
 import json
 import math
@@ -11,15 +12,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from cab_hf.distillation.chunked_kl import IGNORED_LABEL, chunked_kl_ce
 from cab_hf.distillation.cuda_graph import GraphedStep
 from cab_hf.distillation.losses import loss_weight
-from cab_hf.distillation.modeling_distillation import DistillationModel, DistillationOutput, shifted_labels
-from cab_hf.distillation.teacher import Teacher, TeacherOutput
+from cab_hf.distillation.modeling_distillation import (
+    ALIGNMENT_LOSSES,
+    DistillationModel,
+    DistillationOutput,
+    shifted_labels,
+)
+from cab_hf.distillation.teacher import Teacher, TeacherOutput, check_vocabularies
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
 
 
@@ -29,6 +36,8 @@ BRIDGE_NAME = "bridge.safetensors"
 TRAINER_STATE_NAME = "trainer_state.json"
 NO_WEIGHT_DECAY = re.compile(r"(^|\.)(A_log|D|dt_bias|norm_f\.weight)$")
 ATTENTION_LOSSES = {"bridge", "output", "attention"}
+CALIBRATION_EXAMPLES = 8
+"""Examples that the scales of relative losses are measured on: a fixed number, whatever the batch size."""
 
 
 class DistillationTrainer(Trainer):
@@ -46,7 +55,8 @@ class DistillationTrainer(Trainer):
             `processing_class`, `callbacks`.
 
     Raises:
-        ValueError: a teacher whose attention can't be read, or that does not fit the student or the losses.
+        ValueError: a teacher whose attention can't be read, or that does not fit the student or the losses; an option
+            of the Trainer that a distillation can't honour.
 
     Source: arXiv 2510.19266.
     """
@@ -76,18 +86,34 @@ class DistillationTrainer(Trainer):
             )
         if args.attention_weight > 0 and args.remove_rotary:
             raise ValueError(
-                "`attention_weight` needs the teacher's own attention maps, which depend on its rotary rotation; set "
-                "`remove_rotary=False`, or `attention_weight=0.0`."
+                f"`attention_weight` is {args.attention_weight} and `remove_rotary` {args.remove_rotary}, but the "
+                "teacher's attention maps depend on its rotary rotation. Set `remove_rotary=False`, or "
+                "`attention_weight=0.0`."
             )
+        for name in ("compute_metrics", "compute_loss_func", "model_init"):
+            if trainer_kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` is not used here: evaluation keeps no logits, the losses are the arguments' weights, "
+                    "and the student is given. Leave it out; `cab_hf.evaluation` measures a finished student."
+                )
         if args.trainable is not None:
             freeze_others(student, args.trainable)
         self.teacher = teacher
+        self._teacher_head = teacher.head
+        if teacher.head is not None and teacher.device != args.device:
+            # Hidden states come to the student; a copy of the head there spares moving logits, which are far larger.
+            self._teacher_head = copy.deepcopy(teacher.head).to(args.device)
         self._part_sums = None
         self._parts_logged_at = 0
         self._eval_sums = None
         self._constant_weights = {}
         self._graphed_step = None
-        super().__init__(model=DistillationModel(student, teacher, args), args=args, **trainer_kwargs)
+        self._is_calibrated = not args.relative_loss
+        set_seed(args.seed)  # of the bridge's start, which must be the same on every process
+        model = DistillationModel(student, teacher, args)
+        if teacher.vocab_size is not None:
+            check_vocabularies(model.core.config.vocab_size, teacher.vocab_size)
+        super().__init__(model=model, args=args, **trainer_kwargs)
         self.label_names = ["labels"]
 
     @property
@@ -95,7 +121,7 @@ class DistillationTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False).student
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        """As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -103,26 +129,37 @@ class DistillationTrainer(Trainer):
                     f"`resume_from_checkpoint=True`, but {self.args.output_dir} holds no complete checkpoint. Start "
                     "without it, or name the folder of a checkpoint."
                 )
-        if not resume_from_checkpoint and self.args.relative_loss and self.train_dataset is not None:
+        if not resume_from_checkpoint:
             self._calibrate_targets()
+        self._part_sums = None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _calibrate_targets(self) -> None:
-        """Measures the targets of relative losses on the first examples: the same on every process, no sampler moved."""
-        count = self.args.per_device_train_batch_size
+        """Measures relative losses' targets on the first examples: the same on every process, no sampler moved."""
+        active = frozenset(name for name in ALIGNMENT_LOSSES if getattr(self.args, f"{name}_weight") > 0)
         dataset = self.train_dataset
-        is_map_style = hasattr(dataset, "__getitem__")
-        examples = (
-            [dataset[i] for i in range(min(count, len(dataset)))] if is_map_style else list(islice(dataset, count))
-        )
-        if not examples:
-            raise ValueError("`train_dataset` is empty: there is nothing to learn from.")
+        if self._is_calibrated or not active or dataset is None:
+            return
+        if isinstance(dataset, IterableDataset):
+            examples = list(islice(dataset, CALIBRATION_EXAMPLES))
+        else:
+            examples = [dataset[i] for i in range(min(CALIBRATION_EXAMPLES, len(dataset)))]
         collate = self._get_collator_with_removed_columns(self.data_collator)
-        batch = self._prepare_inputs(collate(examples))
-        targets = self._teach(batch, frozenset(name for name in LOSSES if getattr(self.args, f"{name}_weight") > 0))
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self._move_model_to_device(model, self.args.device)
-        model.calibrate_targets(targets, batch.get("attention_mask"))
+        scales, tokens = torch.zeros_like(model.target_scales), 0
+        for start in range(0, len(examples), self.args.per_device_train_batch_size):
+            batch = self._prepare_inputs(collate(examples[start : start + self.args.per_device_train_batch_size]))
+            count = self._local_counts(batch)[0]
+            scales += count * model.measure_targets(self._teach(batch, active), batch.get("attention_mask"))
+            tokens += count
+        if tokens == 0:
+            raise ValueError(
+                f"The first {len(examples)} examples of `train_dataset` hold {int(tokens)} real tokens, on which the "
+                "relative losses' scales are measured. Filter out empty examples, or set `relative_loss=False`."
+            )
+        model.target_scales.copy_(scales / tokens)
+        self._is_calibrated = True
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -132,19 +169,19 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Real tokens and labels `(2,)` of an optimizer step, over all its batches and processes."""
-        counts = sum(self._local_counts(batch) for batch in batch_samples)
+        counts = sum(map(self._local_counts, batch_samples), start=torch.zeros(2, dtype=torch.long, device=device))
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return counts
 
     def _local_counts(self, batch: dict[str, Tensor]) -> Tensor:
-        """Real tokens and labels `(2,)` of one batch, float32."""
-        tokens, labels = batch["input_ids"].new_tensor(batch["input_ids"].numel()), batch["input_ids"].new_tensor(0)
-        if "attention_mask" in batch:
-            tokens = (batch["attention_mask"] != 0).sum()
+        """Real tokens and labels `(2,)` of one batch, int64: no precision policy rounds them."""
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        tokens = ids.new_full((), ids.numel(), dtype=torch.long) if mask is None else (mask != 0).sum()
+        labels = torch.zeros_like(tokens)
         if "labels" in batch:
-            labels = (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
-        return torch.stack([tokens, labels]).to(self.args.device, torch.float32)
+            labels = (shifted_labels(batch["labels"], mask) != IGNORED_LABEL).sum()
+        return torch.stack([tokens, labels]).to(self.args.device)
 
     def compute_loss(
         self,
@@ -174,6 +211,11 @@ class DistillationTrainer(Trainer):
                     f"`cuda_graph=True` is for one process on one GPU; there are {self.args.world_size} on "
                     f"{self.args.device.type}. Set `cuda_graph=False`."
                 )
+            if self.args.fp16:
+                raise ValueError(
+                    f"`cuda_graph=True` can't scale losses as `fp16={self.args.fp16}` needs. Use `bf16=True`, or set "
+                    "`cuda_graph=False`."
+                )
             self._graphed_step = GraphedStep(
                 model, self._distil, accumulates=self.args.gradient_accumulation_steps > 1
             )
@@ -197,21 +239,39 @@ class DistillationTrainer(Trainer):
             for name in LOSSES
         )
         if values not in self._constant_weights:
-            self._constant_weights = {values: torch.tensor(values, device=args.device)}
+            # Filled on the device: copying them there would wait for it at every step of a decay.
+            filled = [torch.full((), value, device=args.device) for value in values]
+            self._constant_weights = {values: torch.stack(filled)}
         return self._constant_weights[values], frozenset(name for name, value in zip(LOSSES, values) if value > 0)
 
-    def _teach(self, inputs: dict[str, Tensor], active: frozenset[str], logits: bool = True) -> TeacherOutput:
-        if "attention" in active and "seq_idx" in inputs:
-            raise ValueError(
-                "`attention_weight` compares whole attention maps and can't tell packed documents apart. Pad documents "
-                "instead of packing them, or set `attention_weight=0.0`."
-            )
+    def _teach(self, inputs: dict[str, Tensor], active: frozenset[str]) -> TeacherOutput:
+        mask = inputs.get("attention_mask")
+        if "seq_idx" in inputs or ("position_ids" in inputs and mask is None):
+            self._check_packing(active)
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        if mask is not None and "position_ids" not in inputs:
+            # Counted from the first real token: padding on the left would shift learned positions and rotary keys.
+            given["position_ids"] = ((mask != 0).long().cumsum(dim=-1) - 1).clamp(min=0)
         with self.accelerator.autocast():
             return self.teacher(
-                {name: value for name, value in inputs.items() if name != "labels"},
+                given,
                 attentions=bool(active & ATTENTION_LOSSES),
                 hidden_states="hidden" in active,
-                logits=logits and "kl" in active and self.teacher.head is None,
+                logits="kl" in active and self.teacher.head is None,
+            )
+
+    def _check_packing(self, active: frozenset[str]) -> None:
+        if "attention" in active:
+            raise ValueError(
+                f"`attention_weight` is {self.args.attention_weight}, but whole attention maps can't tell packed "
+                "documents apart (`seq_idx`, or `position_ids` without `attention_mask`). Pad documents instead of "
+                "packing them, or set `attention_weight=0.0`."
+            )
+        if "bridge" in active and self.args.target_map == "softmax":
+            raise ValueError(
+                f"`target_map` is {self.args.target_map!r}, which normalises keys over the tokens of all packed "
+                "documents (`seq_idx`, or `position_ids` without `attention_mask`). Pad documents instead of packing "
+                "them, or choose another map."
             )
 
     def _distil(
@@ -226,7 +286,7 @@ class DistillationTrainer(Trainer):
         targets = self._teach(inputs, active)
         outputs = model(
             targets=targets,
-            teacher_head=self.teacher.head,
+            teacher_head=self._teacher_head,
             weights=weights,
             active=active,
             num_tokens=counts[0],
@@ -240,20 +300,23 @@ class DistillationTrainer(Trainer):
     # Logging
 
     def _accumulate_parts(self, parts: Tensor) -> None:
-        self._part_sums = parts.clone() if self._part_sums is None else self._part_sums + parts
+        if self._part_sums is None:
+            self._part_sums, self._parts_logged_at = torch.zeros_like(parts), self.state.global_step
+        self._part_sums = self._part_sums + parts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._part_sums is not None:
             steps = max(self.state.global_step - self._parts_logged_at, 1)
             means = (self.accelerator.reduce(self._part_sums, "sum") / steps).tolist()
             logs.update({name: mean for name, mean in zip(LOSSES, means) if getattr(self.args, f"{name}_weight") > 0})
-            self._part_sums, self._parts_logged_at = None, self.state.global_step
+            self._part_sums = None
         super().log(logs, start_time)
 
     # Evaluation
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        """As the Trainer's, with perplexity of student and teacher, KL, agreement and every loss part among the metrics."""
+        """As the Trainer's, with both models' perplexity, their KL and agreement, and every loss part as metrics."""
+        self._calibrate_targets()
         self._eval_sums = None
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._eval_sums is not None:
@@ -285,7 +348,7 @@ class DistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Adds a batch to the evaluation's sums; logits, which can be large, are not kept."""
-        inputs = self._prepare_inputs(inputs)
+        inputs, is_counted = self._without_repeats(self._prepare_inputs(inputs))
         counts = self._local_counts(inputs)
         weights = torch.tensor([getattr(self.args, f"{name}_weight") for name in LOSSES], device=self.args.device)
         active = {name for name in LOSSES if getattr(self.args, f"{name}_weight") > 0} | {"kl"}
@@ -296,17 +359,32 @@ class DistillationTrainer(Trainer):
             outputs = self._distil(model, inputs, weights, frozenset(active), ones, agreement=True)
             teacher_ce = self._teacher_ce(outputs.targets, inputs)
         sums = torch.cat([outputs.parts, torch.stack([outputs.agreement.float(), teacher_ce]), counts])
-        self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
+        if is_counted:
+            self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
+        elif self._eval_sums is None:
+            self._eval_sums = torch.zeros_like(sums)
         return outputs.loss.detach() / counts[0].clamp(min=1), None, None
+
+    def _without_repeats(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+        """The rows that no other process has, and whether there are any.
+
+        Where the examples do not divide by the processes, the last batch is filled up with rows of the first one.
+        """
+        rows, loader = len(inputs["input_ids"]), self.accelerator.gradient_state
+        if self.args.world_size == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
+            return inputs, True
+        kept = loader.remainder - self.args.process_index * rows
+        # A sharded model runs on all processes, so one without rows of its own runs one, too.
+        return {name: value[: max(kept, 1)] for name, value in inputs.items()}, kept > 0
 
     def _teacher_ce(self, targets: TeacherOutput, inputs: dict[str, Tensor]) -> Tensor:
         if "labels" not in inputs:
             return torch.zeros((), device=self.args.device)
         with self.accelerator.autocast():
             return chunked_kl_ce(
-                targets.logits if self.teacher.head is None else targets.last_hidden_state,
-                self.teacher.head,
-                labels=shifted_labels(inputs["labels"]),
+                targets.logits if self._teacher_head is None else targets.last_hidden_state,
+                self._teacher_head,
+                labels=shifted_labels(inputs["labels"], inputs.get("attention_mask")),
                 kl_weight=0.0,
                 ce_weight=1.0,
                 chunk_size=self.args.logits_chunk_size,
@@ -318,9 +396,10 @@ class DistillationTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if not NO_WEIGHT_DECAY.search(name)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         learning_rate, bridge = self.args.bridge_learning_rate, self.model.bridge
-        if learning_rate is not None and bridge is not None:
+        if is_new and learning_rate is not None and bridge is not None:
             of_bridge = {id(parameter) for parameter in bridge.parameters()}
             for group in list(optimizer.param_groups):
                 moved = [parameter for parameter in group["params"] if id(parameter) in of_bridge]
@@ -355,13 +434,14 @@ class DistillationTrainer(Trainer):
             return
         model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
         folder = Path(resume_from_checkpoint)
-        load_student(model.student, folder)
         if not (folder / BRIDGE_NAME).is_file():
             raise ValueError(
                 f"{folder} has no {BRIDGE_NAME}: it is a student, not a checkpoint of a distillation. Pass it as the "
                 "student instead of resuming from it."
             )
+        load_student(model.student, folder)
         model.load_state_dict(load_file(folder / BRIDGE_NAME), strict=False)
+        self._is_calibrated = True
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -404,7 +484,7 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
 
 def load_student(student: nn.Module, folder: Path) -> None:
     """Loads weights that `save_pretrained` wrote into a student that already exists."""
-    if "peft_config" in vars(student):
+    if not isinstance(student, PreTrainedModel):
         student.load_adapter(str(folder), student.active_adapter, is_trainable=True)
         return
     for shard in _weight_files(folder):

@@ -19,7 +19,8 @@ class DistillationTrainingArguments(TrainingArguments):
     Source: arXiv 2510.19266; soft KL as in Hinton et al. (arXiv 1503.02531).
 
     Raises:
-        ValueError: for a negative weight, an end outside (0, 1], or a temperature that is not positive.
+        ValueError: for a negative weight, an end outside (0, 1], a temperature that is not positive, and other values
+            that no run can have.
     """
 
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(teacher || student) on the logits."})
@@ -97,6 +98,10 @@ class DistillationTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=True, metadata={"help": "Drop dataset columns that the student's forward does not take."}
     )
+    # Every parameter gets a gradient at every step, so DDP need not look for those without one.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Let DDP look for parameters without a gradient; there are none."}
+    )
     # Reading the loss for this filter would wait for the device at every step.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and inf losses out of the log."})
 
@@ -116,7 +121,13 @@ class DistillationTrainingArguments(TrainingArguments):
             raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
         if self.logits_chunk_size < 1:
             raise ValueError(f"`logits_chunk_size` must be at least 1 token, got {self.logits_chunk_size}.")
-
-    def is_active(self, name: str, progress: float) -> bool:
-        """Whether a loss part is computed at `progress`, the fraction of training done."""
-        return getattr(self, f"{name}_weight") > 0 and (progress < getattr(self, f"{name}_end") or progress == 0)
+        if self.teacher_dtype not in (None, "float32", "float16", "bfloat16"):
+            raise ValueError(
+                f"`teacher_dtype` must be float32, float16 or bfloat16, got {self.teacher_dtype!r}. Leave it out for "
+                "the teacher's own."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor` is {self.label_smoothing_factor}, but no loss here smooths labels: set it "
+                "to 0.0. The teacher's distribution (`kl_weight`) takes its place."
+            )

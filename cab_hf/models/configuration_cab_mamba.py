@@ -11,6 +11,10 @@ from transformers.configuration_utils import PreTrainedConfig
 
 
 DEFAULT_STATE_SIZE = {"mamba": 16, "mamba2": 128}
+_POSITIVE_SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "num_heads", "head_dim", "n_groups"),
+    *("conv_kernel", "time_step_rank", "chunk_size"),
+)
 
 
 @strict
@@ -51,11 +55,12 @@ class CABMambaConfig(PreTrainedConfig):
         gated_mlp (`bool`, defaults to `True`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
         mlp_bias (`bool`, defaults to `False`): biases of the MLP.
         hidden_act (`str`, defaults to `"silu"`): activation of the MLP.
-        norm_type (`"rms_norm"` or `"layer_norm"`, defaults to `"rms_norm"`): norm before each mixer and MLP and at the end.
+        norm_type (`"rms_norm"` or `"layer_norm"`, defaults to `"rms_norm"`):
+            Norm before each mixer and MLP and at the end.
         layer_norm_epsilon (`float`, defaults to 1e-5): epsilon of every norm.
         parallel_residual (`bool`, defaults to `False`): mixer and MLP read the same residual stream side by side.
         shared_norm (`bool`, defaults to `False`): with `parallel_residual`, one norm feeds both.
-        max_position_embeddings (`int`, *optional*): learned absolute positions of that many tokens; none when not given.
+        max_position_embeddings (`int`, *optional*): learned absolute positions of that many tokens; none if not given.
         lm_head_bias (`bool`, defaults to `False`): bias of the language-modelling head.
         residual_in_fp32 (`bool`, defaults to `True`): keep the residual stream in float32.
         rescale_prenorm_residual (`bool`, defaults to `False`): divide initial output projections by `sqrt(layers)`.
@@ -65,6 +70,7 @@ class CABMambaConfig(PreTrainedConfig):
     """
 
     model_type = "cab_mamba"
+    keys_to_ignore_at_inference = ["cache_params"]
 
     vocab_size: int = 50280
     hidden_size: int = 768
@@ -85,11 +91,11 @@ class CABMambaConfig(PreTrainedConfig):
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
-    time_step_limit: list[float] | tuple[float, ...] = (0.0, float("inf"))
+    time_step_limit: list[int | float] | tuple[int | float, ...] = (0.0, float("inf"))
     chunk_size: int = 256
 
     transition_init: Literal["identity", "s4d", "moving_average"] = "identity"
-    memory_range: list[float] | tuple[float, ...] = (8.0, 512.0)
+    memory_range: list[int | float] | tuple[int | float, ...] = (8.0, 512.0)
     conv_init: Literal["usual", "transparent"] = "usual"
     gate_init: Literal["usual", "transparent"] = "usual"
     skip_init: Literal["usual", "transparent"] = "usual"
@@ -116,9 +122,9 @@ class CABMambaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.state_size is None:
-            self.state_size = max(DEFAULT_STATE_SIZE[kind] for kind in set(self.layer_mixer_types) & set(DEFAULT_STATE_SIZE))
+            self.state_size = max((DEFAULT_STATE_SIZE.get(kind, 1) for kind in self.layer_mixer_types), default=1)
         if self.num_heads is None:
-            self.num_heads = max(round(self.expand * self.hidden_size) // self.head_dim, 1)
+            self.num_heads = max(self.mixer_width // max(self.head_dim, 1), 1)
         if self.time_step_rank is None:
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
@@ -154,21 +160,28 @@ class CABMambaConfig(PreTrainedConfig):
                     f"`mixer_types` names {len(self.mixer_types)} layers, `num_hidden_layers` is "
                     f"{self.num_hidden_layers}. Give one mixer type a layer, or `mixer_type` for all."
                 )
-        for name in ("hidden_size", "num_hidden_layers", "state_size", "head_dim", "n_groups", "conv_kernel", "chunk_size"):
+        for name in _POSITIVE_SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.mixer_width < 1:
+            raise ValueError(
+                f"`expand` * `hidden_size` is {self.expand} * {self.hidden_size} = {self.mixer_width}, it must be at "
+                f"least 1: `expand=2` works."
+            )
         if "mamba2" in self.layer_mixer_types:
-            if self.num_heads * self.head_dim != self.mixer_width:
+            width = self.num_heads * self.head_dim
+            if width != self.mixer_width:
+                head_dim = _largest_divisor(self.mixer_width, self.head_dim)
                 raise ValueError(
-                    f"`num_heads` * `head_dim` is {self.num_heads} * {self.head_dim} = {self.num_heads * self.head_dim}, "
-                    f"`expand` * `hidden_size` is {self.expand} * {self.hidden_size} = {self.mixer_width}. They must be "
-                    f"equal: set `expand={self.num_heads * self.head_dim / self.hidden_size:g}`, or a `head_dim` that "
-                    f"divides {self.mixer_width}, such as {_largest_divisor(self.mixer_width, self.head_dim)}."
+                    f"`num_heads` * `head_dim` is {self.num_heads} * {self.head_dim} = {width}, `expand` * "
+                    f"`hidden_size` is {self.expand} * {self.hidden_size} = {self.mixer_width}. They must be equal: "
+                    f"set `expand={width / self.hidden_size:g}`, or a `head_dim` that divides {self.mixer_width}, "
+                    f"such as `head_dim={head_dim}` with `num_heads={self.mixer_width // head_dim}`."
                 )
             if self.num_heads % self.n_groups:
                 raise ValueError(
                     f"`num_heads` ({self.num_heads}) must be a multiple of `n_groups` ({self.n_groups}); "
-                    f"{_largest_divisor(self.num_heads, self.n_groups)} works."
+                    f"`n_groups={_largest_divisor(self.num_heads, self.n_groups)}` works."
                 )
         if self.gate_init == "transparent" and not self.use_bias:
             raise ValueError(
@@ -181,11 +194,19 @@ class CABMambaConfig(PreTrainedConfig):
                 f"{self.parallel_residual}`, `intermediate_size={self.intermediate_size}`."
             )
         for name in ("time_step_limit", "memory_range"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high:
-                raise ValueError(f"`{name}` must be (low, high) with 0 <= low <= high, got ({low}, {high}).")
-        if not self.memory_range[0] > 0:
-            raise ValueError(f"`memory_range` starts at {self.memory_range[0]} tokens; it must be positive.")
+            limits = getattr(self, name)
+            if len(limits) != 2 or not 0 <= limits[0] <= limits[1]:
+                raise ValueError(f"`{name}` must be (low, high) with 0 <= low <= high, got {tuple(limits)}.")
+        if self.memory_range[0] == 0 or math.isinf(self.memory_range[1]):
+            raise ValueError(
+                f"`memory_range` must be positive and finite, got {tuple(self.memory_range)} tokens. For a memory "
+                "without end use `transition_init='identity'`."
+            )
+        if not 0 < self.time_step_min <= self.time_step_max:
+            raise ValueError(
+                "`time_step_min` and `time_step_max` must be 0 < min <= max, got "
+                f"({self.time_step_min}, {self.time_step_max}); Mamba's are (0.001, 0.1)."
+            )
 
 
 def _largest_divisor(number: int, at_most: int) -> int:

@@ -63,6 +63,27 @@ class GatedRMSNorm(nn.Module):
         return self.weight * normalised.to(x.dtype)
 
 
+class CausalConv1d(nn.Conv1d):
+    """Depthwise causal convolution over tokens, which reads its weights where the hooks of offloading see it."""
+
+    def __init__(self, width: int, kernel_size: int, bias: bool):
+        super().__init__(width, width, kernel_size, groups=width, padding=kernel_size - 1, bias=bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        activation: str | None,
+        initial_states: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        step_state: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`(b, t, d)` to `(b, t, d)`; with `step_state` `(b, d, k)` one token, which that state takes in."""
+        weight = self.weight.squeeze(1)  # (d, k)
+        if step_state is not None:
+            return causal_conv1d_update(x[:, 0], step_state, weight, self.bias, activation)[:, None]
+        return causal_conv1d(x, weight, self.bias, activation, initial_states=initial_states, seq_idx=seq_idx)
+
+
 class StateSpaceMixer(nn.Module):
     """What both mixers share: the convolution with its cache, and how padding stays out of the state."""
 
@@ -70,14 +91,7 @@ class StateSpaceMixer(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.conv1d = nn.Conv1d(
-            conv_width,
-            conv_width,
-            config.conv_kernel,
-            groups=conv_width,
-            padding=config.conv_kernel - 1,
-            bias=config.use_conv_bias,
-        )
+        self.conv1d = CausalConv1d(conv_width, config.conv_kernel, bias=config.use_conv_bias)
 
     def convolve(
         self,
@@ -87,15 +101,18 @@ class StateSpaceMixer(nn.Module):
         seq_idx: torch.Tensor | None,
     ) -> torch.Tensor:
         """Causal convolution of `x` (b, t, d) that continues from, and updates, the cache's convolution state."""
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         activation = self.config.conv_activation
         if cache is None:
-            return causal_conv1d(x, weight, bias, activation, seq_idx=seq_idx)
+            return self.conv1d(x, activation, seq_idx=seq_idx)
         state = cache.get_conv_state(self.layer_idx) if cache.has_previous_state(self.layer_idx) else None  # (b, d, k)
         if state is not None and x.shape[1] == 1:
-            return causal_conv1d_update(x[:, 0], state, weight, bias, activation)[:, None]
+            before = None if attention_mask is None else state.clone()
+            output = self.conv1d(x, activation, step_state=state)
+            if before is not None:
+                state.copy_(torch.where((attention_mask == 0)[..., None], before, state))
+            return output
         past = x.new_zeros(x.shape[0], x.shape[2], self.config.conv_kernel) if state is None else state.to(x.dtype)
-        output = causal_conv1d(x, weight, bias, activation, initial_states=past)
+        output = self.conv1d(x, activation, initial_states=past)
         cache.update_conv_state(self._last_inputs(past, x, attention_mask), self.layer_idx)
         return output
 
@@ -178,7 +195,8 @@ class SSDMixer(StateSpaceMixer):
         state = recurrent_state(cache_params, self.layer_idx)
         xBC = self.convolve(xBC, cache_params, attention_mask, seq_idx)
         x, B, C = xBC.split([config.mixer_width, self.state_width, self.state_width], dim=-1)
-        x, B, C = x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups)  # (b, t, h, p), (b, t, g, n)
+        x = x.unflatten(-1, heads)  # (b, t, h, p)
+        B, C = B.unflatten(-1, groups), C.unflatten(-1, groups)  # (b, t, g, n)
         A = -torch.exp(self.A_log.float())
         if state is not None and x.shape[1] == 1:
             y = ssd_scan_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)[:, None]
@@ -348,7 +366,9 @@ def decay_map(log_decay: torch.Tensor, seq_idx: torch.Tensor | None) -> torch.Te
     tokens = total.shape[-1]
     visible = torch.ones(tokens, tokens, dtype=torch.bool, device=total.device).tril()
     if seq_idx is not None:
-        visible = visible & (seq_idx[:, None, :, None] == seq_idx[:, None, None, :])
+        changes = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        document = changes.cumsum(dim=-1)  # (b, t), so that an index that comes back is another document
+        visible = visible & (document[:, None, :, None] == document[:, None, None, :])
     return (total[..., :, None] - total[..., None, :]).masked_fill(~visible, -torch.inf).exp()
 
 

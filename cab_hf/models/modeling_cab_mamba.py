@@ -7,6 +7,7 @@ import importlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -17,6 +18,13 @@ from transformers.utils import ModelOutput
 
 from .configuration_cab_mamba import CABMambaConfig
 from .mixers import MIXERS, S6Mixer, SSDMixer, SSMProjections
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_cab_mamba.CABMambaConfig",
+    "AutoModel": "modeling_cab_mamba.CABMambaModel",
+    "AutoModelForCausalLM": "modeling_cab_mamba.CABMambaForCausalLM",
+}
 
 
 @dataclass
@@ -121,6 +129,12 @@ class CABMambaPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _is_stateful = True
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As in transformers; the checkpoint's config names all Auto classes, whichever model is saved."""
+        if self._auto_class is not None:
+            self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -134,10 +148,9 @@ class CABMambaModel(CABMambaPreTrainedModel):
     def __init__(self, config: CABMambaConfig):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = (
-            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.max_position_embeddings else None
-        )
-        self.layers = nn.ModuleList([CABMambaBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        positions = config.max_position_embeddings
+        self.position_embeddings = nn.Embedding(positions, config.hidden_size) if positions else None
+        self.layers = nn.ModuleList([CABMambaBlock(config, idx) for idx in range(config.num_hidden_layers)])
         self.norm_f = make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -167,8 +180,8 @@ class CABMambaModel(CABMambaPreTrainedModel):
         Args:
             input_ids: `(b, t)`, or `inputs_embeds`: `(b, t, hidden_size)`.
             attention_mask: `(b, t)` or, with a cache, `(b, past + t)`; zero at padding, on either side of a row.
-            position_ids: `(b, t)`. In packed sequences a position of zero starts a document; read for learned
-                positions too, where the attention mask gives them when they are missing.
+            position_ids: `(b, t)`. Without a cache a position of zero starts a document of a packed sequence; read for
+                learned positions too, where `seq_idx` and the attention mask give them when they are missing.
             seq_idx: `(b, t)`, index of each token's document in packed sequences: states do not cross documents.
             cache_params: states to continue from, as returned by an earlier call with `use_cache=True`.
             output_projections: return every layer's B, C, time step and mixer output.
@@ -186,10 +199,11 @@ class CABMambaModel(CABMambaPreTrainedModel):
         length = inputs_embeds.shape[1]
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_dict = config.return_dict if return_dict is None else return_dict
 
         packed = seq_idx is not None
         if not packed and position_ids is not None and length > 1:
-            packed = attention_mask is None and cache_params is None and not use_cache
+            packed = cache_params is None and not use_cache
         if packed and (cache_params is not None or use_cache):
             raise ValueError(
                 "Packed sequences (`seq_idx`) can't be combined with a cache: a row has one state, but several "
@@ -211,50 +225,65 @@ class CABMambaModel(CABMambaPreTrainedModel):
         hidden_states = inputs_embeds
         if self.position_embeddings is not None:
             if position_ids is None:
-                position_ids = self._position_ids(inputs_embeds, attention_mask, continues)
+                position_ids = self._position_ids(inputs_embeds, attention_mask, seq_idx, continues)
             hidden_states = hidden_states + self.position_embeddings(position_ids)
         if attention_mask is not None:
-            # A token that is decoded alone is never padding.
-            attention_mask = None if continues and length == 1 else attention_mask[:, -length:]
+            attention_mask = attention_mask[:, -length:]
+            # A token that is decoded alone is hardly ever padding, and one look is cheaper than masks in every layer.
+            if continues and length == 1 and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+                attention_mask = None
 
-        all_hidden_states, all_projections, all_maps = (hidden_states,), (), ()
+        # What nobody asked for is not kept: it would hold every layer's activations in memory.
+        all_hidden_states, all_projections, all_maps = (), (), ()
         for layer in self.layers:
+            if output_hidden_states:
+                all_hidden_states += (hidden_states,)
             hidden_states, *projections, attention_map = layer(
                 hidden_states, cache_params, attention_mask, seq_idx, output_attentions
             )
-            all_hidden_states += (hidden_states,)
-            all_projections += (SSMProjections(*projections),)
-            all_maps += (attention_map,)
+            if output_projections:
+                all_projections += (SSMProjections(*projections),)
+            if output_attentions:
+                all_maps += (attention_map,)
         hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
 
         output = CABMambaOutput(
             last_hidden_state=hidden_states,
             cache_params=cache_params if use_cache else None,
-            hidden_states=(*all_hidden_states[:-1], hidden_states) if output_hidden_states else None,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             projections=all_projections if output_projections else None,
             attentions=all_maps if output_attentions else None,
         )
-        return output if config.return_dict is not False and return_dict is not False else output.to_tuple()
+        return output if return_dict else output.to_tuple()
 
     def _position_ids(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, continues: bool
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        seq_idx: torch.Tensor | None,
+        continues: bool,
     ) -> torch.LongTensor:
         length, table = inputs_embeds.shape[1], self.config.max_position_embeddings
-        if attention_mask is not None:
-            positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-        elif continues:
+        if attention_mask is None and continues:
             raise ValueError(
                 "A student with learned positions that continues from a cache needs `position_ids` (b, t) or the "
                 "`attention_mask` (b, past + t) of the whole sequence; got neither."
             )
+        if attention_mask is None:
+            real = torch.ones(1, length, dtype=torch.long, device=inputs_embeds.device)
         else:
-            positions = torch.arange(length, device=inputs_embeds.device)[None]
-        if positions.shape[1] > table:
+            real = attention_mask.long()
+        counts = real.cumsum(dim=-1)
+        if seq_idx is not None:
+            starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
+            counts = counts - torch.where(starts, counts - real, 0).cummax(dim=-1).values
+        # Padding and packing take no positions, so that only a long row needs a look at the values.
+        if counts.shape[1] > table and int(counts.max()) > table:
             raise ValueError(
-                f"The sequence has {positions.shape[1]} tokens, `max_position_embeddings` is {table}. Shorten the "
+                f"The sequence has {int(counts.max())} tokens, `max_position_embeddings` is {table}. Shorten the "
                 f"input, or use a student without learned positions."
             )
-        return positions[:, -length:]
+        return (counts - 1).clamp(min=0)[:, -length:]
 
 
 class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
@@ -290,6 +319,7 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
         cache_params: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> dict:
         # Positions follow from the mask, on whichever side of the prompt its padding is.
@@ -298,6 +328,7 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
             cache_params=cache_params,
             attention_mask=attention_mask,
             position_ids=None if attention_mask is not None else position_ids,
+            inputs_embeds=inputs_embeds,
             **kwargs,
         )
 
@@ -351,7 +382,8 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
             projections=outputs.projections,
             attentions=outputs.attentions,
         )
-        return output if self.config.return_dict is not False and return_dict is not False else output.to_tuple()
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
 
 __all__ = ["CABMambaForCausalLM", "CABMambaModel", "CABMambaPreTrainedModel"]

@@ -114,6 +114,7 @@ def _load_kernels(operation: str, backend: str) -> str:
         module_root = module_name.partition(".")[0]
         package = _PACKAGES[module_root]
         try:
+            importlib.import_module(module_root)
             _kernels[name] = getattr(importlib.import_module(module_name), name)
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
             if isinstance(error, ModuleNotFoundError) and error.name == module_root:
@@ -376,7 +377,7 @@ def _check_s6(
 
 def _into_chunks(tensor: Tensor, chunks: int, length: int, value: float = 0.0) -> Tensor:
     padding = chunks * length - tensor.shape[1]
-    if torch.compiler.is_compiling() or padding:
+    if padding:
         tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding), value=value)
     return tensor.unflatten(1, (chunks, length))  # (b, chunk, position, ...)
 
@@ -530,7 +531,7 @@ _scan.register_autograd(_differentiate_scan, setup_context=_save_scan)
 
 
 class _FinalStateGradient(torch.autograd.Function):
-    """Identity on the final state of a kernel without a gradient for it: where one arrives, the torch scan makes it."""
+    """Identity on the final state of a kernel without a gradient for it; the torch scan makes it when one arrives."""
 
     @staticmethod
     def forward(ctx, final_state, x, dt, A, B):
@@ -671,24 +672,19 @@ def _check_ssd(
 
 def _decay_matrix(log_decay: Tensor, same_run: Tensor | None) -> Tensor:
     """`(..., l, s)`: exp of `log_decay` `(..., l)` summed over positions s+1..l; 0 for s > l and across sequences."""
-    # A difference of two running sums loses what a large decay before both has swallowed. The float64 sum as a pair of
-    # float32 numbers keeps it at float32's price; on a device without float64 the second of the pair is zero.
-    total = log_decay.cumsum(-1, dtype=log_decay.dtype if log_decay.device.type == "mps" else torch.float64)
-    coarse = total.to(log_decay.dtype)
-    fine = (total.detach() - coarse.detach()).to(log_decay.dtype)
-    difference = coarse.unsqueeze(-1) - coarse.unsqueeze(-2) + (fine.unsqueeze(-1) - fine.unsqueeze(-2))
-    mask = torch.ones(difference.shape[-2:], dtype=torch.bool, device=log_decay.device).tril()
-    if same_run is not None:
-        mask = mask & same_run
-    return difference.masked_fill(~mask, -torch.inf).exp()
+    # In float32 a difference of running sums, and its gradient, loses what a large decay before both has swallowed.
+    # The cast comes first: cumsum(dtype=...) would round its gradient to the input's dtype before it sums.
+    total = log_decay.to(log_decay.dtype if log_decay.device.type == "mps" else torch.float64).cumsum(-1)
+    difference = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(log_decay.dtype)
+    future = torch.ones(difference.shape[-2:], dtype=torch.bool, device=log_decay.device).triu(1)
+    return difference.masked_fill(future if same_run is None else future | ~same_run, -torch.inf).exp()
 
 
 def _ssd_chunks(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, state: Tensor, runs: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     (b, t, h, p), (g, n) = x.shape, B.shape[-2:]
-    # a traced graph keeps the full chunk, whatever the number of tokens
-    length = min(chunk_size, SSD_CHUNK) if torch.compiler.is_compiling() else min(chunk_size, SSD_CHUNK, t)
+    length = min(chunk_size, SSD_CHUNK, t)
     c = -(-t // length)
     u, log_decay, B, C = (_into_chunks(tensor, c, length) for tensor in (x * dt.unsqueeze(-1), dt * A, B, C))
     u = u.unflatten(3, (g, h // g))  # (b, c, l, g, h/g, p)
@@ -726,12 +722,10 @@ def _carry_states(
     log_decay: `(b, c, h)`, of whole chunks; chunk_runs: `(b, 1+c)`, the sequence at each chunk's end, the initial
     state's first. One product for a block of chunks, so that the cost stays linear in the number of tokens.
     """
-    # torch.export wants a graph for any number of chunks, hence no loop over blocks
-    span = states.shape[1] if torch.compiler.is_exporting() else SSD_CHUNKS_PER_BLOCK
     entering = []
-    for first in range(0, states.shape[1], span):
-        block_states = torch.cat([state.unsqueeze(1), states[:, first : first + span]], dim=1)
-        block_decay = F.pad(log_decay[:, first : first + span], (0, 0, 1, 0)).transpose(1, 2)
+    for first in range(0, states.shape[1], SSD_CHUNKS_PER_BLOCK):
+        block_states = torch.cat([state.unsqueeze(1), states[:, first : first + SSD_CHUNKS_PER_BLOCK]], dim=1)
+        block_decay = F.pad(log_decay[:, first : first + SSD_CHUNKS_PER_BLOCK], (0, 0, 1, 0)).transpose(1, 2)
         same_run = None
         if chunk_runs is not None:
             block_runs = chunk_runs[:, first : first + block_states.shape[1]]

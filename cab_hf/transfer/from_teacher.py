@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from cab_hf.distillation.alignment import layer_map as map_layers
 from cab_hf.distillation.teacher import Teacher
@@ -26,8 +25,6 @@ from cab_hf.models.mixers import S6Mixer, SSDMixer, SSMProjections
 from cab_hf.models.modeling_cab_mamba import CABMambaForCausalLM, CABMambaPreTrainedModel
 from cab_hf.transfer.families import Affine, TeacherLayer, family_of
 
-
-logger = logging.get_logger(__name__)
 
 # As if the mixer were a moving average of the teacher's values: nothing between the copied projections distorts them.
 _START = {
@@ -116,7 +113,7 @@ def student_config(
     fields = {
         "vocab_size": teacher_config.vocab_size,
         "hidden_size": teacher_config.hidden_size,
-        "num_hidden_layers": num_hidden_layers or teacher_config.num_hidden_layers,
+        "num_hidden_layers": teacher_config.num_hidden_layers if num_hidden_layers is None else num_hidden_layers,
         "mixer_type": mixer_type,
         "num_heads": heads,
         "head_dim": head_dim,
@@ -143,10 +140,12 @@ def copy_teacher_weights(
 ) -> None:
     """Copies a teacher's weights into a student, in place.
 
-    In an SSD mixer with one group a head, x <- V, B <- K, C <- Q times the attention's scaling (grouped keys and values
-    are repeated), and the output projection <- O, biases included. An S6 mixer computes B and C from x, so there is no
-    slot for K and Q: x <- V and the output projection <- O are copied, and the bridge is what teaches B and C. States
-    wider than a key keep their random C and get B = 0, silent until they learn.
+    In an SSD mixer with one group a head, x <- V, B <- K, C <- Q times the attention's scaling (grouped keys and
+    values are repeated), and the output projection <- O, biases included. States wider than a key keep their random C
+    and get B = 0, silent until they learn.
+
+    An S6 mixer computes B and C from x, so there is no slot for K and Q: x <- V and the output projection <- O are
+    copied, and the bridge is what teaches B and C.
 
     Of Qwen3, the weights of the query and key norms are copied into the projections; their normalisation can't be.
 
@@ -350,9 +349,9 @@ def _check_heads(name: str, mixer: SSDMixer | S6Mixer, layer: TeacherLayer) -> i
     teacher_width = layer.query.weight.shape[0]
     if width != teacher_width or width % head_dim or layer.value.weight.shape[0] % head_dim:
         raise ValueError(
-            f"The student's {name} has a width (expand * hidden_size) of {width} in heads of {head_dim}, the teacher's "
-            f"attention one of {teacher_width} with values of {layer.value.weight.shape[0]}. Leave expand and head_dim "
-            "to student_config, or pass copy_attention=False."
+            f"The student's {name} has a width (expand * hidden_size) of {width} in heads of {head_dim}, the "
+            f"teacher's attention one of {teacher_width} with values of {layer.value.weight.shape[0]}. Leave expand "
+            "and head_dim to student_config, or pass copy_attention=False."
         )
     return width // head_dim
 
@@ -363,7 +362,7 @@ def _copy_attention_to_ssd(name: str, mixer: SSDMixer, layer: TeacherLayer) -> N
     if config.n_groups != heads or config.state_size < head_dim:
         raise ValueError(
             f"The student's {name} has n_groups={config.n_groups} and state_size={config.state_size}, the teacher "
-            f"{heads} query heads of {head_dim}. Each head brings its own queries and keys, so set n_groups={heads} and "
+            f"{heads} query heads of {head_dim}. Each head brings its own queries and keys: set n_groups={heads} and "
             f"state_size={head_dim} (or more), or pass copy_attention=False."
         )
     width, states = config.mixer_width, mixer.state_width

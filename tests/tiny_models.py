@@ -1,0 +1,80 @@
+"""Tiny students for the tests, with weights far from their start so that errors show."""
+
+import torch
+
+from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
+
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "transition_init": "s4d"}
+MLP = {"intermediate_size": 24, "hidden_act": "gelu"}
+
+VARIANTS = {
+    "s6": {"mixer_type": "mamba"},
+    "s6 untied, biases": {
+        "mixer_type": "mamba",
+        "use_bias": True,
+        "use_conv_bias": False,
+        "tie_word_embeddings": False,
+        "lm_head_bias": True,
+    },
+    "s6 positions, plain mlp": {
+        "mixer_type": "mamba",
+        **MLP,
+        "gated_mlp": False,
+        "norm_type": "layer_norm",
+        "max_position_embeddings": 40,
+    },
+    "ssd 1 group": {"mixer_type": "mamba2", "n_groups": 1, "conv_kernel": 2},
+    "ssd 2 groups, gated mlp": {"mixer_type": "mamba2", "n_groups": 2, **MLP},
+    "ssd 4 groups, linear conv": {
+        "mixer_type": "mamba2",
+        "n_groups": 4,
+        "conv_activation": None,
+        "use_bias": True,
+        "time_step_limit": (0.3, 1.2),
+        "residual_in_fp32": False,
+    },
+    "ssd parallel, own norms": {"mixer_type": "mamba2", **MLP, "mlp_bias": True, "parallel_residual": True},
+    "ssd parallel, shared norm": {
+        "mixer_type": "mamba2",
+        **MLP,
+        "parallel_residual": True,
+        "shared_norm": True,
+        "norm_type": "layer_norm",
+        "max_position_embeddings": 40,
+    },
+    "mixed": {"mixer_types": ["mamba2", "mamba"], "num_hidden_layers": 2},
+}
+MIXER_TYPES = ("mamba", "mamba2")
+
+
+def tiny_config(**overrides) -> CABMambaConfig:
+    return CABMambaConfig(**{**SIZES, "state_size": 6, "chunk_size": 4, **overrides})
+
+
+def tiny_model(seed: int = 0, **overrides) -> CABMambaForCausalLM:
+    """A model in eval mode with shaken weights."""
+    torch.manual_seed(seed)
+    return shake(CABMambaForCausalLM(tiny_config(**overrides)).eval(), seed)
+
+
+@torch.no_grad()
+def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Moves every parameter from its start: biases and D too, decays and time steps to where both matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        if name.endswith(("A_log", "dt_bias", "dt_proj.bias")):
+            parameter.copy_(0.5 * noise)
+        else:
+            parameter.add_(0.2 * noise)
+    return model
+
+
+def random_ids(*shape: int, seed: int = 0, vocab_size: int = 99) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float((a - b).abs().max()) if a.numel() else 0.0
