@@ -56,10 +56,10 @@ def test_ssd_mixer_equals_mamba_ssm():
     mamba2 = pytest.importorskip("mamba_ssm.modules.mamba2")
     torch.backends.cuda.matmul.allow_tf32 = False
     theirs = mamba2.Mamba2(
-        d_model=64, d_state=16, d_conv=4, expand=2, headdim=32, ngroups=2, chunk_size=64, use_mem_eff_path=False
+        d_model=64, d_state=16, d_conv=4, expand=2, headdim=16, ngroups=2, chunk_size=64, use_mem_eff_path=False
     )
     scattered(theirs)
-    ours = SSDMixer(config("mamba2"), 0).cuda()
+    ours = SSDMixer(config("mamba2", head_dim=16), 0).cuda()
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(3, 130, 64, device="cuda", requires_grad=True)
     # Triton's float32 products are tf32: 1e-2 on both sides of the comparison.
