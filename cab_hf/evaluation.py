@@ -161,7 +161,7 @@ def compare(
     ):
         numbers = ratio_interval(sums, tokens)
         report[name], low, high = map(_exp, numbers) if "perplexity" in name else numbers
-        report[f"{name}_ci95"] = [low, high]
+        report[f"{name}_ci95"] = [max(low, 0.0), min(high, 1.0) if name == "agreement" else high]
     return report | {"n_tokens": int(tokens.sum()), "n_blocks": int(np.count_nonzero(tokens))}
 
 

@@ -1,117 +1,14 @@
-"""Tiny teachers, students and rows for tests of a whole distillation."""
+"""What every test module shares."""
 
-import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+import gc
 
-import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+import pytest
 
 
-VOCAB = 61
-HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 8
-LENGTHS = (11, 3, 7, 1, 9, 5, 2, 11)
-SIX_LOSSES = {
-    "kl_weight": 1.0,
-    "ce_weight": 0.3,
-    "bridge_weight": 0.5,
-    "output_weight": 0.7,
-    "hidden_weight": 0.2,
-    "attention_weight": 0.4,
-}
-NO_LOSS = dict.fromkeys(SIX_LOSSES, 0.0)
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def tiny_teacher(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """A random Llama of 4 layers with grouped queries and weights large enough for errors to show."""
-    torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": HEADS * HEAD_DIM,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEY_HEADS,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.15,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides}))
-
-
-def tiny_student(mixer_type: str = "mamba2", seed: int = 1, **overrides: Any):
-    """A random student of 2 layers, as wide as the tiny teacher's attention and with as many heads."""
-    from cab_hf import CABMambaConfig, CABMambaForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": HEADS * HEAD_DIM,
-        "num_hidden_layers": 2,
-        "mixer_type": mixer_type,
-        "expand": 1,
-        "head_dim": HEAD_DIM,
-        "state_size": 6,
-        "transition_init": "s4d",
-    }
-    student = CABMambaForCausalLM(CABMambaConfig(**{**sizes, **overrides}))
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return student
-
-
-def make_arguments(folder: Any, **overrides: Any):
-    """Arguments of a quiet run on the CPU that saves nothing and logs every step."""
-    from cab_hf import DistillationTrainingArguments
-
-    quiet = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0.0,
-        "max_steps": 1,
-        "per_device_train_batch_size": 8,
-    }
-    return DistillationTrainingArguments(**{**quiet, **overrides})
-
-
-def ragged_rows(
-    lengths: Iterable[int] = LENGTHS, width: int = 11, side: str = "right", seed: int = 0, pad_seed: int | None = None
-) -> list[dict[str, Tensor]]:
-    """Rows {"input_ids", "attention_mask", "labels"} `(width,)` of random tokens, padded on one side.
-
-    The tokens of row `i` depend on `seed` and `i` alone. Padding is token 0, or random with `pad_seed`.
-    """
-    pads = None if pad_seed is None else torch.Generator().manual_seed(pad_seed)
-    rows = []
-    for index, length in enumerate(lengths):
-        tokens = torch.randint(VOCAB, (width,), generator=torch.Generator().manual_seed(1000 * seed + index))[:length]
-        missing = width - length
-        padding = (
-            torch.zeros(missing, dtype=torch.long)
-            if pads is None
-            else torch.randint(VOCAB, (missing,), generator=pads)
-        )
-        first_unseen = tokens.clone()
-        first_unseen[:1] = -100
-        parts = {
-            "input_ids": (tokens, padding),
-            "attention_mask": (torch.ones(length, dtype=torch.long), torch.zeros(missing, dtype=torch.long)),
-            "labels": (first_unseen, torch.full((missing,), -100)),
-        }
-        rows.append({name: torch.cat(both if side == "right" else both[::-1]) for name, both in parts.items()})
-    return rows
-
-
-def real_tokens(rows: Sequence[dict[str, Tensor]]) -> list[Tensor]:
-    """The unpadded tokens of each row that has any."""
-    tokens = [row["input_ids"][row["attention_mask"] != 0] for row in rows]
-    return [row for row in tokens if len(row)]
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """Every training starts by a garbage collection, which takes most of a tiny run unless modules are left out."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

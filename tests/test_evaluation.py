@@ -206,6 +206,8 @@ class TestCompare:
         assert report["perplexity_ratio"] == pytest.approx(ratio)
         low, high = report["perplexity_ratio_ci95"]
         assert low < ratio < high
+        low, high = report["agreement_ci95"]
+        assert 0.0 <= low <= report["agreement"] <= high <= 1.0
 
     def test_a_model_with_itself(self):
         report = compare(llama(), llama(), rows_of(9, 5, 7), progress=False)

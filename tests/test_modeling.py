@@ -190,9 +190,7 @@ def test_the_cache_holds_fixed_size_states():
     for length in (1, 5, 1):
         returned = model(random_ids(2, length), cache_params=cache, use_cache=True).cache_params
         assert returned is cache
-        shapes.append(
-            [tuple(f(i).shape) for i in range(2) for f in (cache.get_conv_state, cache.get_recurrent_state)]
-        )
+        shapes.append([tuple(f(i).shape) for i in range(2) for f in (cache.get_conv_state, cache.get_recurrent_state)])
     # SSD: 64 channels and B, C of 6; 8 heads of 8. S6: 64 channels.
     assert shapes[0] == [(2, 76, 4), (2, 8, 8, 6), (2, 64, 4), (2, 64, 6)]
     assert shapes[0] == shapes[1] == shapes[2]

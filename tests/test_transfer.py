@@ -28,6 +28,7 @@ from cab_hf.transfer import (
     FAMILIES,
     calibrate_output_norm,
     copy_teacher_weights,
+    fit_output_projection,
     student_config,
     student_from_teacher,
 )
@@ -381,6 +382,68 @@ def test_errors_teach():
         student_from_teacher(teacher, use_bias=False, gate_init="usual")
     with pytest.raises(ValueError, match="lists 1 teacher layers for 3"):
         student_from_teacher(teacher, layer_map=[0])
+
+
+def mixer_errors(student, teacher, inputs):
+    """Squared error of each mixer against the teacher's attention, both on the teacher's hidden states, real tokens."""
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    seen, errors = [], []
+    handles = [
+        attention.register_forward_hook(
+            lambda module, args, kwargs, output: seen.append(
+                (args[0] if args else kwargs["hidden_states"], output[0])
+            ),
+            with_kwargs=True,
+        )
+        for attention in blocks_and_attention(teacher)[1]
+    ]
+    teacher(**inputs, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for block, (x, target) in zip(student.backbone.layers, seen, strict=True):
+        errors.append((block.mixer(x, None, inputs.get("attention_mask"))[0] - target)[real].square().mean())
+    return torch.stack(errors)
+
+
+@pytest.mark.parametrize(("name", "mixer_type"), [("llama", "mamba2"), ("gpt2", "mamba2"), ("gpt_neox", "mamba")])
+@torch.no_grad()
+def test_fitted_output_projections_minimise_the_error(name, mixer_type):
+    teacher, inputs = make(name), left_padded(batch(seed=5, length=40))
+    student = student_from_teacher(teacher, mixer_type=mixer_type, calibration_inputs=inputs)
+    before = copy.deepcopy(student.state_dict())
+    start = mixer_errors(student, teacher, inputs)
+    fit_output_projection(student, teacher, [inputs], ridge=1e12)
+    for key, value in student.state_dict().items():  # pulled back all the way, but for the free bias
+        assert "out_proj.bias" in key or torch.allclose(value, before[key], atol=1e-6), key
+    student.load_state_dict(before)
+    fit_output_projection(student, teacher, [inputs], ridge=0.3)
+    pulled = mixer_errors(student, teacher, inputs)
+    fit_output_projection(student, teacher, [inputs], ridge=0.0)
+    best = mixer_errors(student, teacher, inputs)
+    assert (best < pulled).all() and (pulled < 0.9 * start).all()
+    # A minimum: no small step in any direction does better.
+    generator = torch.Generator().manual_seed(0)
+    for block in student.backbone.layers:
+        weight = block.mixer.out_proj.weight
+        weight.add_(torch.randn(weight.shape, generator=generator) * 1e-2 * weight.std())
+    assert (mixer_errors(student, teacher, inputs) > best).all()
+    changed = {key for key, value in student.state_dict().items() if not torch.equal(value, before[key])}
+    assert all("out_proj" in key for key in changed)
+
+
+@torch.no_grad()
+def test_fit_adds_up_batches_and_ignores_padding():
+    teacher, inputs = make("llama"), left_padded(batch(seed=6, length=20))
+    whole, parts = (student_from_teacher(teacher) for _ in range(2))
+    fit_output_projection(whole, teacher, [inputs])
+    noisy = inputs | {"input_ids": inputs["input_ids"].where(inputs["attention_mask"].bool(), torch.tensor(7))}
+    fit_output_projection(parts, teacher, ({key: value[i : i + 1] for key, value in noisy.items()} for i in range(2)))
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="batches is empty"):
+        fit_output_projection(whole, teacher, [])
+    with pytest.raises(ValueError, match="ridge is -1"):
+        fit_output_projection(whole, teacher, [inputs], ridge=-1)
 
 
 def test_steps_work_alone():

@@ -77,4 +77,4 @@ def random_ids(*shape: int, seed: int = 0, vocab_size: int = 99) -> torch.Tensor
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape, (a.shape, b.shape)
-    return float((a - b).abs().max()) if a.numel() else 0.0
+    return float((a - b).detach().abs().max()) if a.numel() else 0.0

@@ -120,7 +120,8 @@ class DistillationModel(nn.Module):
                 query, key = self._bridge_targets(targets, index, mask)
                 scales[0, layer] = mean_square(key, mask)
                 scales[1, layer] = mean_square(query, mask)
-                scales[2, layer] = mean_square(targets.attentions[index].output, mask)
+                if targets.attentions[index].output is not None:
+                    scales[2, layer] = mean_square(targets.attentions[index].output, mask)
             if targets.hidden_states is not None:
                 scales[3, layer] = mean_square(targets.hidden_states[index + 1], mask)
         return scales
@@ -208,24 +209,10 @@ class DistillationModel(nn.Module):
     ) -> Tensor:
         total = 0.0
         for layer, index in enumerate(self.layer_map):
-            if name == "bridge":
-                projections = outputs.projections[layer]
-                query, key = self._bridge_targets(targets, index, mask)
-                for row, (role, projection, target) in enumerate(
-                    (("key", projections.B, key), ("query", projections.C, query))
-                ):
-                    prediction = self.bridge(layer, role, projection)
-                    total = total + bridge_loss(prediction, target, mask, self._relative(row, layer))
-            elif name == "output":
-                target = targets.attentions[index].output
-                total = total + output_loss(outputs.projections[layer].output, target, mask, self._relative(2, layer))
-            elif name == "hidden":
-                student, teacher = outputs.hidden_states[layer + 1], targets.hidden_states[index + 1]
-                total = total + hidden_loss(student, teacher, mask, self._relative(3, layer))
-            else:
-                # One layer's maps exist at a time: they are made again in the backward pass.
+            if name in ("bridge", "attention"):
+                # Made again in the backward pass, so that one layer's predictions or maps exist at a time.
                 total = total + checkpoint(
-                    self._map_loss,
+                    self._bridge_loss if name == "bridge" else self._map_loss,
                     layer,
                     *outputs.projections[layer][:3],
                     targets,
@@ -233,10 +220,32 @@ class DistillationModel(nn.Module):
                     use_reentrant=False,
                     preserve_rng_state=False,  # nothing is random, and a CUDA graph can't read the state
                 )
+            elif name == "output":
+                target = targets.attentions[index].output
+                total = total + output_loss(outputs.projections[layer].output, target, mask, self._relative(2, layer))
+            else:
+                student, teacher = outputs.hidden_states[layer + 1], targets.hidden_states[index + 1]
+                total = total + hidden_loss(student, teacher, mask, self._relative(3, layer))
         return total / len(self.layer_map)
 
     def _relative(self, row: int, layer: int) -> Tensor | bool:
         return self.target_scales[row, layer] if self.args.relative_loss else False
+
+    def _bridge_loss(
+        self,
+        layer: int,
+        B: Tensor,
+        C: Tensor,
+        time_step: Tensor,
+        targets: TeacherOutput,
+        mask: Tensor | None,
+    ) -> Tensor:
+        query, key = self._bridge_targets(targets, self.layer_map[layer], mask)
+        total = 0.0
+        for row, (role, projection, target) in enumerate((("key", B, key), ("query", C, query))):
+            prediction = self.bridge(layer, role, projection)
+            total = total + bridge_loss(prediction, target, mask, self._relative(row, layer))
+        return total
 
     def _map_loss(
         self,

@@ -217,6 +217,7 @@ class Teacher:
         self._accepted = set(inspect.signature(model.base_model.forward).parameters)
         self._isolates = "position_ids" in self._accepted
         self._rotary: RotaryPlan | None = None
+        self._compiled_base: Callable | None = None
 
         self._original = _BASES.get(self.config._attn_implementation, self.config._attn_implementation)
         if self._original is None or self._original.startswith("paged|"):
@@ -284,6 +285,8 @@ class Teacher:
 
         module = self.model if whole else self.model.base_model
         rotated = attentions and self._rotary is not None
+        if self._compiled_base is not None and not (whole or rotated):
+            module = self._compiled_base
         recording = recorded_tables(self.model.base_model) if rotated else nullcontext()
         with recording as tables, self._precision():
             output = module(**arguments, return_dict=True)
@@ -302,6 +305,10 @@ class Teacher:
             attentions=None if read is None else tuple(TeacherAttention(*map(home, attention)) for attention in read),
             hidden_states=tuple(map(home, output.hidden_states)) if hidden_states else None,
         )
+
+    def compile(self) -> None:
+        """Runs the teacher through `torch.compile` from now on; the model itself is left as it is."""
+        self._compiled_base = torch.compile(self.model.base_model)
 
     def restore(self) -> PreTrainedModel:
         """Gives the model back with the attention implementation that it came with."""

@@ -98,6 +98,8 @@ class DistillationTrainer(Trainer):
                 )
         if args.trainable is not None:
             freeze_others(student, args.trainable)
+        if args.torch_compile:
+            teacher.compile()
         self.teacher = teacher
         self._teacher_head = teacher.head
         if teacher.head is not None and teacher.device != args.device:
@@ -253,12 +255,16 @@ class DistillationTrainer(Trainer):
             # Counted from the first real token: padding on the left would shift learned positions and rotary keys.
             given["position_ids"] = ((mask != 0).long().cumsum(dim=-1) - 1).clamp(min=0)
         with self.accelerator.autocast():
-            return self.teacher(
+            targets = self.teacher(
                 given,
                 attentions=bool(active & ATTENTION_LOSSES),
                 hidden_states="hidden" in active,
                 logits="kl" in active and self.teacher.head is None,
             )
+        if targets.attentions is not None and "output" not in active:
+            # Nothing reads the outputs then, and all layers' together are large.
+            targets.attentions = tuple(attention._replace(output=None) for attention in targets.attentions)
+        return targets
 
     def _check_packing(self, active: frozenset[str]) -> None:
         if "attention" in active:

@@ -162,9 +162,9 @@ class SSDMixer(StateSpaceMixer):
         super().__init__(config, layer_idx, conv_width=config.mixer_width + 2 * self.state_width)
         self.split_sizes = [config.mixer_width, config.mixer_width + 2 * self.state_width, config.num_heads]
         self.in_proj = nn.Linear(config.hidden_size, sum(self.split_sizes), bias=config.use_bias)
-        self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
-        self.A_log = nn.Parameter(torch.empty(config.num_heads))
-        self.D = nn.Parameter(torch.empty(config.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
         self.norm = GatedRMSNorm(config.mixer_width, config.group_size, config.layer_norm_epsilon)
         self.out_proj = nn.Linear(config.mixer_width, config.hidden_size, bias=config.use_bias)
 
@@ -259,9 +259,9 @@ class S6Mixer(StateSpaceMixer):
         width, rank, state_size = config.mixer_width, config.time_step_rank, config.state_size
         self.in_proj = nn.Linear(config.hidden_size, 2 * width, bias=config.use_bias)
         self.x_proj = nn.Linear(width, rank + 2 * state_size, bias=False)
-        self.dt_proj = nn.Linear(rank, width)
-        self.A_log = nn.Parameter(torch.empty(width, state_size))
-        self.D = nn.Parameter(torch.empty(width))
+        self.dt_proj = nn.Linear(rank, width, dtype=torch.float32)
+        self.A_log = nn.Parameter(torch.empty(width, state_size, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(width, dtype=torch.float32))
         self.out_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias)
 
     def forward(
@@ -333,7 +333,7 @@ class S6Mixer(StateSpaceMixer):
         if moving_average:
             # Neighbouring channels of a head share a memory, as in SSD.
             count = max(width // config.head_dim, 1)
-            steps = self.averaging_time_steps(count).repeat_interleave(math.ceil(width / count))[:width]
+            steps = self.averaging_time_steps(count)[torch.arange(width) * count // width]
             init.zeros_(self.dt_proj.weight)
         else:
             steps = self.random_time_steps(width)

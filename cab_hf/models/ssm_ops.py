@@ -26,8 +26,8 @@ OPERATIONS = ("causal_conv1d", "selective_scan", "ssd_scan")
 
 # No result depends on these, all are of the torch paths. S6: positions that a chunk walks through, and the elements of
 # one state tensor up to which chunks are walked side by side. SSD: the largest chunk, and chunks in one decay matrix.
-SCAN_CHUNK = 32
-SCAN_STATE_ELEMENTS = 2**18
+SCAN_CHUNK = 16
+SCAN_STATE_ELEMENTS = 2**17
 SSD_CHUNK = 64
 SSD_CHUNKS_PER_BLOCK = 16
 
@@ -478,11 +478,11 @@ def _scan_backward(
     u, dt, B, C, grad_y = (_into_chunks(tensor, chunks, length) for tensor in (u, dt, B, C, grad_y))
     keep = None if keep is None else _into_chunks(keep, chunks, length, 1.0)
     grad_u, grad_dt, grad_B, grad_C = (tensor.new_empty(tensor.shape) for tensor in (u, dt, B, C))
+    workspace = u.new_empty(2, length, b * min(side, chunks) * n * d)
     for block in (slice(first, first + side) for first in reversed(range(0, chunks, side))):
         at = [(slice(None), block, position) for position in range(length)]
         enter = incoming[:, block].contiguous()
-        states = enter.new_empty(length, *enter.shape)
-        decays = torch.empty_like(states)
+        states, decays = ([row.view_as(enter) for row in rows] for rows in workspace[..., : enter.numel()])
         previous = [enter, *states[:-1]]
         for here, h, before, decay in zip(at, states, previous, decays):
             _scan_decay(dt[here], A, None if keep is None else keep[here], out=decay)
@@ -677,7 +677,7 @@ def _decay_matrix(log_decay: Tensor, same_run: Tensor | None) -> Tensor:
     total = log_decay.to(log_decay.dtype if log_decay.device.type == "mps" else torch.float64).cumsum(-1)
     difference = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(log_decay.dtype)
     future = torch.ones(difference.shape[-2:], dtype=torch.bool, device=log_decay.device).triu(1)
-    return difference.masked_fill(future if same_run is None else future | ~same_run, -torch.inf).exp()
+    return difference.masked_fill_(future if same_run is None else future | ~same_run, -torch.inf).exp_()
 
 
 def _ssd_chunks(

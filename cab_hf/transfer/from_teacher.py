@@ -203,7 +203,7 @@ def calibrate_output_norm(
     """
     layers = map_layers(layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     mask = inputs.get("attention_mask")
-    with _borrowed(teacher) as borrowed:
+    with borrowed_teacher(teacher) as borrowed:
         teacher_rms = [_rms(attention.output, mask) for attention in borrowed(inputs, attentions=True).attentions]
 
     training, handles = student.training, []
@@ -253,7 +253,7 @@ def _rms(output: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def _borrowed(model: PreTrainedModel) -> Iterator[Teacher]:
+def borrowed_teacher(model: PreTrainedModel) -> Iterator[Teacher]:
     """A `Teacher` for the block's time; mode, gradients and attention of the model come back as they were."""
     training = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,0 +1,95 @@
+"""A closed-form start: output projections fitted to the teacher's attention by ridge regression, without training.
+
+Shapes: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cab_hf.distillation.alignment import layer_map as map_layers
+from cab_hf.models.modeling_cab_mamba import CABMambaPreTrainedModel
+from cab_hf.transfer.families import family_of
+from cab_hf.transfer.from_teacher import borrowed_teacher
+
+
+@torch.no_grad()
+def fit_output_projection(
+    student: CABMambaPreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    layer_map: str | Sequence[int] = "floor",
+    ridge: float = 0.3,
+) -> None:
+    """Fits every mixer's output projection to what the teacher's attention adds to the residual stream, in place.
+
+    Each mixer reads the teacher's own hidden states of its layer (through the student's norm). The projection then
+    becomes the least-squares map from the mixer's output `(b, t, d)` to the attention's, pulled towards the projection
+    that it had. Memory: one square matrix of the mixer's width for each layer, in float64.
+
+    Args:
+        student: a student with the teacher's norms and, best, its attention's projections (`student_from_teacher`).
+        teacher: a model of a known family, left as it was.
+        batches: `input_ids` `(b, t)` and, if padded, `attention_mask` `(b, t)` each. Some thousand tokens will do; the
+            fewer, the larger `ridge` should be.
+        layer_map: the teacher layer of each student layer, as in `student_from_teacher`.
+        ridge: strength of the pull, relative to the mean energy of an output feature.
+
+    Raises:
+        ValueError: no batches, a negative ridge, or an unknown family.
+    """
+    if not ridge >= 0:
+        raise ValueError(f"ridge is {ridge}, but a pull can't be negative: use 0 for none, 0.3 to start with.")
+    layers = map_layers(layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    family = family_of(teacher.config)
+    blocks = teacher.base_model.get_submodule(family.layers)
+    outputs = [family.read_layer(blocks[layer]).output for layer in layers]
+    grams: list[Tensor | float] = [0.0] * len(layers)
+    products: list[Tensor | float] = [0.0] * len(layers)
+
+    training = student.training
+    student.eval()
+    try:
+        with borrowed_teacher(teacher) as borrowed:
+            for inputs in batches:
+                seen = borrowed(inputs, attentions=True, hidden_states=True)
+                mask = inputs.get("attention_mask")
+                mask = None if mask is None else mask.to(student.device)
+                for index, (block, layer) in enumerate(zip(student.base_model.layers, layers, strict=True)):
+                    hidden = seen.hidden_states[layer].to(student.device, block.norm.weight.dtype)
+                    features = block.mixer(block.norm(hidden), None, mask)[1].output.double()  # (b, t, d)
+                    attention = seen.attentions[layer].output.flatten(-2).to(student.device).double()
+                    weight, bias = outputs[index].weight, outputs[index].bias
+                    target = attention @ weight.to(student.device).double().T
+                    if bias is not None:
+                        target = target + bias.to(student.device).double()
+                    if block.mixer.out_proj.bias is not None:
+                        features = torch.cat((features, torch.ones_like(features[..., :1])), dim=-1)
+                    real = slice(None) if mask is None else mask.bool()
+                    features, target = features[real].flatten(0, -2), target[real].flatten(0, -2)
+                    grams[index] = grams[index] + features.T @ features
+                    products[index] = products[index] + features.T @ target
+    finally:
+        student.train(training)
+    if not isinstance(grams[0], Tensor):
+        raise ValueError("batches is empty, but a fit needs data: pass at least one batch of input_ids.")
+    for block, gram, product in zip(student.base_model.layers, grams, products, strict=True):
+        _solve(block.mixer.out_proj, gram, product, ridge)
+
+
+def _solve(projection: torch.nn.Linear, gram: Tensor, product: Tensor, ridge: float) -> None:
+    """Minimises `|features W - target|^2 + pull |W - W0|^2`; the bias, the last row of W, is pulled nowhere."""
+    width = projection.in_features
+    start = projection.weight.double().T
+    if projection.bias is not None:
+        start = torch.cat((start, projection.bias.double()[None]))
+    pull = torch.zeros_like(gram[0])
+    pull[:width] = ridge * gram.diagonal()[:width].mean()
+    # Features that never move, and a ridge of zero, must not make the system singular.
+    pull += 1e-9 * gram.diagonal().mean()
+    solution = start + torch.linalg.solve(gram + pull.diag(), product - gram @ start)
+    projection.weight.copy_(solution[:width].T)
+    if projection.bias is not None:
+        projection.bias.copy_(solution[width])

@@ -1,0 +1,148 @@
+"""Two processes do what one does. The file is its own worker: `torchrun ... test_distributed.py FOLDER`."""
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_distillation import (
+    NO_LOSS,
+    SIX_LOSSES,
+    assert_gradients_close,
+    make_trainer,
+    ragged_rows,
+    tiny_student,
+)
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from cab_hf.distillation.training_args import LOSSES
+
+
+pytestmark = pytest.mark.distributed
+
+ROWS = ragged_rows((11, 3, 0, 1, 9, 5, 2, 11))
+TRAININGS = {
+    "six": {**SIX_LOSSES, "max_steps": 2},
+    "accumulated": {**SIX_LOSSES, "gradient_accumulation_steps": 2, "weight_decay": 0.1},
+    "bridge only": {**NO_LOSS, "bridge_weight": 1.0, "max_steps": 2, "mixer": "mamba"},
+    "hidden only": {**NO_LOSS, "hidden_weight": 1.0, "relative_loss": False},
+    "after the bridge's end": {**SIX_LOSSES, "bridge_end": 0.5, "output_end": 0.5, "max_steps": 4},
+    "after every end": {**NO_LOSS, "bridge_weight": 1.0, "bridge_end": 0.5, "max_steps": 2},
+    "partly frozen": {**SIX_LOSSES, "trainable": "in_proj|norm"},
+    "recomputed": {**SIX_LOSSES, "activation_checkpointing": True},
+}
+EVALUATIONS = {"even": 8, "three of four": 7, "one of four": 5, "one alone": 1}
+METRICS = [f"eval_{name}" for name in (*LOSSES, "loss", "agreement", "tokens", "perplexity", "teacher_perplexity")]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows: list[dict[str, Tensor]]):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def train(folder: Path, processes: int, options: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Trains on batches of 8 rows in all, and returns what is to be compared."""
+    options = {**options, **more}
+    batch = 8 // processes // options.get("gradient_accumulation_steps", 1)
+    student = tiny_student(options.pop("mixer", "mamba2"))
+    resume = options.pop("resume", None)
+    trainer, recorder = make_trainer(folder, rows=ROWS, student=student, per_device_train_batch_size=batch, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    if processes > 1:
+        assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+        assert not trainer.model_wrapped.find_unused_parameters
+    return {"gradients": recorder.gradients, "logs": recorder.logs, "state": dict(trainer.model.state_dict())}
+
+
+def evaluate(folder: Path, rows: Any) -> dict[str, float]:
+    trainer, _ = make_trainer(folder, per_device_eval_batch_size=2, relative_loss=False, **SIX_LOSSES)
+    metrics = trainer.evaluate(rows)
+    return {name: metrics[name] for name in METRICS}
+
+
+def run_out(folder: Path, processes: int) -> int:
+    """Steps of a run whose stream ends before `max_steps`, and starts again."""
+    rows = Stream(ragged_rows((11, 3, 5, 2)))
+    trainer, _ = make_trainer(
+        folder, rows=rows, per_device_train_batch_size=2 // processes, max_steps=5, ce_weight=1.0
+    )
+    trainer.train()
+    return trainer.state.global_step
+
+
+def everything(folder: Path, processes: int) -> dict[str, Any]:
+    results = {name: train(folder / "plain", processes, options) for name, options in TRAININGS.items()}
+    results |= {name: evaluate(folder / "plain", ROWS[:count]) for name, count in EVALUATIONS.items()}
+    results["stream"] = evaluate(folder / "plain", Stream(ROWS[:8]))
+    results["run out"] = run_out(folder / "plain", processes)
+    saving = {**SIX_LOSSES, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    results["whole"] = train(folder / "saved", processes, saving)
+    results["resumed"] = train(folder / "saved", processes, saving, resume=str(folder / "saved" / "checkpoint-2"))
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What one process and what two processes make of the same."""
+    folder = tmp_path_factory.mktemp("two")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "CUDA"))}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    process = subprocess.Popen(
+        [*command, str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    alone = everything(tmp_path_factory.mktemp("one"), 1)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+    return alone, torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_two_processes_train_as_one(results, name):
+    alone, together = (result[name] for result in results)
+    assert len(together["gradients"]) == len(alone["gradients"])
+    for step, (left, right) in enumerate(zip(together["gradients"], alone["gradients"])):
+        if all((gradient == 0).all() for gradient in right.values()):
+            assert name == "after every end" and all((gradient == 0).all() for gradient in left.values())
+        else:
+            assert_gradients_close(left, right, 2e-5 if step == 0 else 1e-3)
+    for step, (left, right) in enumerate(zip(together["logs"][:-1], alone["logs"][:-1], strict=True)):
+        assert left.keys() == right.keys()
+        for key in (*LOSSES, "loss"):
+            if key in right:
+                assert left[key] == pytest.approx(right[key], rel=1e-5 if step == 0 else 2e-4, abs=1e-7), (key, step)
+    torch.testing.assert_close(together["state"]["target_scales"], alone["state"]["target_scales"])
+
+
+@pytest.mark.parametrize("name", [*EVALUATIONS, "stream"])
+def test_two_processes_evaluate_as_one(results, name):
+    alone, together = (result[name] for result in results)
+    for metric in METRICS:
+        assert together[metric] == pytest.approx(alone[metric], rel=1e-5), metric
+
+
+def test_two_processes_resume_bit_for_bit(results):
+    for result in results:
+        assert result["resumed"]["logs"][:-1] == result["whole"]["logs"][2:-1]
+        for name, value in result["whole"]["state"].items():
+            assert torch.equal(result["resumed"]["state"][name], value), name
+
+
+def test_a_stream_may_end_early(results):
+    assert [result["run out"] for result in results] == [5, 5]
+
+
+if __name__ == "__main__":
+    gc.freeze()  # as in conftest.py
+    found = everything(Path(sys.argv[1]), 2)
+    if os.environ["RANK"] == "0":
+        torch.save(found, Path(sys.argv[1]) / "results.pt")
+    torch.distributed.destroy_process_group()
