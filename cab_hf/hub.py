@@ -156,10 +156,10 @@ def write_model_card(
             "recipe to have one."
         )
         return False
-    sources = {_public_name(source): _is_hub_id(source) for source in recipe.data.dataset}
+    sources = {public_name(source): _is_hub_id(source) for source in recipe.data.dataset}
     stages = [f"{stage['name']}: {stage['steps']:,} steps, {stage['tokens']:,} tokens" for stage in report["stages"]]
     training = {
-        "Teacher": f"{_public_name(recipe.model.teacher)}, {_short(report['teacher_parameters'])} parameters",
+        "Teacher": f"{public_name(recipe.model.teacher)}, {_short(report['teacher_parameters'])} parameters",
         "Text": ", ".join(sources),
         "Tokens": f"{report['train_tokens']:,}",
         "Stages": "; ".join(stages),
@@ -168,7 +168,7 @@ def write_model_card(
     }
     card = build_card(
         folder,
-        {f"held-out part of {', '.join(sources)}": report["after"]},
+        report["after"],
         training,
         teacher=recipe.model.teacher,
         license=license,
@@ -355,7 +355,7 @@ def _is_hub_id(source: str) -> bool:
     return not is_special and _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
 
 
-def _public_name(source: str) -> str:
+def public_name(source: str) -> str:
     """How a source is called in public: a Hub id as it is, a local path by its last part only."""
     if source == "builtin":
         return "the language reference of CPython"

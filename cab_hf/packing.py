@@ -27,6 +27,8 @@ Documents = Dataset | IterableDataset
 IGNORE_INDEX = -100
 TOKEN_SUFFIX = ".npz"
 TOKENS = datasets.List(Value("int32"))
+# Raised when the rows of a block change: `datasets` finds cached blocks by these arguments, not by the code.
+_BLOCK_LAYOUT = 1
 
 
 def pack_documents(
@@ -76,6 +78,7 @@ def pack_documents(
         "block_size": block_size,
         "isolate_documents": isolate_documents,
         "drop_last": drop_last,
+        "layout": _BLOCK_LAYOUT,
     }
     if isinstance(documents, IterableDataset):
         return IterableDataset.from_generator(_blocks, features=features, gen_kwargs=arguments)
@@ -348,7 +351,10 @@ def _with_eos(row: Sequence[int], eos_token_id: int | None) -> list[int]:
     return row if eos_token_id is None or row[-1] == eos_token_id else [*row, eos_token_id]
 
 
-def _blocks(documents: Documents, block_size: int, isolate_documents: bool, drop_last: bool) -> Iterator[dict]:
+def _blocks(
+    documents: Documents, block_size: int, isolate_documents: bool, drop_last: bool, layout: int
+) -> Iterator[dict]:
+    del layout
     block = {name: np.zeros(block_size, dtype=np.int32) for name in ("input_ids", "labels", "seq_idx", "position_ids")}
     fields = list(block) if isolate_documents else ["input_ids", "labels"]
     filled = pieces = 0

@@ -56,13 +56,17 @@ class DataArguments:
     holdout: str = field(
         default="0.1", metadata={"help": "Documents to evaluate on: a fraction, a number, or a pattern over their names."}
     )
+    eval_dataset: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Texts to evaluate on, 'name=source' each; all of `dataset` is trained on then, none held out."},
+    )
     block_size: int = field(default=512, metadata={"help": "Tokens a training example."})
     isolate_documents: bool = field(default=True, metadata={"help": "Keep documents apart that share a block."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
-    eval_max_tokens: int | None = field(default=65536, metadata={"help": "Tokens of the final evaluation, at most."})
-    eval_batch_size: int = field(default=8, metadata={"help": "Rows of a batch of the final evaluation."})
+    eval_max_tokens: int | None = field(default=65536, metadata={"help": "Tokens of the evaluation of each text, at most."})
+    eval_batch_size: int = field(default=8, metadata={"help": "Rows of a batch of the evaluation."})
     recall_gaps: list[int] = field(
-        default_factory=list, metadata={"help": "Also test copying over these gaps, in tokens (FINDINGS: perplexity hides it)."}
+        default_factory=list, metadata={"help": "Also test copying over these gaps, in tokens: perplexity does not show it."}
     )
     sample_prompt: str = field(default="The", metadata={"help": "Prompt of the printed sample; empty: no sample."})
     sample_tokens: int = field(default=48, metadata={"help": "Tokens of the sample."})

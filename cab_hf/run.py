@@ -19,8 +19,6 @@ from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -28,11 +26,12 @@ from transformers import (
 from transformers.utils import logging
 
 from cab_hf.data import load_documents, split_documents
-from cab_hf.demo import fetch_smollm2
+from cab_hf.demo import fetch_smollm2, random_llama
 from cab_hf.distillation.modeling_distillation import parse_layer_map
-from cab_hf.distillation.teacher import Teacher, check_vocabularies
+from cab_hf.distillation.teacher import Teacher
 from cab_hf.distillation.trainer import DistillationTrainer, last_whole_checkpoint
 from cab_hf.evaluation import compare, copying_recall, sample
+from cab_hf.hub import public_name, write_model_card
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 from cab_hf.packing import LanguageCollator, pack_documents
 from cab_hf.recipes import Recipe
@@ -42,6 +41,7 @@ from cab_hf.transfer import student_from_teacher
 logger = logging.get_logger(__name__)
 
 CACHE = Path(".cache")
+CALIBRATION_ROWS = 8
 RECIPE_NAME, REPORT_NAME = "recipe.yaml", "report.json"
 # Options that do not change what a run computes: a finished run may be asked for again with others.
 FREE_OPTIONS = {"sample_prompt", "sample_tokens", "verify_reload", "disable_tqdm", "report_to", "resume_from_checkpoint"}
@@ -80,118 +80,110 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def _distil(recipe: Recipe) -> dict[str, Any]:
     started = time.time()
-    main_args = recipe.stages[0][1]
-    set_seed(main_args.seed)
-    with main_args.main_process_first(desc="teacher"):
+    args = recipe.stages[0][1]
+    set_seed(args.seed)
+    with args.main_process_first(desc="teacher"):
         teacher_model, tokenizer = load_teacher(recipe.model.teacher)
-    with main_args.main_process_first(desc="data"):
-        train_blocks, heldout_blocks = load_blocks(recipe, tokenizer)
+    with args.main_process_first(desc="data"):
+        train_blocks, heldout = load_blocks(recipe, tokenizer)
     collator = LanguageCollator(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-    teacher_model.to(main_args.teacher_device or main_args.device)
-    student = build_student(recipe, teacher_model, collator([train_blocks[i] for i in range(min(8, len(train_blocks)))]))
-    check_vocabularies(student.config.vocab_size, teacher_model.config.vocab_size)
+    teacher_model.to(args.teacher_device or args.device)
+    first_rows = [train_blocks[i] for i in range(min(CALIBRATION_ROWS, len(train_blocks)))]
+    student = build_student(recipe, teacher_model, collator(first_rows)).to(args.device)
     teacher = Teacher(
         teacher_model,
-        dtype=None if main_args.teacher_dtype is None else getattr(torch, main_args.teacher_dtype),
-        remove_rotary=main_args.remove_rotary,
+        dtype=None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype),
+        remove_rotary=args.remove_rotary,
     )
 
-    def evaluate() -> dict[str, Any]:
-        data = recipe.data
-        with torch.autocast(main_args.device.type, torch.bfloat16, enabled=main_args.bf16):
-            result = compare(
-                student,
-                teacher.model,
-                heldout_blocks,
-                data.eval_batch_size,
-                main_args.device,
-                max_tokens=data.eval_max_tokens,
-            )
-            recall = {
-                str(gap): {
-                    name: copying_recall(model, len(tokenizer), gap, device=main_args.device)
-                    for name, model in (("teacher", teacher.model), ("student", student))
-                }
-                for gap in data.recall_gaps
-            }
-        return result | ({"recall": recall} if recall else {})
-
     is_main = _is_main_process(recipe)
-    before = evaluate() if is_main else None
-    histories = []
-    for name, args in recipe.stages:
-        histories.append(_run_stage(name, args, student, teacher, tokenizer, collator, train_blocks, heldout_blocks))
+    before = _evaluate(recipe, student, teacher, tokenizer, heldout) if is_main else None
+    histories = [_run_stage(*stage, student, teacher, tokenizer, collator, train_blocks, heldout) for stage in recipe.stages]
     report = {
         "teacher": recipe.model.teacher,
         "dataset": recipe.data.dataset,
         "student_parameters": student.num_parameters(),
-        "teacher_parameters": teacher.model.num_parameters(),
+        "teacher_parameters": teacher_model.num_parameters(),
         "train_tokens": sum(history["tokens"] for history in histories),
-        "seconds": {"whole": round(time.time() - started, 1)},
+        "seconds": round(time.time() - started, 1),
         "before": before,
-        "after": evaluate() if is_main else None,
+        "after": _evaluate(recipe, student, teacher, tokenizer, heldout) if is_main else None,
         "stages": histories,
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
+        "hardware": torch.cuda.get_device_name() if args.device.type == "cuda" else f"{platform.machine()} CPU",
         "folder": str(recipe.output_dir),
     }
     if is_main:
-        _save(recipe, student, teacher, tokenizer, report)
+        _save(recipe, student, tokenizer, report)
     return report
+
+
+def _evaluate(
+    recipe: Recipe,
+    student: CABMambaForCausalLM,
+    teacher: Teacher,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: dict[str, Dataset],
+) -> dict[str, dict[str, Any]]:
+    """Per text: `compare`'s report of student and teacher. The first one also holds the copying tests, which use none."""
+    data, args = recipe.data, recipe.stages[0][1]
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        results = {
+            name: compare(
+                student, teacher.model, blocks, data.eval_batch_size, args.device, max_tokens=data.eval_max_tokens
+            )
+            for name, blocks in heldout.items()
+        }
+        if data.recall_gaps:
+            next(iter(results.values()))["recall"] = {
+                str(gap): {
+                    name: copying_recall(model, len(tokenizer), gap, device=args.device)
+                    for name, model in (("teacher", teacher.model), ("student", student))
+                }
+                for gap in data.recall_gaps
+            }
+    return results
 
 
 def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, by Hub id, folder, or one of the built-in names."""
     if name == "random-llama":
-        return _random_llama()
+        return random_llama()
     source = fetch_smollm2(CACHE) if name == "smollm2-demo" else name
     tokenizer = AutoTokenizer.from_pretrained(source)
     return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
 
 
-def _random_llama() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={"<eos>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers import decoders
-
-    tokenizer.decoder = decoders.ByteLevel()
-    config = LlamaConfig(
-        vocab_size=len(alphabet) + 1,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-
-def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
-    """Training and held-out blocks of a recipe's documents."""
+def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Dataset]]:
+    """Training blocks, and the blocks of each text that is evaluated, by name."""
     data = recipe.data
-    documents = load_documents(
-        data.dataset if len(data.dataset) > 1 else data.dataset[0],
-        config_name=data.dataset_config,
-        split=data.dataset_split,
-        text_column=data.text_column,
-    )
-    blocks = []
-    for part in split_documents(documents, _number_or_text(data.holdout), seed=recipe.stages[0][1].seed):
-        blocks.append(
-            pack_documents(
-                part, tokenizer, data.block_size, isolate_documents=data.isolate_documents, num_proc=data.num_proc
-            )
+
+    def load(sources: list[str]) -> Dataset:
+        return load_documents(
+            sources if len(sources) > 1 else sources[0],
+            config_name=data.dataset_config,
+            split=data.dataset_split,
+            text_column=data.text_column,
         )
-    return blocks[0], blocks[1]
+
+    def pack(documents: Dataset) -> Dataset:
+        return pack_documents(
+            documents, tokenizer, data.block_size, isolate_documents=data.isolate_documents, num_proc=data.num_proc
+        )
+
+    documents = load(data.dataset)
+    if not data.eval_dataset:
+        training, heldout = split_documents(documents, _number_or_text(data.holdout), seed=recipe.stages[0][1].seed)
+        return pack(training), {f"held-out part of {', '.join(map(public_name, data.dataset))}": pack(heldout)}
+    texts = dict(_named_source(text) for text in data.eval_dataset)
+    return pack(documents), {name: pack(load([source])) for name, source in texts.items()}
+
+
+def _named_source(text: str) -> tuple[str, str]:
+    name, separator, source = text.partition("=")
+    if not separator:
+        raise ValueError(f"`eval_dataset` takes 'name=source', got {text!r}; for instance 'news={text}'.")
+    return name, source
 
 
 def build_student(recipe: Recipe, teacher: PreTrainedModel, batch: dict[str, torch.Tensor]) -> CABMambaForCausalLM:
@@ -225,7 +217,7 @@ def _run_stage(
     tokenizer: PreTrainedTokenizerBase,
     collator: LanguageCollator,
     train_blocks: Dataset,
-    heldout_blocks: Dataset,
+    heldout: dict[str, Dataset],
 ) -> dict[str, Any]:
     folder = Path(args.output_dir)
     history_file = folder / "history.json"
@@ -235,7 +227,7 @@ def _run_stage(
         teacher,
         replace(args),
         train_dataset=train_blocks,
-        eval_dataset=heldout_blocks,
+        eval_dataset=heldout if len(heldout) > 1 else next(iter(heldout.values())),
         data_collator=collator,
         processing_class=tokenizer,
     )
@@ -263,11 +255,7 @@ def _run_stage(
 
 
 def _save(
-    recipe: Recipe,
-    student: CABMambaForCausalLM,
-    teacher: Teacher,
-    tokenizer: PreTrainedTokenizerBase,
-    report: dict[str, Any],
+    recipe: Recipe, student: CABMambaForCausalLM, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]
 ) -> None:
     folder = recipe.output_dir
     student.save_pretrained(folder)
@@ -277,16 +265,9 @@ def _save(
             student, tokenizer, recipe.data.sample_prompt, recipe.data.sample_tokens, temperature=0.0
         )
         report["sample_prompt"] = recipe.data.sample_prompt
-    write_card(folder, recipe, report)
+    write_model_card(folder, recipe, report)
     # Last: a folder with a report is a finished run.
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=1))
-
-
-def write_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> None:
-    """Writes the student's card, where its licence is known: a card without one would be wrong."""
-    from cab_hf.hub import write_model_card
-
-    write_model_card(folder, recipe, report)
 
 
 def reload_in_fresh_process(recipe: Recipe) -> str:
@@ -307,25 +288,26 @@ def reload_in_fresh_process(recipe: Recipe) -> str:
 
 def summary(report: dict[str, Any]) -> str:
     """A short table of a report, for the terminal."""
-    before, after = report["before"], report["after"]
-    if after is None:
+    if report["after"] is None:
         return ""
-    lines = [
-        "",
-        f"{'held-out text':<22}{'perplexity':>12}{'KL to teacher':>16}{'top-1 agreement':>18}",
-        f"{'teacher':<22}{after['teacher_perplexity']:>12.2f}{'':>16}{'':>18}",
-        f"{'student, before':<22}{before['student_perplexity']:>12.2f}{before['kl']:>16.3f}{before['agreement']:>18.3f}",
-        f"{'student, after':<22}{after['student_perplexity']:>12.2f}{after['kl']:>16.3f}{after['agreement']:>18.3f}",
-        "",
-        f"n = {after['n_tokens']:,} held-out tokens; trained on {report['train_tokens']:,} tokens in "
-        f"{report['seconds']['whole']:,.0f} s on {report['hardware']}.",
-    ]
-    for gap, recall in after.get("recall", {}).items():
-        values = {name: recall[name]["recall"] for name in ("teacher", "student")}
-        lines.append(f"copying over a gap of {gap}: teacher {values['teacher']:.3f}, student {values['student']:.3f}")
+    lines = []
+    for text, after in report["after"].items():
+        before = report["before"][text]
+        lines += [
+            "",
+            f"{text} ({after['n_tokens']:,} tokens)",
+            f"  {'':<18}{'perplexity':>12}{'KL to teacher':>16}{'top-1 agreement':>18}",
+            f"  {'teacher':<18}{after['teacher_perplexity']:>12.2f}",
+            f"  {'student, before':<18}{before['student_perplexity']:>12.2f}{before['kl']:>16.3f}{before['agreement']:>18.3f}",
+            f"  {'student, after':<18}{after['student_perplexity']:>12.2f}{after['kl']:>16.3f}{after['agreement']:>18.3f}",
+        ]
+        for gap, recall in after.get("recall", {}).items():
+            teacher, student = recall["teacher"]["recall"], recall["student"]["recall"]
+            lines.append(f"  copying over a gap of {gap}: teacher {teacher:.3f}, student {student:.3f}")
+    lines += ["", f"trained on {report['train_tokens']:,} tokens; {report['seconds']:,.0f} s on {report['hardware']}"]
     if report.get("sample"):
         text = textwrap.shorten(report["sample_prompt"] + report["sample"], 600)
-        lines += ["", "sample: " + textwrap.fill(text, 110, subsequent_indent="        ")]
+        lines += ["", textwrap.fill("sample: " + text, 110, subsequent_indent="        ")]
     return "\n".join([*lines, "", f"The student is in {report['folder']}", ""])
 
 

@@ -201,7 +201,7 @@ class TestWriting:
             values={"output_dir": "/home/someone/out", "teacher": "random-llama", "dataset": ["/home/someone/a.txt"]},
         )
         report = {
-            "after": REPORT,
+            "after": {"held-out part of builtin": REPORT},
             "stages": [{"name": "kl", "steps": 1200, "tokens": 98304}],
             "teacher_parameters": 134515008,
             "train_tokens": 98304,

@@ -1,0 +1,217 @@
+"""A saved folder is enough: it loads in a process that has no cab_hf, no kernels and no network."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import MIXER_TYPES, random_ids, tiny_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from cab_hf import models
+from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaModel
+
+
+CODE = Path(models.__file__).parent
+AUTO_MAP = {
+    "AutoConfig": "configuration_cab_mamba.CABMambaConfig",
+    "AutoModel": "modeling_cab_mamba.CABMambaModel",
+    "AutoModelForCausalLM": "modeling_cab_mamba.CABMambaForCausalLM",
+}
+
+# What every process below starts with: packages that can't be imported, and no network.
+BLOCKED = """
+import socket, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+
+def refuse(*args, **kwargs):
+    raise OSError("the network is blocked")
+
+BLOCKED = set(sys.argv[1].split(","))
+sys.meta_path.insert(0, Blocker())
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+
+import torch
+from safetensors.torch import load_file, save_file
+"""
+
+WITHOUT_PACKAGE = (
+    BLOCKED
+    + """
+from pathlib import Path
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+for folder in sys.argv[2:]:
+    trust, ids = {"trust_remote_code": True}, load_file(f"{folder}/ids.safetensors")["ids"]
+    config = AutoConfig.from_pretrained(folder, **trust)
+    assert type(config).__name__ == "CABMambaConfig" and "transformers_modules" in type(config).__module__
+    model = AutoModelForCausalLM.from_pretrained(folder, **trust)
+    assert type(model).__name__ == "CABMambaForCausalLM" and model.can_generate()
+    base = AutoModel.from_pretrained(folder, **trust)
+    assert type(base).__name__ == "CABMambaModel"
+    built = AutoModelForCausalLM.from_config(config, **trust)
+    built.load_state_dict(model.state_dict(), strict=True)
+    model.save_pretrained(f"{folder}/causal")
+    base.save_pretrained(f"{folder}/base")
+    again = AutoModelForCausalLM.from_pretrained(f"{folder}/causal", **trust)
+    base_again = AutoModel.from_pretrained(f"{folder}/base", **trust)
+    with torch.no_grad():
+        logits = model(ids).logits
+        hidden = base(ids).last_hidden_state
+        assert torch.equal(built.eval()(ids).logits, logits) and torch.equal(again(ids).logits, logits)
+        assert torch.equal(base_again(ids).last_hidden_state, hidden)
+        texts = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    model.train()(ids, labels=ids).loss.backward()
+    gradient = model.get_input_embeddings().weight.grad
+    save_file({"logits": logits, "hidden": hidden, "texts": texts, "gradient": gradient}, f"{folder}/out.safetensors")
+assert not any(name.partition(".")[0] in BLOCKED for name in sys.modules)
+"""
+)
+
+WITHOUT_KERNELS = (
+    BLOCKED
+    + """
+import cab_hf
+from transformers import AutoModelForCausalLM
+
+for folder in sys.argv[2:]:
+    ids = load_file(f"{folder}/ids.safetensors")["ids"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model) is cab_hf.CABMambaForCausalLM
+    loss = model.train()(ids, labels=ids).loss
+    loss.backward()
+    texts = model.eval().generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    model.save_pretrained(f"{folder}/saved")
+    save_file({"loss": loss.detach(), "texts": texts}, f"{folder}/out.safetensors")
+assert not any(name.partition(".")[0] in BLOCKED for name in sys.modules)
+"""
+)
+
+
+def run_apart(script: str, blocked: str, folders: list[Path], home: Path) -> None:
+    """Runs a script in a fresh interpreter that sees neither this directory nor PYTHONPATH."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_MODULES_CACHE", None)
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", script, blocked, *map(str, folders)],
+        env=environment,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def saved_folders(root: Path) -> tuple[list[Path], list[CABMambaForCausalLM]]:
+    from safetensors.torch import save_file
+
+    folders, saved = [], []
+    for mixer_type in MIXER_TYPES:
+        folders.append(root / mixer_type)
+        saved.append(tiny_model(mixer_type=mixer_type, intermediate_size=24, tie_word_embeddings=False))
+        saved[-1].save_pretrained(folders[-1])
+        save_file({"ids": random_ids(2, 7)}, folders[-1] / "ids.safetensors")
+    return folders, saved
+
+
+def test_a_process_without_the_package_loads_trains_and_saves(tmp_path):
+    folders, saved = saved_folders(tmp_path)
+    run_apart(WITHOUT_PACKAGE, "cab_hf,mamba_ssm,causal_conv1d,triton,fla", folders, tmp_path)
+    ids = random_ids(2, 7)
+    for folder, model in zip(folders, saved):
+        found = load_file(folder / "out.safetensors")
+        with torch.no_grad():
+            torch.testing.assert_close(found["logits"], model(ids).logits, rtol=0, atol=1e-6)
+            hidden = model.backbone(ids).last_hidden_state
+            torch.testing.assert_close(found["hidden"], hidden, rtol=0, atol=1e-6)
+        texts = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert torch.equal(found["texts"], texts)
+        model.train()(ids, labels=ids).loss.backward()
+        torch.testing.assert_close(found["gradient"], model.get_input_embeddings().weight.grad, rtol=0, atol=1e-5)
+        # what that process saved is again a whole checkpoint, for it and for us
+        files = {path.name for path in folder.glob("*.py")}
+        for name, model_class in (("causal", CABMambaForCausalLM), ("base", CABMambaModel)):
+            again = folder / name
+            assert json.loads((again / "config.json").read_text())["auto_map"] == AUTO_MAP
+            assert {path.name for path in again.glob("*.py")} == files
+            for path in again.glob("*.py"):
+                assert path.read_bytes() == (CODE / path.name).read_bytes()
+            assert type(AutoModel.from_pretrained(again)) is CABMambaModel
+            model_class.from_pretrained(again)
+
+
+def test_the_package_works_without_kernels_and_network(tmp_path):
+    folders, saved = saved_folders(tmp_path)
+    run_apart(WITHOUT_KERNELS, "mamba_ssm,causal_conv1d,triton,fla", folders, tmp_path)
+    ids = random_ids(2, 7)
+    for folder, model in zip(folders, saved):
+        found = load_file(folder / "out.safetensors")
+        torch.testing.assert_close(found["loss"], model(ids, labels=ids).loss.detach())
+        assert torch.equal(found["texts"], model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0))
+        assert torch.equal(
+            load_file(folder / "saved/model.safetensors")["backbone.embeddings.weight"],
+            model.get_input_embeddings().weight,
+        )
+
+
+@pytest.mark.parametrize("mixer_type", MIXER_TYPES)
+def test_auto_classes_need_no_trust_where_the_package_is(mixer_type, tmp_path):
+    model, ids = tiny_model(mixer_type=mixer_type), random_ids(2, 7)
+    model.save_pretrained(tmp_path)
+    for trust in ({}, {"trust_remote_code": True}):
+        assert type(AutoConfig.from_pretrained(tmp_path, **trust)).__name__ == "CABMambaConfig"
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **trust)
+        base = AutoModel.from_pretrained(tmp_path, **trust)
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).logits, model(ids).logits)
+            assert torch.equal(base(ids).last_hidden_state, model.backbone(ids).last_hidden_state)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is CABMambaConfig
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is CABMambaForCausalLM
+    assert type(AutoModelForCausalLM.from_config(model.config)) is CABMambaForCausalLM
+    assert type(AutoModel.from_config(model.config)) is CABMambaModel
+
+
+@pytest.mark.parametrize("model_class", [CABMambaForCausalLM, CABMambaModel])
+def test_every_checkpoint_names_all_auto_classes(model_class, tmp_path):
+    model = tiny_model(mixer_type="mamba2")
+    model = model if model_class is CABMambaForCausalLM else model.backbone
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["auto_map"] == AUTO_MAP
+    assert written["architectures"] == [model_class.__name__]
+    for reference in AUTO_MAP.values():
+        module, name = reference.split(".")
+        assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
+    # the map of a repository that the model came from does not stay
+    model.config.auto_map = {name: f"someone/else--{reference}" for name, reference in AUTO_MAP.items()}
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+def test_travelling_files_import_only_what_travels(tmp_path):
+    tiny_model(mixer_type="mamba2").save_pretrained(tmp_path)
+    travelling = {path.stem for path in tmp_path.glob("*.py")}
+    assert travelling == {"configuration_cab_mamba", "modeling_cab_mamba", "mixers", "ssm_ops"}
+    allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+    for stem in sorted(travelling):
+        for node in ast.walk(ast.parse((CODE / f"{stem}.py").read_text())):
+            if isinstance(node, ast.Import):
+                found = {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found = {node.module.partition(".")[0]}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1 and node.module in travelling, ast.unparse(node)
+                continue
+            else:
+                continue
+            assert found <= allowed, f"{stem}: {ast.unparse(node)}"
