@@ -135,9 +135,10 @@ def _evaluate(
             for name, blocks in heldout.items()
         }
         if data.recall_gaps:
+            tokens = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
             next(iter(results.values()))["recall"] = {
                 str(gap): {
-                    name: copying_recall(model, len(tokenizer), gap, device=args.device)
+                    name: copying_recall(model, tokens, gap, device=args.device)
                     for name, model in (("teacher", teacher.model), ("student", student))
                 }
                 for gap in data.recall_gaps

@@ -50,6 +50,7 @@ VARIANTS = {
     "kd + bridge, cuda graph": {"bridge_weight": 1.0, "cuda_graph": True},
     "kd, torch.compile": {"torch_compile": True},
     "kd, torch.compile, cuda graph": {"torch_compile": True, "cuda_graph": True},
+    "kd + bridge, torch.compile, cuda graph": {"bridge_weight": 1.0, "torch_compile": True, "cuda_graph": True},
     "output matching, cuda graph": {"kl_weight": 0.0, "output_weight": 1.0, "cuda_graph": True},
 }
 
