@@ -38,7 +38,14 @@ class ModelArguments:
     mixer_type: str = field(default="mamba2", metadata={"help": "Mixer of a new student: mamba or mamba2."})
     copy_weights: bool = field(default=True, metadata={"help": "Copy what does not depend on the mixer (student_from: teacher)."})
     copy_attention: bool = field(default=True, metadata={"help": "Copy V, K, Q, O to x, B, C, out (student_from: teacher)."})
-    calibrate: bool = field(default=True, metadata={"help": "Set the output norms on one batch (student_from: teacher)."})
+    calibration: str = field(
+        default="fit",
+        metadata={
+            "help": "Start of a student with copied weights: 'fit' its output projections to the teacher's attention "
+            "(ridge regression), 'rms': only scale them, or 'none'."
+        },
+    )
+    calibration_tokens: int = field(default=4096, metadata={"help": "Training tokens that the calibration reads."})
     license: str | None = field(default=None, metadata={"help": "Licence of the student, for its card; the teacher's if known."})
 
 
@@ -141,6 +148,8 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         model.student_config = json.loads(model.student_config or "{}")
     if model.student_from not in ("teacher", "config"):
         raise ValueError(f"`student_from` must be 'teacher' or 'config', got {model.student_from!r}.")
+    if model.calibration not in ("fit", "rms", "none"):
+        raise ValueError(f"`calibration` must be 'fit', 'rms' or 'none', got {model.calibration!r}.")
     runs = []
     for number, stage in enumerate(stages, start=1):
         stage = dict(stage)

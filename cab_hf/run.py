@@ -35,7 +35,7 @@ from cab_hf.hub import public_name, write_model_card
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 from cab_hf.packing import LanguageCollator, pack_documents
 from cab_hf.recipes import Recipe
-from cab_hf.transfer import student_from_teacher
+from cab_hf.transfer import fit_output_projection, student_from_teacher
 
 
 logger = logging.get_logger(__name__)
@@ -88,8 +88,12 @@ def _distil(recipe: Recipe) -> dict[str, Any]:
         train_blocks, heldout = load_blocks(recipe, tokenizer)
     collator = LanguageCollator(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
     teacher_model.to(args.teacher_device or args.device)
-    first_rows = [train_blocks[i] for i in range(min(CALIBRATION_ROWS, len(train_blocks)))]
-    student = build_student(recipe, teacher_model, collator(first_rows)).to(args.device)
+    rows = min(-(-recipe.model.calibration_tokens // recipe.data.block_size), len(train_blocks))
+    batches = [
+        collator([train_blocks[i] for i in range(start, min(start + CALIBRATION_ROWS, rows))])
+        for start in range(0, rows, CALIBRATION_ROWS)
+    ]
+    student = build_student(recipe, teacher_model, batches).to(args.device)
     teacher = Teacher(
         teacher_model,
         dtype=None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype),
@@ -187,8 +191,10 @@ def _named_source(text: str) -> tuple[str, str]:
     return name, source
 
 
-def build_student(recipe: Recipe, teacher: PreTrainedModel, batch: dict[str, torch.Tensor]) -> CABMambaForCausalLM:
-    """The student that a recipe starts from, calibrated on one batch of training tokens where it asks for that."""
+def build_student(
+    recipe: Recipe, teacher: PreTrainedModel, batches: list[dict[str, torch.Tensor]]
+) -> CABMambaForCausalLM:
+    """The student that a recipe starts from, calibrated on batches of training tokens where it asks for that."""
     model = recipe.model
     if model.student is not None:
         return AutoModelForCausalLM.from_pretrained(model.student, dtype=torch.float32)
@@ -199,15 +205,21 @@ def build_student(recipe: Recipe, teacher: PreTrainedModel, batch: dict[str, tor
         return CABMambaForCausalLM(
             CABMambaConfig(**{"vocab_size": teacher.config.vocab_size, "mixer_type": model.mixer_type} | config)
         )
-    return student_from_teacher(
+    layer_map = parse_layer_map(recipe.stages[0][1].layer_map)
+    inputs = [{"input_ids": batch["input_ids"].to(teacher.device)} for batch in batches]
+    calibrates = model.calibration != "none" and model.copy_weights and inputs
+    student = student_from_teacher(
         teacher,
         mixer_type=model.mixer_type,
-        layer_map=parse_layer_map(recipe.stages[0][1].layer_map),
+        layer_map=layer_map,
         copy_weights=model.copy_weights,
         copy_attention=model.copy_attention,
-        calibration_inputs={"input_ids": batch["input_ids"]} if model.calibrate and model.copy_weights else None,
+        calibration_inputs=inputs[0] if calibrates else None,
         **config,
     )
+    if calibrates and model.calibration == "fit" and model.copy_attention:
+        fit_output_projection(student, teacher, inputs, layer_map)
+    return student
 
 
 def _run_stage(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_distillation import (
     NO_LOSS,
     SIX_LOSSES,
@@ -23,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from cab_hf.distillation.training_args import LOSSES
 
 
-pytestmark = pytest.mark.distributed
+# PEFT asks for an attribute that transformers renamed.
+pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("default::FutureWarning")]
 
 ROWS = ragged_rows((11, 3, 0, 1, 9, 5, 2, 11))
 TRAININGS = {
@@ -34,6 +36,7 @@ TRAININGS = {
     "after the bridge's end": {**SIX_LOSSES, "bridge_end": 0.5, "output_end": 0.5, "max_steps": 4},
     "after every end": {**NO_LOSS, "bridge_weight": 1.0, "bridge_end": 0.5, "max_steps": 2},
     "partly frozen": {**SIX_LOSSES, "trainable": "in_proj|norm"},
+    "lora": {**SIX_LOSSES, "lora": True},
     "recomputed": {**SIX_LOSSES, "activation_checkpointing": True},
 }
 EVALUATIONS = {"even": 8, "three of four": 7, "one of four": 5, "one alone": 1}
@@ -53,6 +56,9 @@ def train(folder: Path, processes: int, options: dict[str, Any], **more: Any) ->
     options = {**options, **more}
     batch = 8 // processes // options.get("gradient_accumulation_steps", 1)
     student = tiny_student(options.pop("mixer", "mamba2"))
+    if options.pop("lora", False):
+        config = LoraConfig(r=2, target_modules=["in_proj", "out_proj"], init_lora_weights=False)
+        student = get_peft_model(student, config)
     resume = options.pop("resume", None)
     trainer, recorder = make_trainer(folder, rows=ROWS, student=student, per_device_train_batch_size=batch, **options)
     trainer.train(resume_from_checkpoint=resume)

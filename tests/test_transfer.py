@@ -385,7 +385,7 @@ def test_errors_teach():
 
 
 def mixer_errors(student, teacher, inputs):
-    """Squared error of each mixer against the teacher's attention, both on the teacher's hidden states, real ones."""
+    """Squared error of each mixer against the teacher's attention on the teacher's hidden states, padding left out."""
     real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     seen, errors = [], []
     handles = [

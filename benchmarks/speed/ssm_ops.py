@@ -1,6 +1,6 @@
 """Time and peak memory of the state-space scans, backend against backend, in a training step (forward and backward).
 
-    python benchmarks/speed/ssm_ops.py [--device cpu|cuda] --output FILE.json
+    python benchmarks/speed/ssm_ops.py [--device cpu|cuda] [--threads N] --output FILE.json
 
 On a CPU the torch paths meet those of transformers (Mamba's loop over tokens, Mamba-2's chunked scan) on equal inputs;
 on a GPU torch, mamba_ssm and fla meet each other in bfloat16. A case's variants take turns in one process, so that any
@@ -206,11 +206,14 @@ def child(*options: str) -> list | float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=sorted(CASES), default="cpu", help="device that computes")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
     parser.add_argument("--output", type=Path, help="JSON file for the results; needed without --time and --peak")
     parser.add_argument("--time", metavar="CASE", help="time one case only and print it")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "VARIANT"), help="print one variant's peak in MiB only")
     arguments = parser.parse_args()
     device = arguments.device
+    torch.set_num_threads(arguments.threads)
+    common = ("--device", device, "--threads", str(arguments.threads))
     if arguments.time:
         print(json.dumps(time_case(arguments.time, device)))
         return
@@ -222,14 +225,14 @@ def main() -> None:
 
     cells = []
     for case, (shape, _) in CASES[device].items():
-        for cell in child("--device", device, "--time", case):
+        for cell in child(*common, "--time", case):
             if "error" not in cell:
-                cell["peak_mib"] = child("--device", device, "--peak", case, cell["variant"])
+                cell["peak_mib"] = child(*common, "--peak", case, cell["variant"])
             cells.append(cell | {"shape": shape})
             print(cells[-1], flush=True)
     report = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}",
-        "threads": None if device == "cuda" else torch.get_num_threads(),
+        "threads": None if device == "cuda" else arguments.threads,
         "dtype": str(DTYPES[device]).removeprefix("torch."),
         "repeats": REPEATS[device],
         "versions": {
