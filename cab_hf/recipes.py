@@ -1,7 +1,6 @@
 """Recipes: a YAML file, overridden by the command line, becomes the arguments of a run."""
 
 import difflib
-import json
 import sys
 from argparse import SUPPRESS
 from collections.abc import Sequence
@@ -31,8 +30,8 @@ class ModelArguments:
         default="teacher",
         metadata={"help": "Without `student`: build one of the teacher's shape and weights, or from the 'config' alone."},
     )
-    student_config: dict | str = field(
-        default_factory=dict, metadata={"help": "Fields of CABMambaConfig for a new student (on the command line: JSON)."}
+    student_config: dict = field(
+        default_factory=dict, metadata={"help": "Fields of CABMambaConfig for a new student (on the command line: '{state_size: 32}')."}
     )
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new student; the teacher's if not given."})
     mixer_type: str = field(default="mamba2", metadata={"help": "Mixer of a new student: mamba or mamba2."})
@@ -144,8 +143,6 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     stages = values.get("stages") or [{"name": "train"}]
     whole = {name: value for name, value in values.items() if name != "stages"}
     model, data, _ = HfArgumentParser(ARGUMENT_CLASSES).parse_dict(whole)
-    if isinstance(model.student_config, str):
-        model.student_config = json.loads(model.student_config or "{}")
     if model.student_from not in ("teacher", "config"):
         raise ValueError(f"`student_from` must be 'teacher' or 'config', got {model.student_from!r}.")
     if model.calibration not in ("fit", "rms", "none"):
@@ -168,6 +165,14 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     return None, list(arguments)
 
 
+def mapping(text: str) -> dict[str, Any]:
+    """A mapping as JSON or YAML writes it in one line."""
+    value = yaml.safe_load(text or "{}")
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is no mapping; write one such as '{{state_size: 32}}'.")
+    return value
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> None:
         raise ValueError(message)
@@ -183,6 +188,8 @@ def _parser() -> HfArgumentParser:
     for action in parser._actions:
         if action.dest != "help":
             action.default, action.required = SUPPRESS, False
+        if action.type is dict:
+            action.type = mapping
     return parser
 
 

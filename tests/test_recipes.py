@@ -1,0 +1,201 @@
+"""Recipes, their parsing, and a whole run of the smallest one."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from cab_hf import run as run_module
+from cab_hf.distillation.trainer import DistillationTrainer
+from cab_hf.recipes import build_recipe, load_recipe, parse_recipe
+from cab_hf.run import run_recipe, summary
+
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "training_args").glob("*.yaml"))
+SMOKE = str(ROOT / "training_args/smoke.yaml")
+ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
+
+
+def smoke(tmp_path: Path, *options: str):
+    return parse_recipe([SMOKE, "--output_dir", str(tmp_path / "student"), "--disable_tqdm", "true", *options])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(path):
+    recipe = parse_recipe([str(path), *ON_CPU])
+    listed = load_recipe(path).get("stages", [{}])
+    assert len(recipe.stages) == len(listed)
+    for (_, args), stage in zip(recipe.stages, listed):
+        for name, value in stage.items():
+            assert name == "name" or getattr(args, name) == pytest.approx(value) or str(getattr(args, name)) == value
+    assert recipe.output_dir == Path("outputs") / path.stem
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training_args/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_configs_load(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(path)).num_processes >= 1
+
+
+class TestParsing:
+    def test_the_command_line_wins(self, tmp_path):
+        recipe = smoke(tmp_path, "--learning_rate", "3e-5", "--teacher", "org/other", "--dataset", "a.txt", "b.txt")
+        assert [args.learning_rate for _, args in recipe.stages] == [3e-5, 3e-5]
+        assert recipe.model.teacher == "org/other"
+        assert recipe.data.dataset == ["a.txt", "b.txt"]
+
+    def test_stages_differ_only_in_what_they_set(self, tmp_path):
+        (first, bridge), (second, kl) = smoke(tmp_path).stages
+        assert (first, second) == ("bridge", "kl")
+        assert (bridge.kl_weight, bridge.bridge_weight) == (0.0, 1.0)
+        assert (kl.kl_weight, kl.bridge_weight) == (1.0, 0.5)
+        assert bridge.learning_rate == kl.learning_rate == 1e-3
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([SMOKE, "--learning_rat", "1"], r"'learning_rat'.*'learning_rate'"),
+            ([SMOKE, "--bridge_wieght=1"], r"'bridge_wieght'.*'bridge_weight'"),
+            ([SMOKE, "--learning_rate", "fast"], "learning_rate.*'fast'"),
+            ([SMOKE, "--kl_weight", "-1"], "kl_weight.*-1"),
+            ([SMOKE, "--student_from", "nothing"], "student_from.*'nothing'"),
+            ([SMOKE, "--calibration", "guess"], "calibration.*'guess'"),
+        ],
+    )
+    def test_bad_options_teach(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            parse_recipe(arguments)
+
+    def test_unknown_keys_of_a_recipe_name_the_nearest(self, tmp_path):
+        path = tmp_path / "mine.yaml"
+        path.write_text("teecher: x\n")
+        with pytest.raises(ValueError, match=r"'teecher'.*'teacher'"):
+            load_recipe(path)
+        with pytest.raises(ValueError, match=r"stage 'one'.*'block_size'"):
+            build_recipe({"output_dir": "x", "stages": [{"name": "one", "block_size": 3}]})
+        with pytest.raises(FileNotFoundError, match="smoke.yaml"):
+            load_recipe(ROOT / "training_args/smok.yaml")
+
+    def test_numbers_that_yaml_takes_for_text(self):
+        assert build_recipe({"output_dir": "x", "learning_rate": "2e-5"}).stages[0][1].learning_rate == 2e-5
+        with pytest.raises(ValueError, match="learning_rate.*'2e-5x'"):
+            build_recipe({"output_dir": "x", "learning_rate": "2e-5x"})
+
+
+class TestRun:
+    def test_smoke(self, tmp_path):
+        recipe = smoke(tmp_path, "--license", "mit", "--recall_gaps", "4")
+        report = run_recipe(recipe)
+        (text, after), = report["after"].items()
+        assert after["n_tokens"] > 0 and "4" in after["recall"]
+        assert [stage["name"] for stage in report["stages"]] == ["bridge", "kl"]
+        assert f"{after['student_perplexity']:.2f}" in summary(report)
+        folder = recipe.output_dir
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, model.config.vocab_size)
+        card = (folder / "README.md").read_text()
+        assert "license: mit" in card and f"{after['n_tokens']:,}" in card
+        assert json.loads((folder / "report.json").read_text())["after"][text]["kl"] == after["kl"]
+        for stage in ("1-bridge", "2-kl"):
+            AutoModelForCausalLM.from_pretrained(folder / "stages" / stage)
+
+        # A second run trains nothing; another recipe does not overwrite it.
+        modified = (folder / "model.safetensors").stat().st_mtime
+        assert run_recipe(recipe)["after"] == report["after"]
+        assert (folder / "model.safetensors").stat().st_mtime == modified
+        with pytest.raises(ValueError, match=r"learning_rate: 0.001 there, 0.5 now"):
+            run_recipe(smoke(tmp_path, "--license", "mit", "--recall_gaps", "4", "--learning_rate", "0.5"))
+
+    def test_a_killed_run_goes_on_in_its_stage(self, tmp_path, monkeypatch):
+        whole = run_recipe(smoke(tmp_path / "whole"))
+
+        class Killed(Exception):
+            pass
+
+        step = DistillationTrainer.training_step
+
+        def dying_step(trainer, *args, **kwargs):
+            if trainer.args.output_dir.endswith("2-kl") and trainer.state.global_step == 3:
+                raise Killed
+            return step(trainer, *args, **kwargs)
+
+        monkeypatch.setattr(DistillationTrainer, "training_step", dying_step)
+        with pytest.raises(Killed):
+            run_recipe(smoke(tmp_path / "cut"))
+        monkeypatch.setattr(DistillationTrainer, "training_step", step)
+        trained = []
+        original = DistillationTrainer.train
+
+        def spied(trainer, *args, **kwargs):
+            trained.append((Path(trainer.args.output_dir).name, kwargs["resume_from_checkpoint"]))
+            return original(trainer, *args, **kwargs)
+
+        monkeypatch.setattr(DistillationTrainer, "train", spied)
+        resumed = run_recipe(smoke(tmp_path / "cut"))
+        (stage, checkpoint), = trained
+        assert stage == "2-kl" and checkpoint.endswith("checkpoint-2")
+        assert resumed["after"] == whole["after"]
+
+    def test_student_from_config(self, tmp_path):
+        recipe = smoke(
+            tmp_path, "--student_from", "config", "--mixer_type", "mamba",
+            "--student_config", '{"hidden_size": 16, "num_hidden_layers": 3}', "--sample_prompt", "",
+        )  # fmt: skip
+        report = run_recipe(recipe)
+        model = AutoModelForCausalLM.from_pretrained(recipe.output_dir)
+        assert model.config.num_hidden_layers == 3 and model.config.mixer_type == "mamba"
+        assert "sample" not in report
+
+    def test_training_goes_on_from_a_student(self, tmp_path):
+        first = smoke(tmp_path / "first")
+        run_recipe(first)
+        second = smoke(tmp_path / "second", "--student", str(first.output_dir))
+        report = run_recipe(second)
+        (before,), (after,) = report["before"].values(), run_recipe(first)["after"].values()
+        assert before["student_perplexity"] == pytest.approx(after["student_perplexity"], rel=1e-5)
+
+    def test_several_texts(self, tmp_path):
+        for name in ("a", "b"):
+            (tmp_path / f"{name}.txt").write_text(f"The text of {name}. " * 60)
+        recipe = smoke(tmp_path, "--eval_dataset", f"one={tmp_path}/a.txt", f"two={tmp_path}/b.txt")
+        assert list(run_recipe(recipe)["after"]) == ["one", "two"]
+        with pytest.raises(ValueError, match="name=source"):
+            run_recipe(smoke(tmp_path / "x", "--eval_dataset", f"{tmp_path}/a.txt"))
+
+    @pytest.mark.slow
+    def test_command_line(self, tmp_path):
+        """As a user runs it: through accelerate, with the student reloaded in a process without cab_hf."""
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(ROOT / "train_cab.py"), SMOKE]
+        options = ["--output_dir", str(tmp_path / "student"), "--verify_reload", "true", "--sample_prompt", "The"]
+        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "KL to teacher" in done.stdout
+        assert re.search(r"In a fresh process without cab_hf, the student continues:\nThe", done.stdout)
+
+        done = subprocess.run([*command, "--blok_size", "3"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert "error: Unknown option: 'blok_size'. Did you mean 'block_size'?" in done.stderr
+
+
+def test_recipes_hold_differences_only():
+    """A value that equals the default says nothing."""
+    for path in RECIPES:
+        values = load_recipe(path)
+        assert values.get("text_column", "-") is not None
+        assert yaml.safe_load(path.read_text()) == values
+        assert "#" in path.read_text(), f"{path} gives no source for its values"
+
+
+def test_licence_is_demanded_not_guessed(tmp_path):
+    recipe = smoke(tmp_path)
+    run_recipe(recipe)
+    assert not (recipe.output_dir / "README.md").exists()
+    assert run_module.REPORT_NAME in {path.name for path in recipe.output_dir.iterdir()}
