@@ -5,7 +5,9 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = next(
-    line.split('"')[1] for line in (HERE / "cab_hf/__init__.py").read_text().splitlines() if line.startswith("__version__")
+    line.split('"')[1]
+    for line in (HERE / "cab_hf/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
 )
 
 EXTRAS = {
@@ -13,7 +15,15 @@ EXTRAS = {
     "peft": ["peft>=0.18"],
     "plots": ["matplotlib>=3.8"],
     "demo": ["gguf>=0.17", "matplotlib>=3.8"],
-    "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.14", "peft>=0.18", "gguf>=0.17", "matplotlib>=3.8"],
+    "test": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6",
+        "ruff>=0.14",
+        "peft>=0.18",
+        "gguf>=0.17",
+        "matplotlib>=3.8",
+    ],
 }
 
 setup(

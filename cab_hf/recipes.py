@@ -28,15 +28,24 @@ class ModelArguments:
     student: str | None = field(default=None, metadata={"help": "Hub id or folder of a student to go on with."})
     student_from: str = field(
         default="teacher",
-        metadata={"help": "Without `student`: build one of the teacher's shape and weights, or from the 'config' alone."},
+        metadata={
+            "help": "Without `student`: build one of the teacher's shape and weights, or from the 'config' alone."
+        },
     )
     student_config: dict = field(
-        default_factory=dict, metadata={"help": "Fields of CABMambaConfig for a new student (on the command line: '{state_size: 32}')."}
+        default_factory=dict,
+        metadata={"help": "Fields of CABMambaConfig for a new student (on the command line: '{state_size: 32}')."},
     )
-    num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of a new student; the teacher's if not given."})
+    num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Layers of a new student; the teacher's if not given."}
+    )
     mixer_type: str = field(default="mamba2", metadata={"help": "Mixer of a new student: mamba or mamba2."})
-    copy_weights: bool = field(default=True, metadata={"help": "Copy what does not depend on the mixer (student_from: teacher)."})
-    copy_attention: bool = field(default=True, metadata={"help": "Copy V, K, Q, O to x, B, C, out (student_from: teacher)."})
+    copy_weights: bool = field(
+        default=True, metadata={"help": "Copy what does not depend on the mixer (student_from: teacher)."}
+    )
+    copy_attention: bool = field(
+        default=True, metadata={"help": "Copy V, K, Q, O to x, B, C, out (student_from: teacher)."}
+    )
     calibration: str = field(
         default="fit",
         metadata={
@@ -45,7 +54,9 @@ class ModelArguments:
         },
     )
     calibration_tokens: int = field(default=4096, metadata={"help": "Training tokens that the calibration reads."})
-    license: str | None = field(default=None, metadata={"help": "Licence of the student, for its card; the teacher's if known."})
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the student, for its card; the teacher's if known."}
+    )
 
 
 @dataclass
@@ -56,28 +67,37 @@ class DataArguments:
         default_factory=lambda: ["builtin"],
         metadata={"help": "Hub ids, files, folders or globs of text; 'builtin': Python's language reference."},
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset, such as wikitext-2-raw-v1."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset, such as wikitext-2-raw-v1."}
+    )
     dataset_split: str | None = field(default=None, metadata={"help": "Split of a dataset; 'train' if not given."})
     text_column: str | None = field(default=None, metadata={"help": "Column that holds the text."})
     holdout: str = field(
-        default="0.1", metadata={"help": "Documents to evaluate on: a fraction, a number, or a pattern over their names."}
+        default="0.1",
+        metadata={"help": "Documents to evaluate on: a fraction, a number, or a pattern over their names."},
     )
     eval_dataset: list[str] = field(
         default_factory=list,
-        metadata={"help": "Texts to evaluate on, 'name=source' each; all of `dataset` is trained on then, none held out."},
+        metadata={
+            "help": "Texts to evaluate on, 'name=source' each; all of `dataset` is trained on then, none held out."
+        },
     )
     block_size: int = field(default=512, metadata={"help": "Tokens a training example."})
     isolate_documents: bool = field(default=True, metadata={"help": "Keep documents apart that share a block."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
-    eval_max_tokens: int | None = field(default=65536, metadata={"help": "Tokens of the evaluation of each text, at most."})
+    eval_max_tokens: int | None = field(
+        default=65536, metadata={"help": "Tokens of the evaluation of each text, at most."}
+    )
     eval_batch_size: int = field(default=8, metadata={"help": "Rows of a batch of the evaluation."})
     recall_gaps: list[int] = field(
-        default_factory=list, metadata={"help": "Also test copying over these gaps, in tokens: perplexity does not show it."}
+        default_factory=list,
+        metadata={"help": "Also test copying over these gaps, in tokens: perplexity does not show it."},
     )
     sample_prompt: str = field(default="The", metadata={"help": "Prompt of the printed sample; empty: no sample."})
     sample_tokens: int = field(default=48, metadata={"help": "Tokens of the sample."})
     verify_reload: bool = field(
-        default=False, metadata={"help": "Load the saved student in a fresh process without cab_hf and generate there."}
+        default=False,
+        metadata={"help": "Load the saved student in a fresh process without cab_hf and generate there."},
     )
 
 
@@ -129,7 +149,9 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise FileNotFoundError(f"There is no recipe {path}." + (f" Did you mean {path.parent / near[0]}?" if near else ""))
+        raise FileNotFoundError(
+            f"There is no recipe {path}." + (f" Did you mean {path.parent / near[0]}?" if near else "")
+        )
     values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of options to values.")
@@ -223,7 +245,9 @@ def _typed(name: str, value: Any) -> Any:
     try:
         return action.type(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`{name}` is {value!r}, which is no {getattr(action.type, '__name__', 'valid value')}.") from error
+        raise ValueError(
+            f"`{name}` is {value!r}, which is no {getattr(action.type, '__name__', 'valid value')}."
+        ) from error
 
 
 def fail_in_one_line(error: Exception) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from datasets import Dataset
 from transformers import (
@@ -44,7 +43,14 @@ CACHE = Path(".cache")
 CALIBRATION_ROWS = 8
 RECIPE_NAME, REPORT_NAME = "recipe.yaml", "report.json"
 # Options that do not change what a run computes: a finished run may be asked for again with others.
-FREE_OPTIONS = {"sample_prompt", "sample_tokens", "verify_reload", "disable_tqdm", "report_to", "resume_from_checkpoint"}
+FREE_OPTIONS = {
+    "sample_prompt",
+    "sample_tokens",
+    "verify_reload",
+    "disable_tqdm",
+    "report_to",
+    "resume_from_checkpoint",
+}
 FRESH_PROCESS = """
 import sys
 sys.modules["cab_hf"] = None  # an import of the package would fail: the folder must do alone
@@ -102,7 +108,9 @@ def _distil(recipe: Recipe) -> dict[str, Any]:
 
     is_main = _is_main_process(recipe)
     before = _evaluate(recipe, student, teacher, tokenizer, heldout) if is_main else None
-    histories = [_run_stage(*stage, student, teacher, tokenizer, collator, train_blocks, heldout) for stage in recipe.stages]
+    histories = [
+        _run_stage(*stage, student, teacher, tokenizer, collator, train_blocks, heldout) for stage in recipe.stages
+    ]
     report = {
         "teacher": recipe.model.teacher,
         "dataset": recipe.data.dataset,
@@ -129,7 +137,7 @@ def _evaluate(
     tokenizer: PreTrainedTokenizerBase,
     heldout: dict[str, Dataset],
 ) -> dict[str, dict[str, Any]]:
-    """Per text: `compare`'s report of student and teacher. The first one also holds the copying tests, which use none."""
+    """`compare`'s report of each text; the first one also holds the copying tests, which need no text."""
     data, args = recipe.data, recipe.stages[0][1]
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         results = {
@@ -311,9 +319,10 @@ def summary(report: dict[str, Any]) -> str:
             f"{text} ({after['n_tokens']:,} tokens)",
             f"  {'':<18}{'perplexity':>12}{'KL to teacher':>16}{'top-1 agreement':>18}",
             f"  {'teacher':<18}{after['teacher_perplexity']:>12.2f}",
-            f"  {'student, before':<18}{before['student_perplexity']:>12.2f}{before['kl']:>16.3f}{before['agreement']:>18.3f}",
-            f"  {'student, after':<18}{after['student_perplexity']:>12.2f}{after['kl']:>16.3f}{after['agreement']:>18.3f}",
         ]
+        for name, numbers in (("before", before), ("after", after)):
+            columns = f"{numbers['student_perplexity']:>12.2f}{numbers['kl']:>16.3f}{numbers['agreement']:>18.3f}"
+            lines.append(f"  {f'student, {name}':<18}{columns}")
         for gap, recall in after.get("recall", {}).items():
             teacher, student = recall["teacher"]["recall"], recall["student"]["recall"]
             lines.append(f"  copying over a gap of {gap}: teacher {teacher:.3f}, student {student:.3f}")
@@ -333,7 +342,9 @@ def _claim(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         found = {name: value for name, value in found.items() if name not in FREE_OPTIONS}
         differing = sorted(name for name in asked.keys() | found.keys() if asked.get(name) != found.get(name))
         if differing:
-            details = "; ".join(f"{name}: {found.get(name)!r} there, {asked.get(name)!r} now" for name in differing[:4])
+            details = "; ".join(
+                f"{name}: {found.get(name)!r} there, {asked.get(name)!r} now" for name in differing[:4]
+            )
             raise ValueError(
                 f"`output_dir` {folder} holds a run of another recipe ({details}). Choose another `--output_dir`, or "
                 "remove the folder."

@@ -1,5 +1,6 @@
 """Two processes do what one does. The file is its own worker: `torchrun ... test_distributed.py FOLDER`."""
 
+import copy
 import gc
 import os
 import subprocess
@@ -19,8 +20,12 @@ from tiny_distillation import (
     tiny_student,
 )
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
 
+from cab_hf import DistillationTrainer
 from cab_hf.distillation.training_args import LOSSES
 
 
@@ -38,6 +43,10 @@ TRAININGS = {
     "partly frozen": {**SIX_LOSSES, "trainable": "in_proj|norm"},
     "lora": {**SIX_LOSSES, "lora": True},
     "recomputed": {**SIX_LOSSES, "activation_checkpointing": True},
+}
+SHARDED = {
+    **{name: {**NO_LOSS, f"{name}_weight": 1.0} for name in ("kl", "bridge", "output", "hidden")},
+    "five": {**SIX_LOSSES, "attention_weight": 0.0},
 }
 EVALUATIONS = {"even": 8, "three of four": 7, "one of four": 5, "one alone": 1}
 METRICS = [f"eval_{name}" for name in (*LOSSES, "loss", "agreement", "tokens", "perplexity", "teacher_perplexity")]
@@ -84,6 +93,24 @@ def run_out(folder: Path, processes: int) -> int:
     return trainer.state.global_step
 
 
+def shard(folder: Path, options: dict[str, Any]) -> float:
+    """Largest difference that FSDP2 makes to a gradient, over that parameter's largest."""
+    trainer, _ = make_trainer(folder, rows=ROWS, **options)
+    trainer._calibrate_targets()
+    mesh, rank, sharded = init_device_mesh("cpu", (2,)), trainer.args.process_index, copy.deepcopy(trainer.model)
+    for module in (*sharded.student.backbone.layers, sharded):
+        fully_shard(module, mesh=mesh)
+    counts = trainer._local_counts(default_collate(ROWS))
+    for model, rows in ((trainer.model, ROWS), (sharded, ROWS[4 * rank : 4 * rank + 4])):
+        loss = trainer._distil(model.train(), default_collate(rows), *trainer._weights(), counts).loss
+        (loss * len(ROWS) / len(rows)).backward()
+    errors = []
+    for whole, part in zip(trainer.model.parameters(), sharded.parameters()):
+        gradient = torch.zeros_like(whole) if part.grad is None else part.grad.full_tensor()
+        errors.append((gradient - whole.grad).abs().max() / whole.grad.abs().max().clamp(min=1e-4))
+    return max(errors).item()
+
+
 def everything(folder: Path, processes: int) -> dict[str, Any]:
     results = {name: train(folder / "plain", processes, options) for name, options in TRAININGS.items()}
     results |= {name: evaluate(folder / "plain", ROWS[:count]) for name, count in EVALUATIONS.items()}
@@ -92,6 +119,8 @@ def everything(folder: Path, processes: int) -> dict[str, Any]:
     saving = {**SIX_LOSSES, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     results["whole"] = train(folder / "saved", processes, saving)
     results["resumed"] = train(folder / "saved", processes, saving, resume=str(folder / "saved" / "checkpoint-2"))
+    if processes > 1:
+        results["sharded"] = {name: shard(folder, options) for name, options in SHARDED.items()}
     return results
 
 
@@ -140,6 +169,24 @@ def test_two_processes_resume_bit_for_bit(results):
         assert result["resumed"]["logs"][:-1] == result["whole"]["logs"][2:-1]
         for name, value in result["whole"]["state"].items():
             assert torch.equal(result["resumed"]["state"][name], value), name
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_gradients_are_the_whole_ones(results, name):
+    assert results[1]["sharded"][name] < 1e-4
+
+
+def test_maps_of_sharded_weights_teach(tmp_path, monkeypatch):
+    create = DistillationTrainer.create_accelerator_and_postprocess
+
+    def create_sharding(self):
+        create(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(DistillationTrainer, "create_accelerator_and_postprocess", create_sharding)
+    with pytest.raises(ValueError) as error:
+        make_trainer(tmp_path, attention_weight=0.5)
+    assert all(word in str(error.value) for word in ("attention_weight", "0.5", "FSDP", "DDP", "attention_weight=0.0"))
 
 
 def test_a_stream_may_end_early(results):

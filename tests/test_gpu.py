@@ -38,17 +38,17 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
 
 
 def config(mixer_type: str, **overrides) -> CABMambaConfig:
-    fields = dict(
-        vocab_size=99,
-        hidden_size=64,
-        num_hidden_layers=2,
-        mixer_type=mixer_type,
-        head_dim=32,
-        n_groups=2,
-        state_size=16,
-        chunk_size=64,
-        transition_init="s4d",
-    )
+    fields = {
+        "vocab_size": 99,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "mixer_type": mixer_type,
+        "head_dim": 32,
+        "n_groups": 2,
+        "state_size": 16,
+        "chunk_size": 64,
+        "transition_init": "s4d",
+    }
     return CABMambaConfig(**(fields | overrides))
 
 
@@ -91,7 +91,9 @@ def test_kernels_equal_torch(mixer_type, monkeypatch):
         logits[backend] = model(input_ids=ids, attention_mask=mask).logits
         prefill = model(input_ids=ids[:, :70], attention_mask=mask[:, :70], use_cache=True)
         steps = [
-            model(input_ids=ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache_params=prefill.cache_params).logits
+            model(
+                input_ids=ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache_params=prefill.cache_params
+            ).logits
             for t in range(70, 77)
         ]
         states[backend] = torch.cat(steps, dim=1)

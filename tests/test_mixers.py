@@ -194,6 +194,16 @@ def test_the_attention_map_is_what_the_scan_applies(mixer_type, groups):
 
 
 @torch.no_grad()
+def test_an_s6_mixer_that_heads_do_not_divide_has_one_map():
+    mixer, x = shaken_mixer("mamba", state_size=3, hidden_size=15), inputs(width=15)
+    truth = naive_mixer(mixer, x)
+    _, projections = mixer(x)
+    attention_map = mixer.attention_map(*projections[:3])
+    assert attention_map.shape == (2, 1, 9, 9)
+    assert largest_difference(attention_map[:, 0], naive_channel_maps(truth, mixer).mean(dim=1)) < 1e-5
+
+
+@torch.no_grad()
 def test_the_model_returns_the_maps():
     for mixer_type in MIXER_TYPES:
         model, ids = tiny_model(mixer_type=mixer_type), random_ids(2, 9)

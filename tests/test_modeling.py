@@ -40,6 +40,53 @@ def fed(model, ids: torch.Tensor, mask: torch.Tensor, chunks: list[int]) -> torc
     return torch.cat(logits, dim=1)
 
 
+def naive_norm(module, x: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "layer_norm":
+        centred = x - x.mean(dim=-1, keepdim=True)
+        return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * module.weight + module.bias
+    return x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * module.weight
+
+
+def naive_mlp(mlp, x: torch.Tensor, gated: bool) -> torch.Tensor:
+    up = x @ mlp.up_proj.weight.T + (0 if mlp.up_proj.bias is None else mlp.up_proj.bias)
+    if gated:
+        gate = x @ mlp.gate_proj.weight.T + (0 if mlp.gate_proj.bias is None else mlp.gate_proj.bias)
+        up = torch.nn.functional.gelu(gate) * up
+    else:
+        up = torch.nn.functional.gelu(up)
+    return up @ mlp.down_proj.weight.T + (0 if mlp.down_proj.bias is None else mlp.down_proj.bias)
+
+
+@torch.no_grad()
+def test_a_block_adds_up(model):
+    """Sequential: `h = x + mixer(norm(x)); h + mlp(norm(h))`. Parallel: `x + mixer(norm(x)) + mlp(norm(x))`."""
+    block, config = model.backbone.layers[0], model.config
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    normed = naive_norm(block.norm, x, config.norm_type)
+    expected = x + block.mixer(normed)[0]
+    if config.intermediate_size:
+        if config.shared_norm:
+            assert block.mlp_norm is None
+        else:
+            normed = naive_norm(block.mlp_norm, x if config.parallel_residual else expected, config.norm_type)
+        expected = expected + naive_mlp(block.mlp, normed, config.gated_mlp)
+    assert largest_difference(block(x)[0], expected) < 1e-4
+    final = naive_norm(model.backbone.norm_f, expected, config.norm_type)
+    logits = final @ model.lm_head.weight.T + (0 if model.lm_head.bias is None else model.lm_head.bias)
+    model.backbone.layers = model.backbone.layers[:1]
+    model.backbone.position_embeddings = None
+    assert largest_difference(model(inputs_embeds=x, use_cache=False).logits, logits) < 1e-4
+
+
+@torch.no_grad()
+def test_the_residual_stream_is_float32_if_asked_for():
+    for residual_in_fp32 in (True, False):
+        model = tiny_model(mixer_type="mamba2", residual_in_fp32=residual_in_fp32).to(torch.bfloat16)
+        hidden_states = model(random_ids(1, 5), output_hidden_states=True).hidden_states
+        assert hidden_states[1].dtype == (torch.float32 if residual_in_fp32 else torch.bfloat16)
+        assert hidden_states[-1].dtype == torch.bfloat16
+
+
 @torch.no_grad()
 def test_padding_never_reaches_a_real_token(model):
     ids = random_ids(1, 7)
@@ -90,6 +137,15 @@ def test_prefill_in_chunks_equals_one_forward(model, chunks):
         logits = fed(model, row, mask, [*chunks, 1, 1])
         assert largest_difference(logits[:, real], alone[:, :-2]) < 1e-4, (left, right)
         assert largest_difference(logits[:, -2:], alone[:, -2:]) < 1e-4, (left, right)
+
+
+@torch.no_grad()
+def test_a_row_of_padding_alone_is_harmless(model):
+    ids = random_ids(2, 6)
+    mask = torch.tensor([[0] * 6, [1] * 6])
+    logits = model(ids, attention_mask=mask).logits
+    assert bool(logits.isfinite().all())
+    assert largest_difference(logits[1:], model(ids[1:]).logits) < 1e-4
 
 
 @torch.no_grad()

@@ -86,6 +86,7 @@ def test_checkpointing_keeps_gradients_also_through_projections(name, use_reentr
     assert checkpointed_calls == 2 * plain_calls == 4
     for parameter, gradient in found.items():
         assert largest_difference(gradient, expected[parameter]) < 1e-5 * max(1, expected[parameter].abs().max())
+    assert model(ids, use_cache=True).cache_params is None
     # each field alone reaches the weights
     for index in range(4):
         shown = model(ids, output_projections=True).projections[0]

@@ -38,7 +38,9 @@ def test_every_recipe_parses(path):
     assert recipe.output_dir == Path("outputs") / path.stem
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "training_args/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "training_args/accelerate").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_accelerate_configs_load(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -94,7 +96,7 @@ class TestRun:
     def test_smoke(self, tmp_path):
         recipe = smoke(tmp_path, "--license", "mit", "--recall_gaps", "4")
         report = run_recipe(recipe)
-        (text, after), = report["after"].items()
+        ((text, after),) = report["after"].items()
         assert after["n_tokens"] > 0 and "4" in after["recall"]
         assert [stage["name"] for stage in report["stages"]] == ["bridge", "kl"]
         assert f"{after['student_perplexity']:.2f}" in summary(report)
@@ -140,7 +142,7 @@ class TestRun:
 
         monkeypatch.setattr(DistillationTrainer, "train", spied)
         resumed = run_recipe(smoke(tmp_path / "cut"))
-        (stage, checkpoint), = trained
+        ((stage, checkpoint),) = trained
         assert stage == "2-kl" and checkpoint.endswith("checkpoint-2")
         assert resumed["after"] == whole["after"]
 

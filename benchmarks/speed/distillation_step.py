@@ -129,14 +129,32 @@ def timed(step: Callable[[], None], warm_up: int, spans: int, span: int) -> list
     return seconds
 
 
-def measure(options: argparse.Namespace, batch: int, length: int) -> dict[str, dict]:
+def student_steps(model: CABMambaForCausalLM, ids: torch.Tensor, options: argparse.Namespace) -> list[float]:
+    """Seconds of the student's own training step, on labels."""
+    device = ids.device.type
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(step, options.warm_up, options.spans, options.span)
+
+
+def measure(
+    options: argparse.Namespace, batch: int, length: int, results: dict[str, dict], save: Callable[[], None]
+) -> None:
+    """Fills `results` row by row and saves after each, so that a run that is cut off leaves what it measured."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[options.shape])
     teacher_model = LlamaForCausalLM(config).to(device, torch.bfloat16)
     tokens = batch * length
     ids = torch.randint(config.vocab_size, (batch, length), device=device)
-    results = {}
 
     def student() -> CABMambaForCausalLM:
         return CABMambaForCausalLM.from_teacher(teacher_model.cpu().float()).to(device)
@@ -148,20 +166,9 @@ def measure(options: argparse.Namespace, batch: int, length: int) -> dict[str, d
 
     model = student().train()
     teacher_model.to(device, torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
-
-    def train_step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
     fresh_memory()
-    seconds = timed(train_step, options.warm_up, options.spans, options.span)
-    results["part: student step"] = row(seconds, tokens)
-    del model, optimizer
+    results["part: student step"] = row(student_steps(model, ids, options), tokens)
+    del model
     parts = sum(results[name]["milliseconds"] for name in ("part: teacher forward", "part: student step"))
     results["ceiling of the parts"] = {"tokens_per_second": 1e3 * tokens / parts, "milliseconds": parts}
 
@@ -202,8 +209,8 @@ def measure(options: argparse.Namespace, batch: int, length: int) -> dict[str, d
         except Exception as error:  # a variant that does not run is a result, too
             results[name] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
         print(f"{batch} x {length} {name}: {results[name]}", flush=True)
+        save()
         del trainer, model
-    return results
 
 
 def installed(package: str) -> str | None:
@@ -223,20 +230,26 @@ def main() -> None:
     parser.add_argument("--spans", type=int, default=3)
     parser.add_argument("--span", type=int, default=10, help="steps timed together")
     options = parser.parse_args()
-    results = {batch: measure(options, *map(int, batch.split("x"))) for batch in options.batches}
     report = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "dtype": "bfloat16 autocast",
         "shape": options.shape,
         "steps": {"warm_up": options.warm_up, "spans": options.spans, "span": options.span},
         "versions": {p: installed(p) for p in ("torch", "transformers", "mamba-ssm", "causal-conv1d", "triton")},
-        "results": results,
+        "results": {},
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
-    for batch, table in results.items():
+
+    def save() -> None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+    for batch in options.batches:
+        report["results"][batch] = {}
+        measure(options, *map(int, batch.split("x")), report["results"][batch], save)
+    for batch, table in report["results"].items():
         for name, result in table.items():
-            print(f"{batch:>8} {name:<30} {result.get('tokens_per_second', 0):>12,.0f} tokens/s  {result.get('peak_gib')}")
+            rate, peak = result.get("tokens_per_second", 0), result.get("peak_gib")
+            print(f"{batch:>8} {name:<40} {rate:>12,.0f} tokens/s  {peak}")
 
 
 if __name__ == "__main__":

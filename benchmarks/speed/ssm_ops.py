@@ -51,7 +51,8 @@ CASES = {
     },
 }
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-REPEATS = {"cpu": 5, "cuda": 20}
+REPEATS = {"cpu": 15, "cuda": 20}
+REPEATS_OF_MINUTES = 2  # for a case with a variant that takes minutes
 
 
 def make_inputs(case: str, shape: dict[str, int], device: str) -> dict[str, Tensor]:
@@ -87,18 +88,23 @@ def own(operation: Callable, backend: str, **inputs: Tensor) -> Tensor:
     return operation(**inputs)[0]
 
 
+def shape_of(case: str, variant: str, device: str) -> dict[str, int]:
+    shape = CASES[device][case][0]
+    if not case.endswith("length"):
+        return shape
+    b, t = variant.rpartition("_")[2].split("x")
+    return shape | {"b": int(b), "t": int(t)}
+
+
 def make_variant(case: str, variant: str, device: str) -> tuple[Callable, dict[str, Tensor]]:
     """A function from the arguments to the output, and the arguments."""
-    shape = dict(CASES[device][case][0])
-    if case.endswith("length"):
-        variant, _, size = variant.rpartition("_")
-        shape["b"], shape["t"] = (int(number) for number in size.split("x"))
-    inputs = make_inputs(case, shape, device)
-    if not variant.startswith("transformers"):
-        return partial(own, selective_scan if case.startswith("s6") else ssd_scan, variant), inputs
-    if case.startswith("s6"):
+    inputs = make_inputs(case, shape_of(case, variant, device), device)
+    if variant == "transformers":
         return transformers_s6, inputs
-    return partial(transformers_ssd, int(variant.rpartition("_")[2])), inputs
+    if variant.startswith("transformers"):
+        return partial(transformers_ssd, int(variant.rpartition("_")[2])), inputs
+    backend = variant.rpartition("_")[0] if case.endswith("length") else variant
+    return partial(own, selective_scan if case.startswith("s6") else ssd_scan, backend), inputs
 
 
 class Step:
@@ -143,7 +149,7 @@ def time_case(case: str, device: str) -> list[dict]:
     variants = CASES[device][case][1]
     steps, cells, reference = {}, [], None
     for variant in variants:
-        cell = {"case": case, "variant": variant}
+        cell = {"case": case, "variant": variant, "shape": shape_of(case, variant, device)}
         cells.append(cell)
         try:
             step = Step(case, variant, device)
@@ -158,12 +164,14 @@ def time_case(case: str, device: str) -> list[dict]:
         step.run()
         steps[variant] = step
     times: dict[str, list] = {variant: [] for variant in steps}
-    for _ in range(REPEATS[device]):
+    repeats = REPEATS_OF_MINUTES if "transformers" in steps else REPEATS[device]
+    for _ in range(repeats):
         for variant, step in steps.items():
             times[variant].append(step.run())
     for cell in cells:
         if cell["variant"] in steps:
             forward, both = zip(*times[cell["variant"]])
+            cell["repeats"] = repeats
             cell |= summary("forward", list(forward)) | summary("forward_backward", list(both))
             if steps[cell["variant"]].backward_error:
                 cell["backward_error"] = steps[cell["variant"]].backward_error
@@ -174,6 +182,8 @@ def peak_of(case: str, variant: str, device: str) -> float:
     """MiB that one forward and backward take above the inputs."""
     step = Step(case, variant, device)
     if device == "cuda":
+        step.run()  # tunes the kernels
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step.run()
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
@@ -224,17 +234,16 @@ def main() -> None:
         parser.error("--output FILE.json is missing")
 
     cells = []
-    for case, (shape, _) in CASES[device].items():
+    for case in CASES[device]:
         for cell in child(*common, "--time", case):
             if "error" not in cell:
                 cell["peak_mib"] = child(*common, "--peak", case, cell["variant"])
-            cells.append(cell | {"shape": shape})
+            cells.append(cell)
             print(cells[-1], flush=True)
     report = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}",
         "threads": None if device == "cuda" else arguments.threads,
         "dtype": str(DTYPES[device]).removeprefix("torch."),
-        "repeats": REPEATS[device],
         "versions": {
             name: version_of(name)
             for name in ("torch", "transformers", "mamba-ssm", "causal-conv1d", "flash-linear-attention", "triton")

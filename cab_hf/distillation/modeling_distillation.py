@@ -159,6 +159,7 @@ class DistillationModel(nn.Module):
             inputs: of the student's base model.
         """
         mask = inputs.get("attention_mask")
+        weights = weights.float()  # FSDP's mixed precision casts inputs; the quotients below need more digits
         # An optimizer step without any real token has a loss of zero, not 0 / 0.
         num_tokens, num_labels = num_tokens.clamp(min=1), num_labels.clamp(min=1)
         outputs = self.core.base_model(
@@ -197,11 +198,16 @@ class DistillationModel(nn.Module):
         )
 
     def _touch_unused(self, active: frozenset[str]) -> Tensor | float:
-        """Zero, with a zero gradient for parameters that no active loss reaches: DDP waits for every gradient."""
+        """Zero, with a zero gradient for parameters that no active loss reaches: DDP waits for every gradient.
+
+        FSDP does not wait, and its parameters (DTensor) are sharded again at this point.
+        """
         modules = [] if active & {"kl", "ce"} else [self.student]
         if self.bridge is not None and "bridge" not in active:
             modules.append(self.bridge)
-        parameters = (p for module in modules for p in module.parameters() if p.requires_grad)
+        parameters = (
+            p for module in modules for p in module.parameters() if p.requires_grad and type(p) is nn.Parameter
+        )
         return sum((0.0 * parameter.flatten()[:1].sum() for parameter in parameters), start=0.0)
 
     def _mean_over_layers(

@@ -116,6 +116,13 @@ class DistillationTrainer(Trainer):
         if teacher.vocab_size is not None:
             check_vocabularies(model.core.config.vocab_size, teacher.vocab_size)
         super().__init__(model=model, args=args, **trainer_kwargs)
+        is_zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        if args.attention_weight > 0 and (self.is_fsdp_enabled or is_zero3):
+            raise ValueError(
+                f"`attention_weight` is {args.attention_weight}, but maps are made outside the student's blocks, and "
+                f"{'ZeRO-3' if is_zero3 else 'FSDP'} has their weights whole only inside. Use DDP, or set "
+                "`attention_weight=0.0`."
+            )
         self.label_names = ["labels"]
 
     @property
@@ -435,6 +442,7 @@ class DistillationTrainer(Trainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._is_calibrated = True  # the scales are loaded
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -447,7 +455,6 @@ class DistillationTrainer(Trainer):
             )
         load_student(model.student, folder)
         model.load_state_dict(load_file(folder / BRIDGE_NAME), strict=False)
-        self._is_calibrated = True
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

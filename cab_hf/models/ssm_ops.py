@@ -377,7 +377,7 @@ def _check_s6(
 
 def _into_chunks(tensor: Tensor, chunks: int, length: int, value: float = 0.0) -> Tensor:
     padding = chunks * length - tensor.shape[1]
-    if padding:
+    if torch.compiler.is_compiling() or padding:
         tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding), value=value)
     return tensor.unflatten(1, (chunks, length))  # (b, chunk, position, ...)
 
@@ -684,7 +684,8 @@ def _ssd_chunks(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, state: Tensor, runs: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     (b, t, h, p), (g, n) = x.shape, B.shape[-2:]
-    length = min(chunk_size, SSD_CHUNK, t)
+    # a traced graph has full chunks, so that it serves any number of tokens
+    length = min(chunk_size, SSD_CHUNK) if torch.compiler.is_compiling() else min(chunk_size, SSD_CHUNK, t)
     c = -(-t // length)
     u, log_decay, B, C = (_into_chunks(tensor, c, length) for tensor in (x * dt.unsqueeze(-1), dt * A, B, C))
     u = u.unflatten(3, (g, h // g))  # (b, c, l, g, h/g, p)
@@ -722,19 +723,21 @@ def _carry_states(
     log_decay: `(b, c, h)`, of whole chunks; chunk_runs: `(b, 1+c)`, the sequence at each chunk's end, the initial
     state's first. One product for a block of chunks, so that the cost stays linear in the number of tokens.
     """
-    entering = []
-    for first in range(0, states.shape[1], SSD_CHUNKS_PER_BLOCK):
-        block_states = torch.cat([state.unsqueeze(1), states[:, first : first + SSD_CHUNKS_PER_BLOCK]], dim=1)
-        block_decay = F.pad(log_decay[:, first : first + SSD_CHUNKS_PER_BLOCK], (0, 0, 1, 0)).transpose(1, 2)
-        same_run = None
-        if chunk_runs is not None:
-            block_runs = chunk_runs[:, first : first + block_states.shape[1]]
-            same_run = (block_runs.unsqueeze(-1) == block_runs.unsqueeze(-2)).unsqueeze(1)  # (b, 1, 1+c, 1+c)
-        decay = _decay_matrix(block_decay, same_run)  # (b, h, 1+c, 1+c)
-        reached = (decay @ block_states.transpose(1, 2).flatten(-2)).transpose(1, 2).view_as(block_states)
-        entering.append(reached[:, :-1])
-        state = reached[:, -1]
-    return torch.cat(entering, dim=1), state
+    if states.shape[1] > SSD_CHUNKS_PER_BLOCK and not torch.compiler.is_compiling():  # a traced graph has no loop
+        entering = []
+        for first in range(0, states.shape[1], SSD_CHUNKS_PER_BLOCK):
+            block = slice(first, first + SSD_CHUNKS_PER_BLOCK)
+            block_runs = None if chunk_runs is None else chunk_runs[:, first : block.stop + 1]
+            block_entering, state = _carry_states(states[:, block], log_decay[:, block], state, block_runs)
+            entering.append(block_entering)
+        return torch.cat(entering, dim=1), state
+    same_run = None
+    if chunk_runs is not None:
+        same_run = (chunk_runs.unsqueeze(-1) == chunk_runs.unsqueeze(-2)).unsqueeze(1)  # (b, 1, 1+c, 1+c)
+    decay = _decay_matrix(F.pad(log_decay, (0, 0, 1, 0)).transpose(1, 2), same_run)  # (b, h, 1+c, 1+c)
+    states = torch.cat([state.unsqueeze(1), states], dim=1)  # (b, 1+c, h, n, p)
+    reached = (decay @ states.transpose(1, 2).flatten(-2)).transpose(1, 2).view_as(states)
+    return reached[:, :-1], reached[:, -1]
 
 
 @torch.compiler.disable
