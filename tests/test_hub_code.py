@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import MIXER_TYPES, random_ids, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -113,8 +113,6 @@ def run_apart(script: str, blocked: str, folders: list[Path], home: Path) -> Non
 
 
 def saved_folders(root: Path) -> tuple[list[Path], list[CABMambaForCausalLM]]:
-    from safetensors.torch import save_file
-
     folders, saved = [], []
     for mixer_type in MIXER_TYPES:
         folders.append(root / mixer_type)
