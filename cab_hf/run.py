@@ -28,7 +28,7 @@ from cab_hf.data import load_documents, split_documents
 from cab_hf.demo import fetch_smollm2, random_llama
 from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.teacher import Teacher
-from cab_hf.distillation.trainer import DistillationTrainer, last_whole_checkpoint
+from cab_hf.distillation.trainer import DistillationTrainer, last_whole_checkpoint, load_student
 from cab_hf.evaluation import compare, copying_recall, sample
 from cab_hf.hub import public_name, write_model_card
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
@@ -242,7 +242,11 @@ def _run_stage(
 ) -> dict[str, Any]:
     folder = Path(args.output_dir)
     history_file = folder / "history.json"
-    student.requires_grad_(True)
+    if history_file.is_file():
+        logger.warning(f"Stage {name!r} is complete in {folder}; its student is loaded.")
+        load_student(student, folder)
+        return json.loads(history_file.read_text())
+    student.requires_grad_(True)  # whatever an earlier stage froze
     trainer = DistillationTrainer(
         student,
         teacher,
@@ -252,10 +256,6 @@ def _run_stage(
         data_collator=collator,
         processing_class=tokenizer,
     )
-    if history_file.is_file():
-        logger.warning(f"Stage {name!r} is complete in {folder}; its student is loaded.")
-        trainer._load_from_checkpoint(str(folder))
-        return json.loads(history_file.read_text())
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is not None:
         logger.warning(f"Stage {name!r} goes on from {checkpoint}.")

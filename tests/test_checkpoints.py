@@ -119,6 +119,7 @@ def test_a_checkpoint_is_a_student_and_a_bridge_apart(tmp_path, mixer):
 
     trainer.save_model(tmp_path / "final")
     assert_same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "final"), trainer.student)
+    assert not (tmp_path / "final" / "bridge.safetensors").exists()
 
 
 def test_a_run_without_a_bridge_resumes(tmp_path):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from cab_hf import Teacher
+from cab_hf import CABMambaForCausalLM, Teacher
 from cab_hf.distillation.training_args import LOSSES
 from cab_hf.packing import LanguageCollator
 
@@ -125,7 +125,7 @@ def naive_losses(
                 if model.bridge is not None
                 else [],
                 "output": [(written.output[0], theirs.outputs[index], 2)],
-                "hidden": [(ours.hidden_states[layer + 1][0], theirs.hidden_states[index + 1], 3)],
+                "hidden": [(ours.hidden_states[layer + 1][0], hidden_target(student, theirs, layer), 3)],
             }
             for name, compared in pairs.items():
                 for mine, target, row in compared:
@@ -135,6 +135,15 @@ def naive_losses(
             sums["attention"] = sums["attention"] + distance / len(LAYER_MAP)
         count, count_labels = count + len(tokens), count_labels + len(tokens) - 1
     return {name: total / max(count_labels if name == "ce" else count, 1) for name, total in sums.items()}
+
+
+def hidden_target(student: CABMambaForCausalLM, theirs: NaiveTeacher, layer: int) -> Tensor:
+    """The student's last state is after its norm, so the inner teacher state that it learns from is normed like it."""
+    target = theirs.hidden_states[LAYER_MAP[layer] + 1]
+    if layer < len(LAYER_MAP) - 1:
+        return target
+    norm = student.backbone.norm_f
+    return norm.weight.detach() * target * (target.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
 
 
 def numbers(parts: dict[str, Tensor], weights: dict[str, float] = SIX_LOSSES) -> dict[str, float]:
@@ -166,7 +175,8 @@ def test_a_step_is_the_dense_restatement(tmp_path, student, relative):
         for tokens in real_tokens(rows):
             truth = naive_teacher(tiny_teacher(), tokens)
             for layer, index in enumerate(LAYER_MAP):
-                targets = truth.keys[index], truth.queries[index], truth.outputs[index], truth.hidden_states[index + 1]
+                targets = truth.keys[index], truth.queries[index], truth.outputs[index]
+                targets = *targets, hidden_target(model.student, truth, layer)
                 squares[:, layer] += torch.stack([(target**2).mean(-1).sum() for target in targets])
         scales = squares / sum(map(len, real_tokens(rows)))
         torch.testing.assert_close(trainer.model.target_scales, scales, rtol=1e-4, atol=0)

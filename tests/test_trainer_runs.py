@@ -463,3 +463,33 @@ def test_a_graph_refuses_float16(tmp_path):
     with pytest.raises(ValueError, match="fp16=True") as error:
         gpu_step(tmp_path, "mamba2", cuda_graph=True, fp16=True)
     assert "cuda_graph=True" in str(error.value) and "bf16=True" in str(error.value)
+
+
+def test_hidden_states_are_compared_under_the_same_norm(tmp_path):
+    """transformers returns a last layer's state after the final norm; the floor map pairs it with one that is not."""
+    trainer, _ = make_trainer(tmp_path, hidden_weight=1.0, kl_weight=0.0, bridge_weight=0.0)
+    model = trainer.model.eval()
+    assert model.layer_map == [0, 2]
+    tokens = torch.arange(7)[None]
+    targets = trainer.teacher({"input_ids": tokens}, hidden_states=True)
+    states = model.core.base_model(tokens, output_hidden_states=True).hidden_states
+    student, teacher = model._hidden_pair(states, targets, 0)
+    assert torch.equal(student, states[1]) and torch.equal(teacher, targets.hidden_states[1])
+    student, teacher = model._hidden_pair(states, targets, 1)
+    assert torch.equal(student, states[2])
+    assert torch.equal(teacher, model.core.base_model.norm_f(targets.hidden_states[3]))
+    model.layer_map = [3, 3]
+    student, teacher = model._hidden_pair(states, targets, 0)
+    assert torch.equal(student, model.core.base_model.norm_f(states[1])) and torch.equal(
+        teacher, targets.hidden_states[4]
+    )
+
+
+def test_a_given_teacher_must_agree_on_rotary(tmp_path):
+    with pytest.raises(ValueError, match="remove_rotary. is True.*False"):
+        make_trainer(tmp_path, teacher=Teacher(tiny_teacher()), remove_rotary=True)
+
+
+def test_some_loss_must_last(tmp_path):
+    with pytest.raises(ValueError, match="bridge_end=0.5"):
+        make_trainer(tmp_path, kl_weight=0.0, bridge_weight=1.0, bridge_end=0.5)

@@ -123,7 +123,7 @@ class DistillationModel(nn.Module):
                 if targets.attentions[index].output is not None:
                     scales[2, layer] = mean_square(targets.attentions[index].output, mask)
             if targets.hidden_states is not None:
-                scales[3, layer] = mean_square(targets.hidden_states[index + 1], mask)
+                scales[3, layer] = mean_square(self._hidden_pair(None, targets, layer)[1], mask)
         return scales
 
     def _bridge_targets(self, targets: TeacherOutput, index: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -230,9 +230,26 @@ class DistillationModel(nn.Module):
                 target = targets.attentions[index].output
                 total = total + output_loss(outputs.projections[layer].output, target, mask, self._relative(2, layer))
             else:
-                student, teacher = outputs.hidden_states[layer + 1], targets.hidden_states[index + 1]
+                student, teacher = self._hidden_pair(outputs.hidden_states, targets, layer)
                 total = total + hidden_loss(student, teacher, mask, self._relative(3, layer))
         return total / len(self.layer_map)
+
+    def _hidden_pair(
+        self, hidden_states: tuple[Tensor, ...] | None, targets: TeacherOutput, layer: int
+    ) -> tuple[Tensor | None, Tensor]:
+        """A student layer's hidden state and its target. transformers returns the last layer's after the final norm:
+
+        where one of the two is a last layer and the other is not, the student's norm makes them comparable.
+        """
+        index, norm = self.layer_map[layer], self.core.base_model.norm_f
+        student = None if hidden_states is None else hidden_states[layer + 1]
+        teacher = targets.hidden_states[index + 1]
+        is_last, teacher_is_last = layer == len(self.layer_map) - 1, index == len(targets.hidden_states) - 2
+        if is_last and not teacher_is_last:
+            teacher = norm(teacher.to(norm.weight.dtype))
+        if teacher_is_last and not is_last and student is not None:
+            student = norm(student.to(norm.weight.dtype))
+        return student, teacher
 
     def _relative(self, row: int, layer: int) -> Tensor | bool:
         return self.target_scales[row, layer] if self.args.relative_loss else False

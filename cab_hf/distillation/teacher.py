@@ -316,6 +316,10 @@ class Teacher:
         return self.model
 
     @property
+    def removes_rotary(self) -> bool:
+        return self._rotary is not None
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 

@@ -84,6 +84,11 @@ class DistillationTrainer(Trainer):
                 dtype=None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype),
                 remove_rotary=args.remove_rotary,
             )
+        if teacher.removes_rotary != args.remove_rotary:
+            raise ValueError(
+                f"`remove_rotary` is {args.remove_rotary} in the arguments, but the given Teacher was made with "
+                f"{teacher.removes_rotary}. Use the same value for both, or pass the model instead of a Teacher."
+            )
         if args.attention_weight > 0 and args.remove_rotary:
             raise ValueError(
                 f"`attention_weight` is {args.attention_weight} and `remove_rotary` {args.remove_rotary}, but the "
@@ -436,7 +441,9 @@ class DistillationTrainer(Trainer):
             for name, tensor in (model.state_dict() if state_dict is None else state_dict).items()
             if not name.startswith("student.")
         }
-        save_file(rest, folder / BRIDGE_NAME)
+        # A finished student ships without what only its training needed.
+        if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            save_file(rest, folder / BRIDGE_NAME)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")

@@ -117,6 +117,12 @@ class DistillationTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}_decay` must be none, linear or cosine, got {decay!r}.")
         if not any(getattr(self, f"{name}_weight") for name in LOSSES):
             raise ValueError(f"Every loss weight is 0.0; set at least one of {[f'{name}_weight' for name in LOSSES]}.")
+        ends = {name: getattr(self, f"{name}_end") for name in LOSSES if getattr(self, f"{name}_weight") > 0}
+        if max(ends.values()) < 1:
+            raise ValueError(
+                f"Every loss is off before the end ({', '.join(f'{name}_end={end}' for name, end in ends.items())}); "
+                "let one of them go on to 1.0, or train fewer steps."
+            )
         if self.temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
         if self.logits_chunk_size < 1:

@@ -136,8 +136,8 @@ class CABMambaPreTrainedModel(PreTrainedModel):
         super().save_pretrained(*args, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # transformers takes custom code to overwrite loaded weights and so passes over a mixer whose own parameters are
-        # loaded, although those of its projections may be missing. This code overwrites nothing.
+        # transformers takes custom code to overwrite loaded weights and so passes over a mixer whose own parameters
+        # are loaded, although those of its projections may be missing. This code overwrites nothing.
         if not all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
             super()._initialize_weights(module)
 
