@@ -269,8 +269,10 @@ def test_outputs_hold_what_was_asked_for():
     assert torch.equal(model.lm_head(backbone.last_hidden_state), output.logits)
     expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
-    assert torch.equal(model(ids, logits_to_keep=2).logits, output.logits[:, -2:])
-    assert torch.equal(model(ids, logits_to_keep=torch.tensor([1, 3])).logits, output.logits[:, [1, 3]])
+    # Fewer rows make another matrix product, which may round differently.
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, output.logits[:, -2:], rtol=1e-5, atol=1e-6)
+    some = model(ids, logits_to_keep=torch.tensor([1, 3])).logits
+    torch.testing.assert_close(some, output.logits[:, [1, 3]], rtol=1e-5, atol=1e-6)
     model.config.return_dict = False
     assert torch.equal(model(ids)[0], output.logits)
     assert torch.equal(model(ids, return_dict=True).logits, output.logits)

@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 LOSSES = ("kl", "ce", "bridge", "output", "hidden", "attention")
 """The loss parts. Each has `<name>_weight`, `<name>_end` and `<name>_decay`; a weight of 0.0 is not computed."""
@@ -119,9 +122,9 @@ class DistillationTrainingArguments(TrainingArguments):
             raise ValueError(f"Every loss weight is 0.0; set at least one of {[f'{name}_weight' for name in LOSSES]}.")
         ends = {name: getattr(self, f"{name}_end") for name in LOSSES if getattr(self, f"{name}_weight") > 0}
         if max(ends.values()) < 1:
-            raise ValueError(
-                f"Every loss is off before the end ({', '.join(f'{name}_end={end}' for name, end in ends.items())}); "
-                "let one of them go on to 1.0, or train fewer steps."
+            logger.warning(
+                f"Every loss is off before the end ({', '.join(f'{name}_end={end}' for name, end in ends.items())}): "
+                "nothing is learnt from then on. Let one of them go on to 1.0, or train fewer steps."
             )
         if self.temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}.")

@@ -404,11 +404,12 @@ def _sum_over_width(h: Tensor, weights: Tensor) -> Tensor:
 
 
 # An operator of its own, so that torch.compile and torch.export see one node instead of a loop over positions. Its
-# namespace follows the module's name: a checkpoint's copy of this file may be loaded beside the package's.
+# namespace follows the module's name: a checkpoint's copy of this file may be loaded beside the package's. Their names
+# hold the chunk, on which the saved states' size depends: a compiled graph on disk must not meet another chunk.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_by_{SCAN_CHUNK}", mutates_args=())
 def _scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -454,7 +455,7 @@ def _(u, dt, A, B, C, state, keep):
     return u.new_empty(b, t, d), u.new_empty(b, n, d), u.new_empty(b * -(-t // SCAN_CHUNK) * n * d)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_by_{SCAN_CHUNK}_backward", mutates_args=())
 def _scan_backward(
     grad_y: Tensor,
     grad_state: Tensor,
