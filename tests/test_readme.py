@@ -1,0 +1,88 @@
+"""The README says nothing that no committed result or file shows."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def result(path: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / path).read_text())
+
+
+def row(start: str) -> list[str]:
+    """The cells of the README's table row whose first cell starts so."""
+    lines = [line for line in README.splitlines() if line.startswith(f"| {start}")]
+    assert len(lines) == 1, (start, lines)
+    return [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert len(links) >= 6
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_commands_exist():
+    targets = re.findall(r"^make (\w+)", README, flags=re.MULTILINE)
+    assert targets == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in targets)
+    for recipe in re.findall(r"training_args/\w+\.yaml", README):
+        assert (ROOT / recipe).is_file(), recipe
+    for name in re.findall(r"`(\w+_lm|smollm2_\w+)`", README):
+        assert (ROOT / f"training_args/{name}.yaml").is_file(), name
+
+
+def test_figures_of_the_demo():
+    report = result("quality/quickstart_lm/report_cpu.json")
+    (before,), (after,) = report["before"].values(), report["after"].values()
+    for start, numbers in (("student, weights copied", before), ("student, distilled", after)):
+        shown = [f"{numbers['student_perplexity']:.1f}", f"{numbers['kl']:.2f}", f"{numbers['agreement']:.2f}"]
+        assert row(start) == shown
+    assert row("teacher, SmolLM2-135M") == [f"{after['teacher_perplexity']:.1f}", "", ""]
+    assert f"{after['n_tokens']:,} tokens" in README and f"{report['seconds'] / 60:.1f} minutes" in README
+
+
+@pytest.mark.parametrize(
+    ("start", "text"),
+    [("speeches", "speeches"), ("Python documentation", "python docs"), ("Brown corpus", "brown (out of domain)")],
+)
+def test_figures_of_the_transfer(start, text):
+    after = result("quality/smollm2_transfer/report_rms_start_h200.json")["after"][text]
+    assert row(start) == [
+        f"{after['teacher_perplexity']:.1f}",
+        f"{after['student_perplexity']:.1f}",
+        f"{after['kl']:.2f}",
+        f"{after['agreement']:.2f}",
+    ]
+    assert f"{after['n_tokens']:,}" in README
+
+
+def test_figures_of_the_starts():
+    results = result("quality/starts/starts_cpu.json")["results"]
+    start = "copied, transparent, moving averages"
+    for name in (f"{start}; RMS", f"{start}; output projections fitted on 4,096 tokens"):
+        assert re.search(rf"\b{results[name]['student_perplexity']:,.0f}\b", README)
+
+
+@pytest.mark.parametrize(
+    ("start", "file", "name"),
+    [
+        ("teacher forward and student step", "distillation_step_h200.json", "ceiling of the parts"),
+        ("KD, eager", "distillation_step_h200.json", "kd"),
+        ("KD, `cuda_graph: true` |", "distillation_step_h200.json", "kd, cuda graph"),
+        ("KD, `cuda_graph: true`, `torch", "distillation_step_h200_compiled.json", "kd, torch.compile, cuda graph"),
+        ("KD and bridge, both", "distillation_step_h200_compiled.json", "kd + bridge, torch.compile, cuda graph"),
+    ],
+)
+def test_figures_of_speed(start, file, name):
+    measured = result(f"speed/results/{file}")["results"]["32x512"][name]
+    memory = f"{measured['peak_gib']:.1f} GiB" if "peak_gib" in measured else ""
+    assert row(start) == [f"{measured['tokens_per_second'] / 1e3:.0f} k", memory]
