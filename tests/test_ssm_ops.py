@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import naive_causal_conv1d, naive_selective_scan, naive_ssd_scan
 
-from cab_hf.models import ssm_ops
+from cab_hf.models import s6_scan, ssm_ops
 from cab_hf.models.ssm_ops import (
     backend_for,
     causal_conv1d,
@@ -126,8 +127,8 @@ def test_s6_is_the_naive_recurrence(t, context):
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_s6_over_several_blocks_of_chunks(monkeypatch, context):
-    monkeypatch.setattr(ssm_ops, "SCAN_CHUNK", 4)
-    monkeypatch.setattr(ssm_ops, "SCAN_STATE_ELEMENTS", 0)
+    monkeypatch.setattr(s6_scan, "SCAN_CHUNK", 4)
+    monkeypatch.setattr(s6_scan, "SCAN_STATE_ELEMENTS", 0)
     assert_matches(selective_scan, naive_selective_scan, s6_arguments(75, context))
 
 
@@ -167,7 +168,7 @@ def test_any_shape(t, d, n, groups, chunk_size, context):
     [(causal_conv1d, conv_arguments), (selective_scan, s6_arguments), (ssd_scan, ssd_arguments)],
 )
 def test_finite_differences(monkeypatch, operation, arguments, context):
-    monkeypatch.setattr(ssm_ops, "SCAN_CHUNK", 3)
+    monkeypatch.setattr(s6_scan, "SCAN_CHUNK", 3)
     monkeypatch.setattr(ssm_ops, "SSD_CHUNK", 3)
     tensors = arguments(7, context)
     names = [name for name, value in tensors.items() if value.is_floating_point()]
@@ -355,10 +356,13 @@ def test_s6_exports_with_any_length():
             torch.testing.assert_close(actual, expected)
 
 
-def test_a_copy_of_the_module_works_beside_it():
-    spec = importlib.util.spec_from_file_location("a_checkpoint.ssm_ops", ssm_ops.__file__)
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
+def test_a_copy_of_the_module_works_beside_it(monkeypatch):
+    folder = Path(ssm_ops.__file__).parent
+    package = types.ModuleType("a_checkpoint")
+    package.__path__ = [str(folder)]
+    monkeypatch.setitem(sys.modules, "a_checkpoint", package)
+    copy = importlib.import_module("a_checkpoint.ssm_ops")
+    assert copy.chunked_scan is not ssm_ops.chunked_scan
     arguments = s6_arguments(40)
     expected = values_and_gradients(selective_scan, arguments)
     for name, value in values_and_gradients(copy.selective_scan, arguments).items():
