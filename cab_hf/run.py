@@ -270,7 +270,7 @@ def _run_stage(
         "log": trainer.state.log_history,
     }
     if trainer.is_world_process_zero():
-        history_file.write_text(json.dumps(history, indent=1))
+        _write(history_file, json.dumps(history, indent=1))
     trainer.accelerator.wait_for_everyone()
     return history
 
@@ -288,7 +288,7 @@ def _save(
         report["sample_prompt"] = recipe.data.sample_prompt
     write_model_card(folder, recipe, report)
     # Last: a folder with a report is a finished run.
-    (folder / REPORT_NAME).write_text(json.dumps(report, indent=1))
+    _write(folder / REPORT_NAME, json.dumps(report, indent=1))
 
 
 def reload_in_fresh_process(recipe: Recipe) -> str:
@@ -354,8 +354,15 @@ def _claim(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     if _is_main_process(recipe):
         folder.mkdir(parents=True, exist_ok=True)
         # Sorted keys and plain types only, so that a run reads what another one wrote.
-        path.write_text(yaml.safe_dump(recipe.values))
+        _write(path, yaml.safe_dump(recipe.values))
     return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: another process, or a run after a kill, never reads half of it."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def _is_main_process(recipe: Recipe) -> bool:

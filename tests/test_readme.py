@@ -86,3 +86,12 @@ def test_figures_of_speed(start, file, name):
     measured = result(f"speed/results/{file}")["results"]["32x512"][name]
     memory = f"{measured['peak_gib']:.1f} GiB" if "peak_gib" in measured else ""
     assert row(start) == [f"{measured['tokens_per_second'] / 1e3:.0f} k", memory]
+
+
+def test_figures_of_the_scans():
+    cells = {
+        (c["case"], c["variant"]): c["forward_backward_ms"] for c in result("speed/results/ssm_ops_cpu.json")["cells"]
+    }
+    for key in (("s6", "torch"), ("s6", "transformers"), ("ssd", "torch"), ("ssd", "transformers_64")):
+        assert f" {cells[key]:,.0f} ms" in README, key
+    assert cells["ssd", "transformers_64"] < cells["ssd", "transformers_256"]

@@ -187,6 +187,20 @@ class TestRun:
         assert "error: Unknown option: 'blok_size'. Did you mean 'block_size'?" in done.stderr
 
 
+@pytest.mark.distributed
+def test_two_processes_make_one_student(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["--output_dir", str(tmp_path / "student"), "--license", "mit"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "train_cab.py"), SMOKE, *options], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("KL to teacher") == 1
+    report = json.loads((tmp_path / "student/report.json").read_text())
+    assert report["train_tokens"] == 8 * 2 * 2 * 64  # steps, processes, rows, tokens
+    AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+
+
 def test_recipes_hold_differences_only():
     """A value that equals the default says nothing."""
     for path in RECIPES:
