@@ -141,16 +141,14 @@ def _evaluate(
     data, args = recipe.data, recipe.stages[0][1]
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         results = {
-            name: compare(
-                student, teacher.model, blocks, data.eval_batch_size, args.device, max_tokens=data.eval_max_tokens
-            )
+            name: compare(student, teacher.model, blocks, data.eval_batch_size, max_tokens=data.eval_max_tokens)
             for name, blocks in heldout.items()
         }
         if data.recall_gaps:
             tokens = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
             next(iter(results.values()))["recall"] = {
                 str(gap): {
-                    name: copying_recall(model, tokens, gap, device=args.device)
+                    name: copying_recall(model, tokens, gap)
                     for name, model in (("teacher", teacher.model), ("student", student))
                 }
                 for gap in data.recall_gaps
