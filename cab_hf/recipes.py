@@ -1,6 +1,7 @@
 """Recipes: a YAML file, overridden by the command line, becomes the arguments of a run."""
 
 import difflib
+import functools
 import sys
 from argparse import SUPPRESS
 from collections.abc import Sequence
@@ -164,7 +165,10 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     values = {name: value if name == "stages" else _typed(name, value) for name, value in values.items()}
     stages = values.get("stages") or [{"name": "train"}]
     whole = {name: value for name, value in values.items() if name != "stages"}
-    model, data, _ = HfArgumentParser(ARGUMENT_CLASSES).parse_dict(whole)
+    model, data = (
+        kind(**{field.name: whole[field.name] for field in fields(kind) if field.name in whole})
+        for kind in (ModelArguments, DataArguments)
+    )
     if model.student_from not in ("teacher", "config"):
         raise ValueError(f"`student_from` must be 'teacher' or 'config', got {model.student_from!r}.")
     if model.calibration not in ("fit", "rms", "none"):
@@ -200,6 +204,7 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
+@functools.cache
 def _parser() -> HfArgumentParser:
     parser = _Parser(
         ARGUMENT_CLASSES,
