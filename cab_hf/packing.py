@@ -238,16 +238,20 @@ _DTYPES = {
 }
 
 
-def shift_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Targets of the positions that predict them: `labels` one step to the left, -100 at the end.
+def shift_labels(labels: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Targets of the positions that predict them: `labels` one step to the left, -100 at the end and around padding.
 
     Args:
         labels: (b, t), integer.
+        mask: (b, t). Where it is zero a token neither predicts nor is predicted, whatever its label says.
 
     Returns:
         (b, t), same dtype.
     """
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if mask is not None:
+        labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
+    labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return labels if mask is None else labels.masked_fill(mask == 0, IGNORE_INDEX)
 
 
 def save_tokens(path: str | os.PathLike, documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -28,7 +28,7 @@ from cab_hf.data import load_documents, split_documents
 from cab_hf.demo import fetch_smollm2, random_llama
 from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.teacher import Teacher
-from cab_hf.distillation.trainer import DistillationTrainer, last_whole_checkpoint, load_student
+from cab_hf.distillation.trainer import DistillationTrainer, last_whole_checkpoint, load_student, make_teacher
 from cab_hf.evaluation import compare, copying_recall, sample
 from cab_hf.hub import public_name, write_model_card
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
@@ -100,11 +100,7 @@ def _distil(recipe: Recipe) -> dict[str, Any]:
         for start in range(0, rows, CALIBRATION_ROWS)
     ]
     student = build_student(recipe, teacher_model, batches).to(args.device)
-    teacher = Teacher(
-        teacher_model,
-        dtype=None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype),
-        remove_rotary=args.remove_rotary,
-    )
+    teacher = make_teacher(teacher_model, args)
 
     is_main = _is_main_process(recipe)
     before = _evaluate(recipe, student, teacher, tokenizer, heldout) if is_main else None

@@ -29,8 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cab_hf import DistillationTrainer, Teacher
 from cab_hf.distillation import modeling_distillation
 from cab_hf.distillation.cuda_graph import GraphedStep
-from cab_hf.distillation.modeling_distillation import parse_layer_map, shifted_labels
+from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.training_args import LOSSES
+from cab_hf.packing import shift_labels
 
 
 MIXERS = ("mamba", "mamba2")
@@ -395,8 +396,8 @@ def test_a_graph_refuses_another_shape():
 def test_layer_maps_and_labels_are_read():
     assert parse_layer_map("0, 2,1") == [0, 2, 1] and parse_layer_map("uniform") == "uniform"
     labels, mask = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[0, 1, 1, 1, 0]])
-    assert shifted_labels(labels).tolist() == [[6, 7, 8, 9, -100]]
-    assert shifted_labels(labels, mask).tolist() == [[-100, 7, 8, -100, -100]]
+    assert shift_labels(labels).tolist() == [[6, 7, 8, 9, -100]]
+    assert shift_labels(labels, mask).tolist() == [[-100, 7, 8, -100, -100]]
 
 
 # On a GPU

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from cab_hf.packing import IGNORE_INDEX
 
-IGNORED_LABEL = -100
-"""The label that a cross-entropy skips, as everywhere in torch and transformers."""
 
 IMPOSSIBLE_LOGIT = -1e4
 """A logit whose probability is 0 in every dtype; it stands for -inf, with which 0 * log 0 would be NaN."""
@@ -142,7 +141,7 @@ class _Targets:
 
     @property
     def labelled(self) -> Tensor | None:
-        return None if self.labels is None else self.labels != IGNORED_LABEL
+        return None if self.labels is None else self.labels != IGNORE_INDEX
 
     @property
     def used(self) -> Tensor | None:

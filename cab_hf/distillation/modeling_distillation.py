@@ -13,7 +13,6 @@ from transformers.utils import ModelOutput
 
 from cab_hf.distillation.alignment import layer_map
 from cab_hf.distillation.bridge import ROLES, AttentionBridge, bridge_targets
-from cab_hf.distillation.chunked_kl import IGNORED_LABEL
 from cab_hf.distillation.losses import (
     attention_loss,
     bridge_loss,
@@ -25,6 +24,7 @@ from cab_hf.distillation.losses import (
 )
 from cab_hf.distillation.teacher import Teacher, TeacherOutput
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
+from cab_hf.packing import shift_labels
 
 
 ALIGNMENT_LOSSES = ("bridge", "output", "hidden", "attention")
@@ -178,7 +178,7 @@ class DistillationModel(nn.Module):
                 targets.last_hidden_state if teacher_head is not None else targets.logits,
                 teacher_head,
                 mask=mask,
-                labels=shifted_labels(labels, mask) if "ce" in active and labels is not None else None,
+                labels=shift_labels(labels, mask) if "ce" in active and labels is not None else None,
                 temperature=self.args.temperature,
                 kl_weight=weights[0] / num_tokens if "kl" in active else 0.0,
                 ce_weight=weights[1] / num_labels if "ce" in active else 0.0,
@@ -237,9 +237,10 @@ class DistillationModel(nn.Module):
     def _hidden_pair(
         self, hidden_states: tuple[Tensor, ...] | None, targets: TeacherOutput, layer: int
     ) -> tuple[Tensor | None, Tensor]:
-        """A student layer's hidden state and its target. transformers returns the last layer's after the final norm:
+        """A student layer's hidden state and its target.
 
-        where one of the two is a last layer and the other is not, the student's norm makes them comparable.
+        transformers returns the last layer's after the final norm. Where one of the two is a last layer and the other
+        is not, the student's norm makes them comparable.
         """
         index, norm = self.layer_map[layer], self.core.base_model.norm_f
         student = None if hidden_states is None else hidden_states[layer + 1]
@@ -299,15 +300,4 @@ def parse_layer_map(text: str) -> str | list[int]:
     return [int(index) for index in indices]
 
 
-def shifted_labels(labels: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The label of each position's next token, `(b, t)`, -100 where there is none: at a row's end and around padding.
-
-    Where the mask `(b, t)` is zero a token neither predicts nor is predicted, whatever its label says.
-    """
-    if mask is not None:
-        labels = labels.masked_fill(mask == 0, IGNORED_LABEL)
-    labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    return labels if mask is None else labels.masked_fill(mask == 0, IGNORED_LABEL)
-
-
-__all__ = ["DistillationModel", "DistillationOutput", "parse_layer_map", "shifted_labels"]
+__all__ = ["DistillationModel", "DistillationOutput", "parse_layer_map"]

@@ -308,7 +308,8 @@ class Teacher:
 
     def compile(self) -> None:
         """Runs the teacher through `torch.compile` from now on; the model itself is left as it is."""
-        self._compiled_base = torch.compile(self.model.base_model)
+        if self._compiled_base is None:
+            self._compiled_base = torch.compile(self.model.base_model)
 
     def restore(self) -> PreTrainedModel:
         """Gives the model back with the attention implementation that it came with."""

@@ -17,17 +17,17 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from cab_hf.distillation.chunked_kl import IGNORED_LABEL, chunked_kl_ce
+from cab_hf.distillation.chunked_kl import chunked_kl_ce
 from cab_hf.distillation.cuda_graph import GraphedStep
 from cab_hf.distillation.losses import loss_weight
 from cab_hf.distillation.modeling_distillation import (
     ALIGNMENT_LOSSES,
     DistillationModel,
     DistillationOutput,
-    shifted_labels,
 )
 from cab_hf.distillation.teacher import Teacher, TeacherOutput, check_vocabularies
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
+from cab_hf.packing import IGNORE_INDEX, shift_labels
 
 
 logger = logging.get_logger(__name__)
@@ -78,12 +78,7 @@ class DistillationTrainer(Trainer):
             )
             args._n_gpu = 1
         if not isinstance(teacher, Teacher):
-            teacher = Teacher(
-                teacher,
-                device=torch.device(args.teacher_device or args.device),
-                dtype=None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype),
-                remove_rotary=args.remove_rotary,
-            )
+            teacher = make_teacher(teacher, args)
         if teacher.removes_rotary != args.remove_rotary:
             raise ValueError(
                 f"`remove_rotary` is {args.remove_rotary} in the arguments, but the given Teacher was made with "
@@ -194,7 +189,7 @@ class DistillationTrainer(Trainer):
         tokens = ids.new_full((), ids.numel(), dtype=torch.long) if mask is None else (mask != 0).sum()
         labels = torch.zeros_like(tokens)
         if "labels" in batch:
-            labels = (shifted_labels(batch["labels"], mask) != IGNORED_LABEL).sum()
+            labels = (shift_labels(batch["labels"], mask) != IGNORE_INDEX).sum()
         return torch.stack([tokens, labels]).to(self.args.device)
 
     def compute_loss(
@@ -402,7 +397,7 @@ class DistillationTrainer(Trainer):
             return chunked_kl_ce(
                 targets.logits if self._teacher_head is None else targets.last_hidden_state,
                 self._teacher_head,
-                labels=shifted_labels(inputs["labels"], inputs.get("attention_mask")),
+                labels=shift_labels(inputs["labels"], inputs.get("attention_mask")),
                 kl_weight=0.0,
                 ce_weight=1.0,
                 chunk_size=self.args.logits_chunk_size,
@@ -436,13 +431,13 @@ class DistillationTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         of_student = None if state_dict is None else _with_prefix(state_dict, "student.")
         model.student.save_pretrained(folder, state_dict=of_student)
-        rest = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in (model.state_dict() if state_dict is None else state_dict).items()
-            if not name.startswith("student.")
-        }
         # A finished student ships without what only its training needed.
         if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            rest = {
+                name: tensor.detach().cpu().contiguous()
+                for name, tensor in (model.state_dict() if state_dict is None else state_dict).items()
+                if not name.startswith("student.")
+            }
             save_file(rest, folder / BRIDGE_NAME)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -469,6 +464,16 @@ class DistillationTrainer(Trainer):
             return
         logger.info(f"Loading the best student, of {self.state.best_model_checkpoint} ({self.state.best_metric}).")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def make_teacher(model: PreTrainedModel, args: DistillationTrainingArguments) -> Teacher:
+    """A [`Teacher`] on the device, in the dtype and with the rotary positions that the arguments ask for."""
+    return Teacher(
+        model,
+        device=torch.device(args.teacher_device or args.device),
+        dtype=None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype),
+        remove_rotary=args.remove_rotary,
+    )
 
 
 def freeze_others(student: nn.Module, pattern: str) -> None:
