@@ -55,7 +55,7 @@ def test_figures_of_the_demo():
     [("speeches", "speeches"), ("Python documentation", "python docs"), ("Brown corpus", "brown (out of domain)")],
 )
 def test_figures_of_the_transfer(start, text):
-    after = result("quality/smollm2_transfer/report_rms_start_h200.json")["after"][text]
+    after = result("quality/smollm2_transfer/report_h200.json")["after"][text]
     assert row(start) == [
         f"{after['teacher_perplexity']:.1f}",
         f"{after['student_perplexity']:.1f}",
