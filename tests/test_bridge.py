@@ -4,9 +4,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tiny_distillation import make_arguments, tiny_student, tiny_teacher
 
+from cab_hf import Teacher
 from cab_hf.distillation.bridge import ROLES, AttentionBridge, bridge_targets
 from cab_hf.distillation.losses import bridge_loss
+from cab_hf.distillation.modeling_distillation import DistillationModel
+from cab_hf.models import mixers
 
 
 class Attention(NamedTuple):
@@ -157,3 +161,27 @@ def test_bridge_learns():
         assert not torch.equal(weight, before[name]), name
     for projection in (*Bs, *Cs):
         assert projection.grad.abs().min() > 0
+
+
+def test_compiles_once_for_all_layers_where_kernels_break_the_graph(tmp_path, monkeypatch):
+    # A GPU's scan kernels are outside the graph, so each layer is compiled alone: its number must be no constant there.
+    monkeypatch.setattr(mixers, "ssd_scan", torch.compiler.disable(mixers.ssd_scan))
+    teacher = Teacher(tiny_teacher(num_hidden_layers=3))
+    args = make_arguments(tmp_path, bridge_weight=1.0, output_weight=1.0)
+    model = DistillationModel(tiny_student(num_hidden_layers=3), teacher, args)
+    inputs = {"input_ids": torch.arange(12).view(2, 6)}
+    keywords = {
+        "targets": teacher(inputs, attentions=True),
+        "teacher_head": teacher.head,
+        "weights": torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0]),
+        "active": frozenset({"kl", "bridge", "output"}),
+        "num_tokens": torch.tensor(12),
+        "num_labels": torch.tensor(0),
+        **inputs,
+    }
+    expected = model(**keywords).parts
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        parts = torch.compile(model, backend="eager")(**keywords).parts
+    torch.testing.assert_close(parts, expected)
+    assert parts[2] > 0 and parts[3] > 0

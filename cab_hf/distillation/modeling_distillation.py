@@ -4,6 +4,7 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cab_hf.distillation.alignment import layer_map
-from cab_hf.distillation.bridge import ROLES, AttentionBridge, bridge_targets
+from cab_hf.distillation.bridge import ROLES, AttentionBridge, Role, bridge_targets
 from cab_hf.distillation.losses import (
+    TargetMap,
     attention_loss,
     bridge_loss,
     chunked_kl_ce,
@@ -22,8 +24,9 @@ from cab_hf.distillation.losses import (
     output_loss,
     target_map,
 )
-from cab_hf.distillation.teacher import Teacher, TeacherOutput
+from cab_hf.distillation.teacher import Teacher, TeacherAttention, TeacherOutput
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
+from cab_hf.models.mixers import SSMProjections
 from cab_hf.packing import shift_labels
 
 
@@ -117,22 +120,14 @@ class DistillationModel(nn.Module):
         scales = torch.ones_like(self.target_scales)
         for layer, index in enumerate(self.layer_map):
             if targets.attentions is not None:
-                query, key = self._bridge_targets(targets, index, mask)
-                scales[0, layer] = mean_square(key, mask)
-                scales[1, layer] = mean_square(query, mask)
+                bridged = _bridge_targets(targets.attentions[index], self.args.target_map, mask)
+                for row, role in enumerate(ROLES):
+                    scales[row, layer] = mean_square(bridged[role], mask)
                 if targets.attentions[index].output is not None:
                     scales[2, layer] = mean_square(targets.attentions[index].output, mask)
             if targets.hidden_states is not None:
                 scales[3, layer] = mean_square(self._hidden_pair(None, targets, layer)[1], mask)
         return scales
-
-    def _bridge_targets(self, targets: TeacherOutput, index: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        query, key = bridge_targets(targets.attentions[index])
-        if self.args.target_map == "none":
-            return query, key
-        return target_map(query, self.args.target_map, "query", mask), target_map(
-            key, self.args.target_map, "key", mask
-        )
 
     def forward(
         self,
@@ -162,12 +157,24 @@ class DistillationModel(nn.Module):
         weights = weights.float()  # FSDP's mixed precision casts inputs; the quotients below need more digits
         # An optimizer step without any real token has a loss of zero, not 0 / 0.
         num_tokens, num_labels = num_tokens.clamp(min=1), num_labels.clamp(min=1)
+        sums = dict.fromkeys(ALIGNMENT_LOSSES, 0.0)
+
+        def align(layer: int, projections: SSMProjections) -> None:
+            for name in sums:
+                if name in active and name != "hidden":
+                    sums[name] = sums[name] + self._projections_loss(name, layer, projections, targets, mask)
+
         outputs = self.core.base_model(
             **inputs,
             use_cache=False,
-            output_projections=bool(active & {"bridge", "output", "attention"}),
+            projections_callback=align if active & {"bridge", "output", "attention"} else None,
             output_hidden_states="hidden" in active,
         )
+        if "hidden" in active:
+            for layer in range(len(self.layer_map)):
+                student, teacher = self._hidden_pair(outputs.hidden_states, targets, layer)
+                scale = self.target_scales[3, layer] if self.args.relative_loss else False
+                sums["hidden"] = sums["hidden"] + hidden_loss(student, teacher, mask, scale)
         parts = dict.fromkeys(LOSSES, weights.new_zeros(()))
         loss = weights.new_zeros(())
         agreeing = None
@@ -189,7 +196,7 @@ class DistillationModel(nn.Module):
             parts["kl"], parts["ce"] = logits_loss.kl / num_tokens, logits_loss.ce / num_labels
         for name in ALIGNMENT_LOSSES:
             if name in active:
-                parts[name] = self._mean_over_layers(name, outputs, targets, mask) / num_tokens
+                parts[name] = sums[name] / (len(self.layer_map) * num_tokens)
                 loss = loss + weights[LOSSES.index(name)] * parts[name]
         return DistillationOutput(
             loss=loss + self._touch_unused(active),
@@ -210,29 +217,23 @@ class DistillationModel(nn.Module):
         )
         return sum((0.0 * parameter.flatten()[:1].sum() for parameter in parameters), start=0.0)
 
-    def _mean_over_layers(
-        self, name: str, outputs: ModelOutput, targets: TeacherOutput, mask: Tensor | None
+    # Compiled layer by layer, where kernel calls break the graph; the layer's number would be a constant of each.
+    @partial(torch.compiler.disable, recursive=False)
+    def _projections_loss(
+        self, name: str, layer: int, projections: SSMProjections, targets: TeacherOutput, mask: Tensor | None
     ) -> Tensor:
-        total = 0.0
-        for layer, index in enumerate(self.layer_map):
-            if name in ("bridge", "attention"):
-                # Made again in the backward pass, so that one layer's predictions or maps exist at a time.
-                total = total + checkpoint(
-                    self._bridge_loss if name == "bridge" else self._map_loss,
-                    layer,
-                    *outputs.projections[layer][:3],
-                    targets,
-                    mask,
-                    use_reentrant=False,
-                    preserve_rng_state=False,  # nothing is random, and a CUDA graph can't read the state
-                )
-            elif name == "output":
-                target = targets.attentions[index].output
-                total = total + output_loss(outputs.projections[layer].output, target, mask, self._relative(2, layer))
-            else:
-                student, teacher = self._hidden_pair(outputs.hidden_states, targets, layer)
-                total = total + hidden_loss(student, teacher, mask, self._relative(3, layer))
-        return total / len(self.layer_map)
+        attention, B, C = targets.attentions[self.layer_map[layer]], projections.B, projections.C
+        scales = self.target_scales[:, layer].unbind() if self.args.relative_loss else [False] * len(SCALED_TARGETS)
+        if name == "output":
+            return output_loss(projections.output, attention.output, mask, scales[2])
+        # Made again in the backward pass, so that one layer's predictions or maps exist at a time.
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # a CUDA graph can't read its state
+        if name == "attention":
+            mixer, scaling = self.core.base_model.layers[layer].mixer, self.teacher_scalings[layer]
+            return again(_map_loss, mixer, B, C, projections.time_step, attention, mask, scaling)
+        return again(
+            _bridge_loss, self.bridge.layers[layer][0], B, C, attention, mask, self.args.target_map, scales[:2]
+        )
 
     def _hidden_pair(
         self, hidden_states: tuple[Tensor, ...] | None, targets: TeacherOutput, layer: int
@@ -252,37 +253,38 @@ class DistillationModel(nn.Module):
             student = norm(student.to(norm.weight.dtype))
         return student, teacher
 
-    def _relative(self, row: int, layer: int) -> Tensor | bool:
-        return self.target_scales[row, layer] if self.args.relative_loss else False
 
-    def _bridge_loss(
-        self,
-        layer: int,
-        B: Tensor,
-        C: Tensor,
-        time_step: Tensor,
-        targets: TeacherOutput,
-        mask: Tensor | None,
-    ) -> Tensor:
-        query, key = self._bridge_targets(targets, self.layer_map[layer], mask)
-        total = 0.0
-        for row, (role, projection, target) in enumerate((("key", B, key), ("query", C, query))):
-            prediction = self.bridge(layer, role, projection)
-            total = total + bridge_loss(prediction, target, mask, self._relative(row, layer))
-        return total
+def _bridge_targets(attention: TeacherAttention, kind: TargetMap, mask: Tensor | None) -> dict[Role, Tensor]:
+    query, key = bridge_targets(attention)
+    return {"key": target_map(key, kind, "key", mask), "query": target_map(query, kind, "query", mask)}
 
-    def _map_loss(
-        self,
-        layer: int,
-        B: Tensor,
-        C: Tensor,
-        time_step: Tensor,
-        targets: TeacherOutput,
-        mask: Tensor | None,
-    ) -> Tensor:
-        attention = targets.attentions[self.layer_map[layer]]
-        student_map = self.core.base_model.layers[layer].mixer.attention_map(B, C, time_step)
-        return attention_loss(student_map, attention.query, attention.key, mask, self.teacher_scalings[layer])
+
+def _bridge_loss(
+    mlps: nn.Module,
+    B: Tensor,
+    C: Tensor,
+    attention: TeacherAttention,
+    mask: Tensor | None,
+    kind: TargetMap,
+    scales: list[Tensor | bool],
+) -> Tensor:
+    targets = _bridge_targets(attention, kind, mask)
+    total = 0.0
+    for role, projection, scale in zip(ROLES, (B, C), scales, strict=True):
+        total = total + bridge_loss(mlps(role, projection.flatten(2)), targets[role], mask, scale)
+    return total
+
+
+def _map_loss(
+    mixer: nn.Module,
+    B: Tensor,
+    C: Tensor,
+    time_step: Tensor,
+    attention: TeacherAttention,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    return attention_loss(mixer.attention_map(B, C, time_step), attention.query, attention.key, mask, scaling)
 
 
 def parse_layer_map(text: str) -> str | list[int]:
