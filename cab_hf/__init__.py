@@ -7,7 +7,14 @@ from cab_hf.distillation import (
     DistillationTrainingArguments,
     Teacher,
 )
-from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaModel
+from cab_hf.models import (
+    CABMambaConfig,
+    CABMambaForCausalLM,
+    CABMambaModel,
+    CABVisionMambaConfig,
+    CABVisionMambaForImageClassification,
+    CABVisionMambaModel,
+)
 
 
 __version__ = "0.1.0"
@@ -17,6 +24,9 @@ __all__ = [
     "CABMambaConfig",
     "CABMambaForCausalLM",
     "CABMambaModel",
+    "CABVisionMambaConfig",
+    "CABVisionMambaForImageClassification",
+    "CABVisionMambaModel",
     "DistillationModel",
     "DistillationTrainer",
     "DistillationTrainingArguments",

@@ -2,7 +2,12 @@
 
 import torch
 
-from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
+from cab_hf.models import (
+    CABMambaConfig,
+    CABMambaForCausalLM,
+    CABVisionMambaConfig,
+    CABVisionMambaForImageClassification,
+)
 
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "transition_init": "s4d"}
@@ -47,6 +52,42 @@ VARIANTS = {
 }
 MIXER_TYPES = ("mamba", "mamba2")
 
+VISION_SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "state_size": 5,
+    "image_size": (8, 12),
+    "patch_size": 4,
+    "num_labels": 7,
+    "chunk_size": 4,
+    "transition_init": "s4d",
+}
+VISION_VARIANTS = {
+    "s6, middle": {},
+    "s6, first, register, gated mlp": {
+        "class_token": "first",
+        "num_register_tokens": 1,
+        "pooling": "class_token_and_registers",
+        "intermediate_size": 24,
+    },
+    "ssd, first, layer scale, plain mlp": {
+        "mixer_type": "mamba2",
+        "n_groups": 2,
+        "class_token": "first",
+        "pooling": "class_token_and_mean",
+        **MLP,
+        "gated_mlp": False,
+        "mlp_bias": True,
+        "use_bias": True,
+        "norm_type": "layer_norm",
+        "layer_scale_init": 0.5,
+    },
+    "mixed, no class token": {"mixer_types": ["mamba2", "mamba"], "class_token": "none", "residual_in_fp32": False},
+    "ssd, no positions": {"mixer_type": "mamba2", "use_absolute_positions": False, "layer_scale_init": 0.5},
+    "s6, one direction, registers": {"bidirectional": False, "num_register_tokens": 2, "pooling": "mean"},
+}
+
 
 def tiny_config(**overrides) -> CABMambaConfig:
     return CABMambaConfig(**{**SIZES, "state_size": 6, "chunk_size": 4, **overrides})
@@ -56,6 +97,16 @@ def tiny_model(seed: int = 0, **overrides) -> CABMambaForCausalLM:
     """A model in eval mode with shaken weights."""
     torch.manual_seed(seed)
     return shake(CABMambaForCausalLM(tiny_config(**overrides)).eval(), seed)
+
+
+def tiny_vision_config(**overrides) -> CABVisionMambaConfig:
+    return CABVisionMambaConfig(**{**VISION_SIZES, **overrides})
+
+
+def tiny_vision_model(seed: int = 0, **overrides) -> CABVisionMambaForImageClassification:
+    """A bidirectional model in eval mode with shaken weights."""
+    torch.manual_seed(seed)
+    return shake(CABVisionMambaForImageClassification(tiny_vision_config(**overrides)).eval(), seed)
 
 
 @torch.no_grad()
@@ -73,6 +124,12 @@ def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def random_ids(*shape: int, seed: int = 0, vocab_size: int = 99) -> torch.Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
+    """`(b, c, h, w)`, standard normal; of the tiny vision model's size when only `b` is given."""
+    shape = (*shape, 3, 8, 12) if len(shape) == 1 else shape
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:

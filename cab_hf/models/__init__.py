@@ -1,9 +1,16 @@
 """Students. Importing this package registers them with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
 from .configuration_cab_mamba import CABMambaConfig
+from .configuration_cab_vision_mamba import CABVisionMambaConfig
+from .mixers import BidirectionalProjections, SSMProjections
 from .modeling_cab_mamba import CABMambaForCausalLM, CABMambaModel, CABMambaPreTrainedModel
+from .modeling_cab_vision_mamba import (
+    CABVisionMambaForImageClassification,
+    CABVisionMambaModel,
+    CABVisionMambaPreTrainedModel,
+)
 
 
 AutoConfig.register("cab_mamba", CABMambaConfig)
@@ -13,4 +20,22 @@ CABMambaConfig.register_for_auto_class()
 CABMambaModel.register_for_auto_class("AutoModel")
 CABMambaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["CABMambaConfig", "CABMambaForCausalLM", "CABMambaModel", "CABMambaPreTrainedModel"]
+AutoConfig.register("cab_vision_mamba", CABVisionMambaConfig)
+AutoModel.register(CABVisionMambaConfig, CABVisionMambaModel)
+AutoModelForImageClassification.register(CABVisionMambaConfig, CABVisionMambaForImageClassification)
+CABVisionMambaConfig.register_for_auto_class()
+CABVisionMambaModel.register_for_auto_class("AutoModel")
+CABVisionMambaForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+__all__ = [
+    "BidirectionalProjections",
+    "CABMambaConfig",
+    "CABMambaForCausalLM",
+    "CABMambaModel",
+    "CABMambaPreTrainedModel",
+    "CABVisionMambaConfig",
+    "CABVisionMambaForImageClassification",
+    "CABVisionMambaModel",
+    "CABVisionMambaPreTrainedModel",
+    "SSMProjections",
+]

@@ -1,4 +1,4 @@
-"""Configuration of the CAB-Mamba language models.
+"""Configuration of the CAB-Mamba language models, and what the configurations of all students share.
 
 Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group, `d` width.
 """
@@ -12,20 +12,19 @@ from transformers.configuration_utils import PreTrainedConfig
 
 DEFAULT_STATE_SIZE = {"mamba": 16, "mamba2": 128}
 _POSITIVE_SIZES = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "num_heads", "head_dim", "n_groups"),
+    *("hidden_size", "num_hidden_layers", "state_size", "num_heads", "head_dim", "n_groups"),
     *("conv_kernel", "time_step_rank", "chunk_size"),
 )
 
 
 @strict
-class CABMambaConfig(PreTrainedConfig):
+class MixerConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`CABMambaModel`]: a stack of state-space mixers, with or without MLPs between them.
-
-    With the defaults (no MLP, RMS norm, sequential residual) the model has the parameters of transformers'
-    `MambaForCausalLM` (`mixer_type="mamba"`) or `Mamba2ForCausalLM` (`mixer_type="mamba2"`) under the same names.
+    The fields and checks of every student's configuration: its mixers and what is around them in a block.
 
     Args:
+        hidden_size (`int`, defaults to 768): width of the residual stream.
+        num_hidden_layers (`int`, defaults to 24): blocks.
         mixer_type (`"mamba"` or `"mamba2"`, defaults to `"mamba"`):
             The mixer of every layer: S6 of Mamba (arXiv 2312.00752) or SSD of Mamba-2 (arXiv 2405.21060).
         mixer_types (`list[str]`, *optional*):
@@ -58,21 +57,14 @@ class CABMambaConfig(PreTrainedConfig):
         norm_type (`"rms_norm"` or `"layer_norm"`, defaults to `"rms_norm"`):
             Norm before each mixer and MLP and at the end.
         layer_norm_epsilon (`float`, defaults to 1e-5): epsilon of every norm.
-        parallel_residual (`bool`, defaults to `False`): mixer and MLP read the same residual stream side by side.
-        shared_norm (`bool`, defaults to `False`): with `parallel_residual`, one norm feeds both.
-        max_position_embeddings (`int`, *optional*): learned absolute positions of that many tokens; none if not given.
-        lm_head_bias (`bool`, defaults to `False`): bias of the language-modelling head.
         residual_in_fp32 (`bool`, defaults to `True`): keep the residual stream in float32.
         rescale_prenorm_residual (`bool`, defaults to `False`): divide initial output projections by `sqrt(layers)`.
+        initializer_range (`float`, defaults to 0.02): standard deviation of initial weights.
 
     Raises:
         ValueError: for sizes that do not fit each other; the message holds both and a value that works.
     """
 
-    model_type = "cab_mamba"
-    keys_to_ignore_at_inference = ["cache_params"]
-
-    vocab_size: int = 50280
     hidden_size: int = 768
     num_hidden_layers: int = 24
 
@@ -106,19 +98,9 @@ class CABMambaConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
     layer_norm_epsilon: float = 1e-5
-    parallel_residual: bool = False
-    shared_norm: bool = False
-    max_position_embeddings: int | None = None
-
-    lm_head_bias: bool = False
-    tie_word_embeddings: bool = True
     residual_in_fp32: bool = True
     rescale_prenorm_residual: bool = False
     initializer_range: float = 0.02
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
         if self.state_size is None:
@@ -133,11 +115,6 @@ class CABMambaConfig(PreTrainedConfig):
     def layer_mixer_types(self) -> list[str]:
         """The mixer type of each layer."""
         return self.mixer_types if self.mixer_types is not None else [self.mixer_type] * self.num_hidden_layers
-
-    @property
-    def layer_types(self) -> list[str]:
-        """What transformers' cache keeps for each layer: a convolution state and a recurrent state."""
-        return ["linear_attention"] * self.num_hidden_layers
 
     @property
     def mixer_width(self) -> int:
@@ -160,9 +137,7 @@ class CABMambaConfig(PreTrainedConfig):
                     f"`mixer_types` names {len(self.mixer_types)} layers, `num_hidden_layers` is "
                     f"{self.num_hidden_layers}. Give one mixer type a layer, or `mixer_type` for all."
                 )
-        for name in _POSITIVE_SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        self._check_positive(*_POSITIVE_SIZES)
         if self.mixer_width < 1:
             raise ValueError(
                 f"`expand` * `hidden_size` is {self.expand} * {self.hidden_size} = {self.mixer_width}, it must be at "
@@ -188,11 +163,6 @@ class CABMambaConfig(PreTrainedConfig):
                 "`gate_init='transparent'` needs `use_bias=True`: the constant gate is the gate's bias "
                 f"(silu of zero is zero). Got `use_bias={self.use_bias}`."
             )
-        if self.shared_norm and not (self.parallel_residual and self.intermediate_size):
-            raise ValueError(
-                f"`shared_norm=True` is for `parallel_residual=True` with an MLP; got `parallel_residual="
-                f"{self.parallel_residual}`, `intermediate_size={self.intermediate_size}`."
-            )
         for name in ("time_step_limit", "memory_range"):
             limits = getattr(self, name)
             if len(limits) != 2 or not 0 <= limits[0] <= limits[1]:
@@ -208,9 +178,64 @@ class CABMambaConfig(PreTrainedConfig):
                 f"({self.time_step_min}, {self.time_step_max}); Mamba's are (0.001, 0.1)."
             )
 
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+
+@strict
+class CABMambaConfig(MixerConfig):
+    r"""
+    Configuration of a [`CABMambaModel`]: a stack of state-space mixers, with or without MLPs between them.
+
+    With the defaults (no MLP, RMS norm, sequential residual) the model has the parameters of transformers'
+    `MambaForCausalLM` (`mixer_type="mamba"`) or `Mamba2ForCausalLM` (`mixer_type="mamba2"`) under the same names.
+
+    Args:
+        All of [`MixerConfig`], and
+        parallel_residual (`bool`, defaults to `False`): mixer and MLP read the same residual stream side by side.
+        shared_norm (`bool`, defaults to `False`): with `parallel_residual`, one norm feeds both.
+        max_position_embeddings (`int`, *optional*): learned absolute positions of that many tokens; none if not given.
+        lm_head_bias (`bool`, defaults to `False`): bias of the language-modelling head.
+
+    Raises:
+        ValueError: for sizes that do not fit each other; the message holds both and a value that works.
+    """
+
+    model_type = "cab_mamba"
+    keys_to_ignore_at_inference = ["cache_params"]
+
+    vocab_size: int = 50280
+    parallel_residual: bool = False
+    shared_norm: bool = False
+    max_position_embeddings: int | None = None
+
+    lm_head_bias: bool = False
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' cache keeps for each layer: a convolution state and a recurrent state."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+    def validate_architecture(self):
+        """Part of the `@strict` validation: sizes that must fit each other."""
+        self._check_positive("vocab_size")
+        super().validate_architecture()
+        if self.shared_norm and not (self.parallel_residual and self.intermediate_size):
+            raise ValueError(
+                f"`shared_norm=True` is for `parallel_residual=True` with an MLP; got `parallel_residual="
+                f"{self.parallel_residual}`, `intermediate_size={self.intermediate_size}`."
+            )
+
 
 def _largest_divisor(number: int, at_most: int) -> int:
     return next(k for k in range(min(number, at_most), 0, -1) if number % k == 0)
 
 
-__all__ = ["CABMambaConfig"]
+__all__ = ["CABMambaConfig", "MixerConfig"]

@@ -1,6 +1,7 @@
-"""State-space mixers: S6 (Mamba) and SSD (Mamba-2), with their projections B and C in the open.
+"""State-space mixers, S6 (Mamba) and SSD (Mamba-2), causal or bidirectional; and what all students have around them.
 
-The parameters are those of transformers' MambaMixer and Mamba2Mixer, name for name.
+Causal mixers have the parameters of transformers' MambaMixer and Mamba2Mixer, name for name; bidirectional ones have
+these and, under `backward`, those of the scan from the last token to the first.
 Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group, `d` width.
 """
 
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_cab_mamba import CABMambaConfig
+from .configuration_cab_mamba import MixerConfig
 from .ssm_ops import (
     causal_conv1d,
     causal_conv1d_update,
@@ -45,6 +48,25 @@ class SSMProjections(NamedTuple):
     C: torch.Tensor
     time_step: torch.Tensor
     output: torch.Tensor
+
+
+class BidirectionalProjections(NamedTuple):
+    """What a bidirectional mixer shows of one forward pass.
+
+    Attributes:
+        B, C, time_step: of the forward scan, as in [`SSMProjections`].
+        output: `(b, t, d)`, the mixer's output before its output projection, of both scans together.
+        backward_B, backward_C, backward_time_step: of the backward scan, shaped alike, in the order in which it reads
+            the tokens: the last token first.
+    """
+
+    B: torch.Tensor
+    C: torch.Tensor
+    time_step: torch.Tensor
+    output: torch.Tensor
+    backward_B: torch.Tensor
+    backward_C: torch.Tensor
+    backward_time_step: torch.Tensor
 
 
 class GatedRMSNorm(nn.Module):
@@ -84,14 +106,22 @@ class CausalConv1d(nn.Conv1d):
         return causal_conv1d(x, weight, self.bias, activation, initial_states=initial_states, seq_idx=seq_idx)
 
 
-class StateSpaceMixer(nn.Module):
-    """What both mixers share: the convolution with its cache, and how padding stays out of the state."""
+class StateSpaceBranch(nn.Module):
+    """One direction of a mixer, as far as S6 and SSD share it: the convolution, its cache and its start.
 
-    def __init__(self, config: CABMambaConfig, layer_idx: int, conv_width: int):
+    Args:
+        config: sizes and starts.
+        layer_idx: the layer whose states a cache holds.
+        conv_width: channels of the convolution.
+        in_width: rows of the input projection; without it the branch reads what another's projection made.
+    """
+
+    def __init__(self, config: MixerConfig, layer_idx: int, conv_width: int, in_width: int | None):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.conv1d = CausalConv1d(conv_width, config.conv_kernel, bias=config.use_conv_bias)
+        self.in_proj = None if in_width is None else nn.Linear(config.hidden_size, in_width, bias=config.use_bias)
 
     def convolve(
         self,
@@ -137,11 +167,8 @@ class StateSpaceMixer(nn.Module):
         if self.conv1d.bias is not None:
             init.zeros_(self.conv1d.bias)
 
-    def init_output(self) -> None:
+    def init_skip(self) -> None:
         init.constant_(self.D, 0.0 if self.config.skip_init == "transparent" else 1.0)
-        if self.config.rescale_prenorm_residual:
-            std = self.config.initializer_range / math.sqrt(self.config.num_hidden_layers)
-            init.normal_(self.out_proj.weight, mean=0.0, std=std)
 
     def random_time_steps(self, count: int) -> torch.Tensor:
         """Log-uniform initial time steps `(count,)` as in Mamba."""
@@ -154,46 +181,41 @@ class StateSpaceMixer(nn.Module):
         return 1.0 / torch.logspace(math.log10(shortest), math.log10(longest), count)
 
 
-class SSDMixer(StateSpaceMixer):
-    """The mixer of Mamba-2 (arXiv 2405.21060): one decay a head, B and C shared in groups, a gated norm per group."""
+class SSDBranch(StateSpaceBranch):
+    """One direction of Mamba-2's mixer (arXiv 2405.21060): one decay a head, B and C shared in groups."""
 
-    def __init__(self, config: CABMambaConfig, layer_idx: int):
+    def __init__(self, config: MixerConfig, layer_idx: int, in_width: int | None = None):
         self.state_width = config.n_groups * config.state_size
-        super().__init__(config, layer_idx, conv_width=config.mixer_width + 2 * self.state_width)
-        self.split_sizes = [config.mixer_width, config.mixer_width + 2 * self.state_width, config.num_heads]
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.split_sizes), bias=config.use_bias)
+        super().__init__(config, layer_idx, config.mixer_width + 2 * self.state_width, in_width)
         self.dt_bias = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
-        self.norm = GatedRMSNorm(config.mixer_width, config.group_size, config.layer_norm_epsilon)
-        self.out_proj = nn.Linear(config.mixer_width, config.hidden_size, bias=config.use_bias)
 
-    def forward(
+    def scan(
         self,
-        hidden_states: torch.Tensor,
-        cache_params: Cache | None = None,
+        stream: torch.Tensor,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, SSMProjections]:
-        """
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Convolution and scan.
+
         Args:
-            hidden_states: `(b, t, hidden_size)`.
-            cache_params: continued and updated when given.
-            attention_mask: `(b, t)`, zero at padding, which then never reaches the state.
-            seq_idx: `(b, t)`, int32 document index of packed sequences; the state resets where it changes.
+            stream: `(b, t, d + 2 * g * n + h)`: x, B and C before the convolution, and the raw time step.
+            cache, attention_mask, seq_idx: as in [`SSDMixer.forward`].
 
         Returns:
-            output `(b, t, hidden_size)` and the [`SSMProjections`].
+            y `(b, t, d)`, then B, C and the time step as [`SSMProjections`] has them.
         """
         config = self.config
         heads, groups = (config.num_heads, config.head_dim), (config.n_groups, config.state_size)
-        gate, xBC, dt = self.in_proj(hidden_states).split(self.split_sizes, dim=-1)
+        xBC, dt = stream.split([config.mixer_width + 2 * self.state_width, config.num_heads], dim=-1)
         dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*config.time_step_limit)  # (b, t, h)
         if attention_mask is not None:
             padding = (attention_mask == 0)[..., None]
             xBC, dt = xBC.masked_fill(padding, 0.0), dt.masked_fill(padding, 0.0)
-        state = recurrent_state(cache_params, self.layer_idx)
-        xBC = self.convolve(xBC, cache_params, attention_mask, seq_idx)
+        state = recurrent_state(cache, self.layer_idx)
+        xBC = self.convolve(xBC, cache, attention_mask, seq_idx)
         x, B, C = xBC.split([config.mixer_width, self.state_width, self.state_width], dim=-1)
         x = x.unflatten(-1, heads)  # (b, t, h, p)
         B, C = B.unflatten(-1, groups), C.unflatten(-1, groups)  # (b, t, g, n)
@@ -202,10 +224,9 @@ class SSDMixer(StateSpaceMixer):
             y = ssd_scan_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)[:, None]
         else:
             y, state = ssd_scan(x, dt, A, B, C, self.D, config.chunk_size, initial_state=state, seq_idx=seq_idx)
-            if cache_params is not None:
-                cache_params.update_recurrent_state(state, self.layer_idx)
-        y = self.norm(y.flatten(-2), gate)  # (b, t, d)
-        return self.out_proj(y), SSMProjections(B, C, dt, y)
+            if cache is not None:
+                cache.update_recurrent_state(state, self.layer_idx)
+        return y.flatten(-2), B, C, dt
 
     def attention_map(
         self, B: torch.Tensor, C: torch.Tensor, time_step: torch.Tensor, seq_idx: torch.Tensor | None = None
@@ -229,8 +250,7 @@ class SSDMixer(StateSpaceMixer):
         config, heads = self.config, self.config.num_heads
         moving_average = config.transition_init == "moving_average"
         self.init_convolution()
-        self.init_output()
-        init.ones_(self.norm.weight)
+        self.init_skip()
         if config.transition_init == "identity":
             init.constant_(self.A_log, IDENTITY_A_LOG)
         else:
@@ -238,31 +258,21 @@ class SSDMixer(StateSpaceMixer):
         steps = self.averaging_time_steps(heads) if moving_average else self.random_time_steps(heads)
         init.copy_(self.dt_bias, inverse_softplus(steps))
 
-        gate, xBC, _ = self.split_sizes
-        weight = torch.empty_like(self.in_proj.weight).normal_(std=config.initializer_range)
-        if config.gate_init == "transparent":
-            weight[:gate] = 0.0
-        if moving_average:
-            weight[gate + xBC :] = 0.0
-        init.copy_(self.in_proj.weight, weight)
-        if self.in_proj.bias is not None:
-            bias = torch.zeros_like(self.in_proj.bias)
-            bias[:gate] = UNIT_GATE if config.gate_init == "transparent" else 0.0
-            init.copy_(self.in_proj.bias, bias)
 
+class SSDMixer(SSDBranch):
+    """The mixer of Mamba-2: the scan between a shared input projection, a gated norm per group and an output one."""
 
-class S6Mixer(StateSpaceMixer):
-    """The mixer of Mamba (arXiv 2312.00752): one decay a channel and state, B and C shared by all channels."""
+    branch_class = SSDBranch
 
-    def __init__(self, config: CABMambaConfig, layer_idx: int):
-        super().__init__(config, layer_idx, conv_width=config.mixer_width)
-        width, rank, state_size = config.mixer_width, config.time_step_rank, config.state_size
-        self.in_proj = nn.Linear(config.hidden_size, 2 * width, bias=config.use_bias)
-        self.x_proj = nn.Linear(width, rank + 2 * state_size, bias=False)
-        self.dt_proj = nn.Linear(rank, width, dtype=torch.float32)
-        self.A_log = nn.Parameter(torch.empty(width, state_size, dtype=torch.float32))
-        self.D = nn.Parameter(torch.empty(width, dtype=torch.float32))
-        self.out_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias)
+    def __init__(self, config: MixerConfig, layer_idx: int):
+        self.split_sizes = [
+            config.mixer_width,
+            config.mixer_width + 2 * config.n_groups * config.state_size,
+            config.num_heads,
+        ]
+        super().__init__(config, layer_idx, in_width=sum(self.split_sizes))
+        self.norm = GatedRMSNorm(config.mixer_width, config.group_size, config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(config.mixer_width, config.hidden_size, bias=config.use_bias)
 
     def forward(
         self,
@@ -271,14 +281,75 @@ class S6Mixer(StateSpaceMixer):
         attention_mask: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, SSMProjections]:
-        """Arguments and results as [`SSDMixer.forward`], with one group."""
+        """
+        Args:
+            hidden_states: `(b, t, hidden_size)`.
+            cache_params: continued and updated when given.
+            attention_mask: `(b, t)`, zero at padding, which then never reaches the state.
+            seq_idx: `(b, t)`, int32 document index of packed sequences; the state resets where it changes.
+
+        Returns:
+            output `(b, t, hidden_size)` and the [`SSMProjections`].
+        """
+        stream, gate = self.stream_and_gate(hidden_states)
+        y, B, C, dt = self.scan(stream, cache_params, attention_mask, seq_idx)
+        y = self.gated(y, gate)
+        return self.out_proj(y), SSMProjections(B, C, dt, y)
+
+    def stream_and_gate(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a branch scans and the gate `(b, t, d)`, of hidden states `(b, t, hidden_size)`."""
+        gate_width, *stream_widths = self.split_sizes
+        gate, stream = self.in_proj(hidden_states).split([gate_width, sum(stream_widths)], dim=-1)
+        return stream, gate
+
+    def gated(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return self.norm(y, gate)  # (b, t, d)
+
+    @torch.no_grad()
+    def init_mixer_weights(self) -> None:
+        """Fills the parameters that the config's starts decide; called by `_init_weights`."""
+        super().init_mixer_weights()
+        init.ones_(self.norm.weight)
+        init_output_projection(self.out_proj, self.config)
         config = self.config
-        x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)  # (b, t, d) each
+        gate, xBC, _ = self.split_sizes
+        weight = torch.empty_like(self.in_proj.weight).normal_(std=config.initializer_range)
+        if config.gate_init == "transparent":
+            weight[:gate] = 0.0
+        if config.transition_init == "moving_average":
+            weight[gate + xBC :] = 0.0
+        init.copy_(self.in_proj.weight, weight)
+        if self.in_proj.bias is not None:
+            bias = torch.zeros_like(self.in_proj.bias)
+            bias[:gate] = UNIT_GATE if config.gate_init == "transparent" else 0.0
+            init.copy_(self.in_proj.bias, bias)
+
+
+class S6Branch(StateSpaceBranch):
+    """One direction of Mamba's mixer (arXiv 2312.00752): one decay a channel and state, B and C shared by channels."""
+
+    def __init__(self, config: MixerConfig, layer_idx: int, in_width: int | None = None):
+        super().__init__(config, layer_idx, config.mixer_width, in_width)
+        width, rank, state_size = config.mixer_width, config.time_step_rank, config.state_size
+        self.x_proj = nn.Linear(width, rank + 2 * state_size, bias=False)
+        self.dt_proj = nn.Linear(rank, width, dtype=torch.float32)
+        self.A_log = nn.Parameter(torch.empty(width, state_size, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(width, dtype=torch.float32))
+
+    def scan(
+        self,
+        stream: torch.Tensor,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As [`SSDBranch.scan`], of a stream `(b, t, d)` that holds x alone, with one group."""
+        config, x = self.config, stream
         padding = None if attention_mask is None else (attention_mask == 0)[..., None]
         if padding is not None:
             x = x.masked_fill(padding, 0.0)
-        state = recurrent_state(cache_params, self.layer_idx)
-        x = self.convolve(x, cache_params, attention_mask, seq_idx)
+        state = recurrent_state(cache, self.layer_idx)
+        x = self.convolve(x, cache, attention_mask, seq_idx)
         steps, B, C = self.x_proj(x).split([config.time_step_rank, config.state_size, config.state_size], dim=-1)
         with torch.autocast(x.device.type, enabled=False):
             dt = F.softplus(self.dt_proj(steps.to(self.dt_proj.weight.dtype)).float())  # (b, t, d)
@@ -289,10 +360,9 @@ class S6Mixer(StateSpaceMixer):
             y = selective_scan_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)[:, None]
         else:
             y, state = selective_scan(x, dt, A, B, C, self.D, initial_state=state, seq_idx=seq_idx)
-            if cache_params is not None:
-                cache_params.update_recurrent_state(state, self.layer_idx)
-        y = y * F.silu(gate)
-        return self.out_proj(y), SSMProjections(B[:, :, None], C[:, :, None], dt, y)
+            if cache is not None:
+                cache.update_recurrent_state(state, self.layer_idx)
+        return y, B[:, :, None], C[:, :, None], dt
 
     def attention_map(
         self, B: torch.Tensor, C: torch.Tensor, time_step: torch.Tensor, seq_idx: torch.Tensor | None = None
@@ -324,7 +394,7 @@ class S6Mixer(StateSpaceMixer):
         config, width = self.config, self.config.mixer_width
         moving_average = config.transition_init == "moving_average"
         self.init_convolution()
-        self.init_output()
+        self.init_skip()
         if config.transition_init == "identity":
             init.constant_(self.A_log, IDENTITY_A_LOG)
         else:
@@ -340,6 +410,43 @@ class S6Mixer(StateSpaceMixer):
             bound = config.time_step_rank**-0.5
             init.uniform_(self.dt_proj.weight, -bound, bound)
         init.copy_(self.dt_proj.bias, inverse_softplus(steps))
+
+
+class S6Mixer(S6Branch):
+    """The mixer of Mamba: the scan between a shared input projection, a gate and an output projection."""
+
+    branch_class = S6Branch
+
+    def __init__(self, config: MixerConfig, layer_idx: int):
+        super().__init__(config, layer_idx, in_width=2 * config.mixer_width)
+        self.out_proj = nn.Linear(config.mixer_width, config.hidden_size, bias=config.use_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, SSMProjections]:
+        """Arguments and results as [`SSDMixer.forward`], with one group."""
+        stream, gate = self.stream_and_gate(hidden_states)
+        y, B, C, dt = self.scan(stream, cache_params, attention_mask, seq_idx)
+        y = self.gated(y, gate)
+        return self.out_proj(y), SSMProjections(B, C, dt, y)
+
+    def stream_and_gate(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a branch scans and the gate, `(b, t, d)` each, of hidden states `(b, t, hidden_size)`."""
+        return self.in_proj(hidden_states).chunk(2, dim=-1)
+
+    def gated(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return y * F.silu(gate)  # (b, t, d)
+
+    @torch.no_grad()
+    def init_mixer_weights(self) -> None:
+        """Fills the parameters that the config's starts decide; called by `_init_weights`."""
+        super().init_mixer_weights()
+        init_output_projection(self.out_proj, self.config)
+        config, width = self.config, self.config.mixer_width
         if config.gate_init == "transparent":
             weight = torch.empty_like(self.in_proj.weight).normal_(std=config.initializer_range)
             weight[width:] = 0.0
@@ -347,6 +454,127 @@ class S6Mixer(StateSpaceMixer):
             bias = torch.zeros_like(self.in_proj.bias)
             bias[width:] = UNIT_GATE
             init.copy_(self.in_proj.bias, bias)
+
+
+class BidirectionalMixer:
+    """Adds to a mixer a second branch, `backward`, that reads the tokens from the last to the first.
+
+    Both branches share the projections, the gate and, for SSD, the norm. Their outputs are averaged before the gate,
+    so that the output's size does not grow with the number of directions.
+    Source: arXiv 2401.09417 (Vim), figure 2 and algorithm 1, with the division that its released models have.
+    """
+
+    def __init__(self, config: MixerConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.backward = self.branch_class(config, layer_idx)
+
+    def forward(
+        self, hidden_states: torch.Tensor, seq_idx: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, BidirectionalProjections]:
+        """
+        Args:
+            hidden_states: `(b, t, hidden_size)`.
+            seq_idx: `(b, t)`, index of packed sequences: no state crosses where it changes, in either direction.
+
+        Returns:
+            output `(b, t, hidden_size)` and the [`BidirectionalProjections`].
+        """
+        stream, gate = self.stream_and_gate(hidden_states)
+        reversed_idx = None if seq_idx is None else seq_idx.flip(1)
+        y, *shown = self.scan(stream, seq_idx=seq_idx)
+        backward_y, *backward_shown = self.backward.scan(stream.flip(1), seq_idx=reversed_idx)
+        y = self.gated((y + backward_y.flip(1)) / 2, gate)
+        return self.out_proj(y), BidirectionalProjections(*shown, y, *backward_shown)
+
+    def attention_map(
+        self,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        time_step: torch.Tensor,
+        backward_B: torch.Tensor,
+        backward_C: torch.Tensor,
+        backward_time_step: torch.Tensor,
+        seq_idx: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The mean of both scans' maps, each in token order.
+
+        Args: the fields of [`BidirectionalProjections`].
+
+        Returns:
+            `(b, h, t, t)`, float32, neither triangle empty.
+        """
+        reversed_idx = None if seq_idx is None else seq_idx.flip(1)
+        forward_map = super().attention_map(B, C, time_step, seq_idx)
+        backward_map = self.backward.attention_map(backward_B, backward_C, backward_time_step, reversed_idx)
+        return (forward_map + backward_map.flip(-2, -1)) / 2
+
+
+class BidirectionalS6Mixer(BidirectionalMixer, S6Mixer):
+    """The mixer of Vim: two S6 branches."""
+
+
+class BidirectionalSSDMixer(BidirectionalMixer, SSDMixer):
+    """Two SSD branches."""
+
+
+MIXERS = {"mamba": S6Mixer, "mamba2": SSDMixer}
+BIDIRECTIONAL_MIXERS = {"mamba": BidirectionalS6Mixer, "mamba2": BidirectionalSSDMixer}
+
+
+class CABMambaMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` where `config.gated_mlp` is False."""
+
+    def __init__(self, config: MixerConfig):
+        super().__init__()
+        sizes = (config.hidden_size, config.intermediate_size)
+        self.gate_proj = nn.Linear(*sizes, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(*sizes, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(*reversed(sizes), bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(hidden_states)
+        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
+        return self.down_proj(inner)
+
+
+class MixerPreTrainedModel(PreTrainedModel):
+    """How every student of mixers starts, keeps its precision and saves itself."""
+
+    base_model_prefix = "backbone"
+    # Rounded to half precision, these move the transition by more than training does.
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "dt_proj"]
+    supports_gradient_checkpointing = True
+    _can_compile_fullgraph = True
+    hub_classes: dict[str, str] = {}
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As in transformers; the checkpoint's config names all Auto classes, whichever model is saved."""
+        if self._auto_class is not None:
+            self.config.auto_map = dict(self.hub_classes)
+        super().save_pretrained(*args, **kwargs)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers takes custom code to overwrite loaded weights and so passes over a mixer whose own parameters
+        # are loaded, although those of its projections may be missing. This code overwrites nothing.
+        if not all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+            super()._initialize_weights(module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, StateSpaceBranch):
+            module.init_mixer_weights()
+
+
+def make_norm(config: MixerConfig) -> nn.Module:
+    norm = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+
+def init_output_projection(projection: nn.Linear, config: MixerConfig) -> None:
+    if config.rescale_prenorm_residual:
+        init.normal_(projection.weight, mean=0.0, std=config.initializer_range / math.sqrt(config.num_hidden_layers))
 
 
 def recurrent_state(cache: Cache | None, layer_idx: int) -> torch.Tensor | None:
@@ -370,6 +598,3 @@ def decay_map(log_decay: torch.Tensor, seq_idx: torch.Tensor | None) -> torch.Te
         document = changes.cumsum(dim=-1)  # (b, t), so that an index that comes back is another document
         visible = visible & (document[:, None, :, None] == document[:, None, None, :])
     return (total[..., :, None] - total[..., None, :]).masked_fill(~visible, -torch.inf).exp()
-
-
-MIXERS = {"mamba": S6Mixer, "mamba2": SSDMixer}

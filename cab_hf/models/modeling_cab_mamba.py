@@ -4,12 +4,12 @@ Shape legend: `b` batch, `t` token, `h` head, `n` state, `g` group, `d` width.
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_cab_mamba import CABMambaConfig
-from .mixers import MIXERS, S6Mixer, SSDMixer, SSMProjections
+from .mixers import MIXERS, CABMambaMLP, MixerPreTrainedModel, SSMProjections, make_norm
 
 
 AUTO_MAP = {
@@ -56,28 +56,6 @@ class CABMambaCausalLMOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     projections: tuple[SSMProjections, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-class CABMambaMLP(nn.Module):
-    """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` where `config.gated_mlp` is False."""
-
-    def __init__(self, config: CABMambaConfig):
-        super().__init__()
-        sizes = (config.hidden_size, config.intermediate_size)
-        self.gate_proj = nn.Linear(*sizes, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(*sizes, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(*reversed(sizes), bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        up = self.up_proj(hidden_states)
-        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
-        return self.down_proj(inner)
-
-
-def make_norm(config: CABMambaConfig) -> nn.Module:
-    norm = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
-    return norm(config.hidden_size, eps=config.layer_norm_epsilon)
 
 
 class CABMambaBlock(GradientCheckpointingLayer):
@@ -119,33 +97,11 @@ class CABMambaBlock(GradientCheckpointingLayer):
         return hidden_states, *projections, attention_map
 
 
-class CABMambaPreTrainedModel(PreTrainedModel):
+class CABMambaPreTrainedModel(MixerPreTrainedModel):
     config_class = CABMambaConfig
-    base_model_prefix = "backbone"
+    hub_classes = AUTO_MAP
     _no_split_modules = ["CABMambaBlock"]
-    # Rounded to half precision, these move the transition by more than training does.
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "dt_proj"]
-    supports_gradient_checkpointing = True
-    _can_compile_fullgraph = True
     _is_stateful = True
-
-    def save_pretrained(self, *args, **kwargs) -> None:
-        """As in transformers; the checkpoint's config names all Auto classes, whichever model is saved."""
-        if self._auto_class is not None:
-            self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(*args, **kwargs)
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # transformers takes custom code to overwrite loaded weights and so passes over a mixer whose own parameters
-        # are loaded, although those of its projections may be missing. This code overwrites nothing.
-        if not all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
-            super()._initialize_weights(module)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, (S6Mixer, SSDMixer)):
-            module.init_mixer_weights()
 
 
 class CABMambaModel(CABMambaPreTrainedModel):
@@ -179,6 +135,7 @@ class CABMambaModel(CABMambaPreTrainedModel):
         output_projections: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        projections_callback: Callable[[int, SSMProjections], None] | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> CABMambaOutput | tuple:
@@ -192,6 +149,8 @@ class CABMambaModel(CABMambaPreTrainedModel):
             cache_params: states to continue from, as returned by an earlier call with `use_cache=True`.
             output_projections: return every layer's B, C, time step and mixer output.
             output_attentions: return every layer's implied attention map, quadratic in length.
+            projections_callback: called with each layer's index and [`SSMProjections`] right after the layer. What it
+                computes is undone there in the backward pass too, so that one layer's gradients exist at a time.
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, for packed sequences with a
@@ -241,14 +200,17 @@ class CABMambaModel(CABMambaPreTrainedModel):
 
         # What nobody asked for is not kept: it would hold every layer's activations in memory.
         all_hidden_states, all_projections, all_maps = (), (), ()
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
             hidden_states, *projections, attention_map = layer(
                 hidden_states, cache_params, attention_mask, seq_idx, output_attentions
             )
+            projections = SSMProjections(*projections)
+            if projections_callback is not None:
+                projections_callback(index, projections)
             if output_projections:
-                all_projections += (SSMProjections(*projections),)
+                all_projections += (projections,)
             if output_attentions:
                 all_maps += (attention_map,)
         hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
