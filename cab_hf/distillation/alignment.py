@@ -1,7 +1,18 @@
-"""Which teacher layer teaches which student layer."""
+"""Which teacher layer teaches which student layer, and which teacher token is which student token.
 
-from collections.abc import Sequence
+Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cab_hf.distillation.teacher import TeacherAttention, TeacherOutput
+from cab_hf.models import CABVisionMambaConfig
 
 
 def layer_map(
@@ -75,3 +86,182 @@ def _checked(layers: Sequence[int], student_layers: int, teacher_layers: int) ->
                 f"teacher has {teacher_layers} layers: use 0 to {teacher_layers - 1}, counted from the first."
             )
     return layers
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where an image model keeps its tokens.
+
+    Attributes:
+        grid: rows and columns of patches, which are in reading order.
+        class_token: place of the class token among all tokens; None without one.
+        registers: tokens right behind the class token that stand for no patch (DINOv2's registers, DeiT's
+            distillation token).
+    """
+
+    grid: tuple[int, int]
+    class_token: int | None = None
+    registers: int = 0
+
+    @property
+    def extra(self) -> int:
+        """Tokens that are no patches."""
+        return self.registers + (self.class_token is not None)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1] + self.extra
+
+    @property
+    def order(self) -> list[int]:
+        """Places of the class token, of the registers and of the patches, in this order."""
+        place = 0 if self.class_token is None else self.class_token
+        special = range(place, place + self.extra)
+        return [*special, *(index for index in range(self.num_tokens) if index not in special)]
+
+
+def student_layout(config: CABVisionMambaConfig, image_size: Sequence[int]) -> TokenLayout:
+    """The layout of an image student's tokens for images of a height and width, in pixels."""
+    grid = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
+    return TokenLayout(grid, config.class_token_index(grid[0] * grid[1]), config.num_register_tokens)
+
+
+def teacher_layout(num_tokens: int, image_size: Sequence[int], patch_size: int | Sequence[int]) -> TokenLayout:
+    """The layout of a Vision Transformer's tokens: class token first, then registers, then patches.
+
+    Args:
+        num_tokens: tokens of the teacher's attention.
+        image_size: height and width of the teacher's images, in pixels.
+        patch_size: side, or height and width, of the teacher's patches.
+
+    Raises:
+        ValueError: fewer tokens than patches, as where attention stays inside windows or patches are merged.
+    """
+    sides = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    grid = (image_size[0] // sides[0], image_size[1] // sides[1])
+    extra = num_tokens - grid[0] * grid[1]
+    if extra < 0:
+        raise ValueError(
+            f"The teacher attends over {num_tokens} tokens, but its images have {grid[0]} x {grid[1]} patches: its "
+            "queries and keys are no global sequence (windows, or merged patches), so that no student token has its "
+            "counterpart. Use a teacher such as ViT, DeiT, DINOv2, BEiT or CLIP, or losses without attention."
+        )
+    return TokenLayout(grid, class_token=0 if extra else None, registers=max(extra - 1, 0))
+
+
+def align_tokens(x: Tensor, token_dim: int, source: TokenLayout, target: TokenLayout) -> Tensor:
+    """A teacher's tokens at the places of the student's.
+
+    The class token moves to the student's place; registers stay only where the student has as many, behind its class
+    token; patches of another grid are resized bilinearly on the grid, in float32.
+
+    Args:
+        x: features last, tokens in dimension `token_dim`: `(b, t, d)` or `(b, h, t, p)`.
+        token_dim: the dimension of tokens.
+        source: the teacher's layout.
+        target: the student's layout.
+
+    Returns:
+        `x`'s shape but for the number of tokens; `x` itself where the layouts are equal.
+
+    Raises:
+        ValueError: `x` has another number of tokens than `source`, or the student has tokens that the teacher lacks.
+
+    Source: arXiv 2510.19266, section "Method", and its released vision code (the class token's move).
+    """
+    if source == target:
+        return x
+    if x.shape[token_dim] != source.num_tokens:
+        raise ValueError(
+            f"x has {x.shape[token_dim]} tokens in dimension {token_dim}, but the source layout has "
+            f"{source.num_tokens}: pass the layout of the images that x was made of."
+        )
+    if target.class_token is not None and source.class_token is None:
+        raise ValueError(
+            "The student has a class token and the teacher has none: nothing teaches it. Use class_token='none', "
+            "which pools over the patches."
+        )
+    if target.registers not in (0, source.registers):
+        raise ValueError(
+            f"The student has {target.registers} register tokens and the teacher {source.registers}: use "
+            f"num_register_tokens={source.registers} or 0."
+        )
+    kept = source.order[: target.extra] + source.order[source.extra :]
+    x = x.index_select(token_dim, _indices(kept, x.device))
+    if source.grid != target.grid:
+        special, patches = x.split([target.extra, x.shape[token_dim] - target.extra], dim=token_dim)
+        x = torch.cat([special, _resize(patches, token_dim, source.grid, target.grid)], dim=token_dim)
+    places = sorted(range(target.num_tokens), key=target.order.__getitem__)
+    return x.index_select(token_dim, _indices(places, x.device))
+
+
+def align_targets(
+    targets: TeacherOutput, source: TokenLayout, target: TokenLayout, layers: Collection[int]
+) -> TeacherOutput:
+    """What an image teacher made, with its tokens at the places of the student's (`align_tokens`).
+
+    Args:
+        targets: of the teacher.
+        source, target: layouts of the teacher and of the student.
+        layers: the teacher's layers that are read; the others' attention is left as it is.
+
+    Returns:
+        The same, with aligned `attentions` and `hidden_states`.
+    """
+    if source == target:
+        return targets
+    attentions, hidden_states = targets.attentions, targets.hidden_states
+    if attentions is not None:
+        attentions = tuple(
+            _align_attention(attention, source, target) if index in layers else attention
+            for index, attention in enumerate(attentions)
+        )
+    if hidden_states is not None:
+        hidden_states = tuple(align_tokens(states, 1, source, target) for states in hidden_states)
+    return replace(targets, attentions=attentions, hidden_states=hidden_states)
+
+
+def _align_attention(attention: TeacherAttention, source: TokenLayout, target: TokenLayout) -> TeacherAttention:
+    query, key, output = attention
+    return TeacherAttention(
+        align_tokens(query, 2, source, target),
+        align_tokens(key, 2, source, target),
+        None if output is None else align_tokens(output, 1, source, target),
+    )
+
+
+def reverse_tokens(x: Tensor, token_dim: int) -> Tensor:
+    """Tokens in the order in which a backward scan reads them.
+
+    Source: arXiv 2510.19266, section "Method" (the backward branch learns from reversed queries and keys).
+    """
+    return x.flip(token_dim)
+
+
+def _resize(patches: Tensor, token_dim: int, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    moved = patches.movedim(token_dim, -1)  # (..., p, t)
+    planes = moved.reshape(-1, 1, *source).float()
+    resized = F.interpolate(planes, size=target, mode="bilinear", align_corners=False)
+    return resized.view(*moved.shape[:-1], -1).movedim(-1, token_dim).to(patches.dtype)
+
+
+_CACHE: dict[tuple, Tensor] = {}
+
+
+def _indices(places: list[int], device: torch.device) -> Tensor:
+    """The places as a tensor, copied to a device once: a copy at every step would wait for it."""
+    key = (tuple(places), device)
+    if key not in _CACHE:
+        _CACHE[key] = torch.tensor(places, device=device)
+    return _CACHE[key]
+
+
+__all__ = [
+    "TokenLayout",
+    "align_targets",
+    "align_tokens",
+    "layer_map",
+    "reverse_tokens",
+    "student_layout",
+    "teacher_layout",
+]

@@ -24,6 +24,7 @@ __all__ = [
     "attention_loss",
     "bridge_loss",
     "chunked_kl_ce",
+    "classification_loss",
     "hidden_loss",
     "loss_weight",
     "mean_square",
@@ -106,6 +107,51 @@ def hidden_loss(
     Source: MOHAWK, arXiv 2408.10189, stage 2.
     """
     return _squared_error("student", student, "teacher", teacher, mask, relative)
+
+
+def classification_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    kl_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
+) -> LogitsLoss:
+    """Soft KL and cross-entropy of a classifier, summed over examples.
+
+    Args:
+        student_logits: `(b, V)`.
+        teacher_logits: `(b, V)`; receives no gradient. Without it there is no KL and no agreement.
+        labels: `(b,)` int64, where -100 is skipped, or `(b, V)` probabilities as mixup makes them. Without them there
+            is no cross-entropy.
+        temperature: softens both distributions of the KL.
+        kl_weight, ce_weight: weights in `total`.
+
+    Returns:
+        LogitsLoss, in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: another number of classes.
+
+    Source: arXiv 2510.19266 (KL at temperature 1, batchmean); Hinton et al., arXiv 1503.02531.
+    """
+    dtype = accumulation_dtype(student_logits.dtype)
+    student = student_logits.to(dtype)
+    kl = ce = agreement = student.new_zeros(())
+    if teacher_logits is not None:
+        if teacher_logits.shape != student.shape:
+            raise ValueError(
+                f"teacher_logits are {tuple(teacher_logits.shape)} and student_logits {tuple(student.shape)}: give "
+                "the student as many labels as the teacher, or leave the KL out (kl_weight=0.0)."
+            )
+        teacher = teacher_logits.detach().to(dtype)
+        log_teacher, log_student = ((x / temperature).log_softmax(-1) for x in (teacher, student))
+        kl = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * temperature**2
+        agreement = (student.argmax(-1) == teacher.argmax(-1)).sum()
+    if labels is not None:
+        ce = F.cross_entropy(student, labels if labels.dtype == torch.long else labels.to(dtype), reduction="sum")
+    return LogitsLoss(kl_weight * kl + ce_weight * ce, kl.detach(), ce.detach(), agreement)
 
 
 def mean_square(target: Tensor, mask: Tensor | None = None) -> Tensor:

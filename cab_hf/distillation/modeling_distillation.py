@@ -12,13 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cab_hf.distillation.alignment import layer_map
+from cab_hf.distillation.alignment import layer_map, reverse_tokens
 from cab_hf.distillation.bridge import ROLES, AttentionBridge, Role, bridge_targets
 from cab_hf.distillation.losses import (
+    LogitsLoss,
     TargetMap,
     attention_loss,
     bridge_loss,
     chunked_kl_ce,
+    classification_loss,
     hidden_loss,
     mean_square,
     output_loss,
@@ -26,7 +28,7 @@ from cab_hf.distillation.losses import (
 )
 from cab_hf.distillation.teacher import Teacher, TeacherAttention, TeacherOutput
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
-from cab_hf.models.mixers import SSMProjections
+from cab_hf.models.mixers import BidirectionalProjections, SSMProjections
 from cab_hf.packing import shift_labels
 
 
@@ -40,20 +42,22 @@ class DistillationOutput(ModelOutput):
     Attributes:
         loss: scalar, the weighted sum of the parts.
         parts: `(6,)`, the unweighted parts in the order of `LOSSES`, detached; 0 where not computed.
-        agreement: number of tokens where student and teacher agree on the next one; with `agreement=True`.
+        agreement: number of tokens (images) where student and teacher agree; with `agreement=True`.
+        logits: `(b, num_labels)` of an image student, detached; with `agreement=True`.
     """
 
     loss: Tensor | None = None
     parts: Tensor | None = None
     agreement: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class DistillationModel(nn.Module):
     """A student and the bridge to its teacher, which DDP, FSDP and ZeRO wrap as one.
 
     Args:
-        student: a causal language model whose base model takes `output_projections`, such as [`CABMambaForCausalLM`],
-            or a PEFT model around one.
+        student: a model whose base model takes `projections_callback`, such as [`CABMambaForCausalLM`] or
+            [`CABVisionMambaForImageClassification`], or a PEFT model around one.
         teacher: describes the targets; it is not kept.
         args: decides which losses exist and how they are computed.
 
@@ -68,6 +72,8 @@ class DistillationModel(nn.Module):
         self.student = student
         self.args = args
         config = self.core.config
+        self.reads_images = self.core.main_input_name == "pixel_values"
+        self.norms_last_target = teacher.norms_last_hidden_state
         self.layer_map = layer_map(
             parse_layer_map(args.layer_map), config.num_hidden_layers, teacher.num_hidden_layers
         )
@@ -83,6 +89,7 @@ class DistillationModel(nn.Module):
                 [teacher.query_sizes[index] for index in self.layer_map],
                 hidden_size=args.bridge_hidden_size,
                 shared_roles=args.bridge_shared_roles,
+                num_directions=2 if self.reads_images and config.bidirectional else 1,
             )
         self._check_widths(teacher)
         # The targets' mean squares, by which relative losses divide: measured once, on the same examples in every
@@ -144,12 +151,13 @@ class DistillationModel(nn.Module):
     ) -> DistillationOutput:
         """
         Args:
-            targets: what the teacher made of the same inputs.
+            targets: what the teacher made of the same inputs, in the order of the student's tokens.
             teacher_head: maps `targets.last_hidden_state` to logits; None if `targets.logits` holds them.
             weights: `(6,)` float32, in the order of `LOSSES`.
             active: names of the losses to compute.
-            num_tokens, num_labels: 0-dim, real tokens and labels of the whole optimizer step: the sums' divisors.
-            labels: `(b, t)`, unshifted; -100 is ignored.
+            num_tokens, num_labels: 0-dim, real tokens (of an image student: images) and labels of the whole
+                optimizer step: the sums' divisors.
+            labels: `(b, t)`, unshifted; -100 is ignored. Of images `(b,)`, or probabilities `(b, num_labels)`.
             agreement: count tokens where both models agree.
             inputs: of the student's base model.
         """
@@ -179,29 +187,66 @@ class DistillationModel(nn.Module):
         loss = weights.new_zeros(())
         agreeing = None
         if active & {"kl", "ce"} or agreement:
-            logits_loss = chunked_kl_ce(
-                outputs.last_hidden_state,
-                self.core.get_output_embeddings(),
-                targets.last_hidden_state if teacher_head is not None else targets.logits,
+            logits_loss = self._logits_loss(
+                outputs,
+                targets,
                 teacher_head,
-                mask=mask,
-                labels=shift_labels(labels, mask) if "ce" in active and labels is not None else None,
-                temperature=self.args.temperature,
-                kl_weight=weights[0] / num_tokens if "kl" in active else 0.0,
-                ce_weight=weights[1] / num_labels if "ce" in active else 0.0,
-                agreement=agreement,
-                chunk_size=self.args.logits_chunk_size,
+                mask,
+                labels if "ce" in active else None,
+                weights[0] / num_tokens if "kl" in active else 0.0,
+                weights[1] / num_labels if "ce" in active else 0.0,
+                agreement,
             )
             loss, agreeing = logits_loss.total, logits_loss.agreement
             parts["kl"], parts["ce"] = logits_loss.kl / num_tokens, logits_loss.ce / num_labels
+        # Of images, whole ones are counted, so that each one's tokens are averaged here.
+        divisor = len(self.layer_map) * num_tokens * (outputs.last_hidden_state.shape[1] if self.reads_images else 1)
         for name in ALIGNMENT_LOSSES:
             if name in active:
-                parts[name] = sums[name] / (len(self.layer_map) * num_tokens)
+                parts[name] = sums[name] / divisor
                 loss = loss + weights[LOSSES.index(name)] * parts[name]
         return DistillationOutput(
             loss=loss + self._touch_unused(active),
             parts=torch.stack([part.detach().float() for part in parts.values()]),
             agreement=agreeing,
+            logits=self._class_logits(outputs).detach() if agreement and self.reads_images else None,
+        )
+
+    def _class_logits(self, outputs: ModelOutput) -> Tensor:
+        return self.core.classifier(outputs.pooler_output)
+
+    def _logits_loss(
+        self,
+        outputs: ModelOutput,
+        targets: TeacherOutput,
+        teacher_head: nn.Module | None,
+        mask: Tensor | None,
+        labels: Tensor | None,
+        kl_weight: Tensor | float,
+        ce_weight: Tensor | float,
+        agreement: bool,
+    ) -> LogitsLoss:
+        if self.reads_images:
+            return classification_loss(
+                self._class_logits(outputs),
+                targets.logits,
+                labels,
+                temperature=self.args.temperature,
+                kl_weight=kl_weight,
+                ce_weight=ce_weight,
+            )
+        return chunked_kl_ce(
+            outputs.last_hidden_state,
+            self.core.get_output_embeddings(),
+            targets.last_hidden_state if teacher_head is not None else targets.logits,
+            teacher_head,
+            mask=mask,
+            labels=None if labels is None else shift_labels(labels, mask),
+            temperature=self.args.temperature,
+            kl_weight=kl_weight,
+            ce_weight=ce_weight,
+            agreement=agreement,
+            chunk_size=self.args.logits_chunk_size,
         )
 
     def _touch_unused(self, active: frozenset[str]) -> Tensor | float:
@@ -222,7 +267,7 @@ class DistillationModel(nn.Module):
     def _projections_loss(
         self, name: str, layer: int, projections: SSMProjections, targets: TeacherOutput, mask: Tensor | None
     ) -> Tensor:
-        attention, B, C = targets.attentions[self.layer_map[layer]], projections.B, projections.C
+        attention = targets.attentions[self.layer_map[layer]]
         scales = self.target_scales[:, layer].unbind() if self.args.relative_loss else [False] * len(SCALED_TARGETS)
         if name == "output":
             return output_loss(projections.output, attention.output, mask, scales[2])
@@ -230,9 +275,10 @@ class DistillationModel(nn.Module):
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # a CUDA graph can't read its state
         if name == "attention":
             mixer, scaling = self.core.base_model.layers[layer].mixer, self.teacher_scalings[layer]
-            return again(_map_loss, mixer, B, C, projections.time_step, attention, mask, scaling)
+            return again(_map_loss, mixer, _scans(projections), attention, mask, scaling, not self.reads_images)
+        directions = [scan[:2] for scan in _scans(projections)]
         return again(
-            _bridge_loss, self.bridge.layers[layer][0], B, C, attention, mask, self.args.target_map, scales[:2]
+            _bridge_loss, self.bridge.layers[layer], directions, attention, mask, self.args.target_map, scales[:2]
         )
 
     def _hidden_pair(
@@ -240,16 +286,17 @@ class DistillationModel(nn.Module):
     ) -> tuple[Tensor | None, Tensor]:
         """A student layer's hidden state and its target.
 
-        transformers returns the last layer's after the final norm. Where one of the two is a last layer and the other
-        is not, the student's norm makes them comparable.
+        The student's last one comes after its final norm, as that of most teachers does. Where one of the two is
+        normed and the other is not, the student's norm makes them comparable.
         """
         index, norm = self.layer_map[layer], self.core.base_model.norm_f
         student = None if hidden_states is None else hidden_states[layer + 1]
         teacher = targets.hidden_states[index + 1]
-        is_last, teacher_is_last = layer == len(self.layer_map) - 1, index == len(targets.hidden_states) - 2
-        if is_last and not teacher_is_last:
+        is_normed = layer == len(self.layer_map) - 1
+        teacher_is_normed = self.norms_last_target and index == len(targets.hidden_states) - 2
+        if is_normed and not teacher_is_normed:
             teacher = norm(teacher.to(norm.weight.dtype))
-        if teacher_is_last and not is_last and student is not None:
+        if teacher_is_normed and not is_normed and student is not None:
             student = norm(student.to(norm.weight.dtype))
         return student, teacher
 
@@ -259,10 +306,17 @@ def _bridge_targets(attention: TeacherAttention, kind: TargetMap, mask: Tensor |
     return {"key": target_map(key, kind, "key", mask), "query": target_map(query, kind, "query", mask)}
 
 
+def _scans(projections: SSMProjections | BidirectionalProjections) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """B, C and time step of each direction, in the order in which its scan reads the tokens."""
+    scans = [projections[:3]]
+    if isinstance(projections, BidirectionalProjections):
+        scans.append((projections.backward_B, projections.backward_C, projections.backward_time_step))
+    return scans
+
+
 def _bridge_loss(
-    mlps: nn.Module,
-    B: Tensor,
-    C: Tensor,
+    directions: nn.ModuleList,
+    projections: list[tuple[Tensor, Tensor]],
     attention: TeacherAttention,
     mask: Tensor | None,
     kind: TargetMap,
@@ -270,21 +324,23 @@ def _bridge_loss(
 ) -> Tensor:
     targets = _bridge_targets(attention, kind, mask)
     total = 0.0
-    for role, projection, scale in zip(ROLES, (B, C), scales, strict=True):
-        total = total + bridge_loss(mlps(role, projection.flatten(2)), targets[role], mask, scale)
+    for backward, (mlps, pair) in enumerate(zip(directions, projections, strict=True)):
+        for role, projection, scale in zip(ROLES, pair, scales, strict=True):
+            target = reverse_tokens(targets[role], 1) if backward else targets[role]
+            total = total + bridge_loss(mlps(role, projection.flatten(2)), target, mask, scale)
     return total
 
 
 def _map_loss(
     mixer: nn.Module,
-    B: Tensor,
-    C: Tensor,
-    time_step: Tensor,
+    scans: list[tuple[Tensor, Tensor, Tensor]],
     attention: TeacherAttention,
     mask: Tensor | None,
     scaling: float,
+    causal: bool,
 ) -> Tensor:
-    return attention_loss(mixer.attention_map(B, C, time_step), attention.query, attention.key, mask, scaling)
+    student_map = mixer.attention_map(*(tensor for scan in scans for tensor in scan))
+    return attention_loss(student_map, attention.query, attention.key, mask, scaling, causal=causal)
 
 
 def parse_layer_map(text: str) -> str | list[int]:

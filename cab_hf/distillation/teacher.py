@@ -173,6 +173,8 @@ class Teacher:
         head: the output embeddings, when `logits == head(last_hidden_state)` exactly; else None (soft-capped or scaled
             logits, a classifier, no head), and logits come from `logits=True`.
         scalings: one factor of `query @ key.T` a layer, as the teacher's attention applies it.
+        norms_last_hidden_state: whether the last of `hidden_states` has gone through the final norm, as in language
+            models; those of ViT and its kin have not. Needs `check`.
 
     Raises:
         ValueError: the teacher hides its attention, is an encoder-decoder, mixes attention with other layers, changes
@@ -214,6 +216,7 @@ class Teacher:
         self.config: PreTrainedConfig = model.config.get_text_config()
         self.dtype = dtype
         self.head: nn.Module | None = None
+        self.norms_last_hidden_state = True
         self._accepted = set(inspect.signature(model.base_model.forward).parameters)
         self._isolates = "position_ids" in self._accepted
         self._rotary: RotaryPlan | None = None
@@ -273,7 +276,7 @@ class Teacher:
             )
         plain_head = self.head is not None
         whole = logits and not plain_head
-        if whole and self.model.base_model is self.model:
+        if whole and not self.has_logits:
             raise ValueError(
                 f"logits=True, but {self._named()} has no head. Load it with AutoModelForCausalLM or another class "
                 "with a head, or use losses without logits."
@@ -351,6 +354,15 @@ class Teacher:
     def vocab_size(self) -> int | None:
         """Rows of the embedding, padding included; None of a teacher without tokens."""
         return self.config.to_dict().get("vocab_size")
+
+    @property
+    def reads_images(self) -> bool:
+        return self.model.main_input_name == "pixel_values"
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the model has a head: `logits=True` works."""
+        return self.model.base_model is not self.model
 
     @property
     def query_sizes(self) -> tuple[int, ...]:
@@ -444,7 +456,8 @@ class Teacher:
         if self.config._attn_implementation != name:
             raise ValueError(self._hidden("it does not follow transformers' AttentionInterface"))
         with self._precision():
-            output = self.model.base_model(**self._arguments(batch), output_attentions=True, return_dict=True)
+            arguments = self._arguments(batch) | {"output_attentions": True, "output_hidden_states": True}
+            output = self.model.base_model(**arguments, return_dict=True)
         calls = output.attentions or ()
         readable = [call for call in calls if isinstance(call, _AttentionCall)]
         if len(readable) != len(calls) or not calls:
@@ -475,6 +488,7 @@ class Teacher:
         self.scalings = tuple(
             size[2] ** -0.5 if c.scaling is None else c.scaling for c, size in zip(calls, self._sizes)
         )
+        self.norms_last_hidden_state = torch.equal(output.hidden_states[-1], output.last_hidden_state)
         self.head = self._plain_head(batch, output.last_hidden_state)
         self._isolates = self._isolates and self._keeps_documents_apart(batch, tolerance)
 

@@ -5,7 +5,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from cab_hf.distillation.alignment import align_targets, student_layout, teacher_layout
 from cab_hf.distillation.chunked_kl import chunked_kl_ce
 from cab_hf.distillation.cuda_graph import GraphedStep
+from cab_hf.distillation.ema import MovingAverage
 from cab_hf.distillation.losses import loss_weight
 from cab_hf.distillation.modeling_distillation import (
     ALIGNMENT_LOSSES,
@@ -33,8 +35,12 @@ from cab_hf.packing import IGNORE_INDEX, shift_labels
 logger = logging.get_logger(__name__)
 
 BRIDGE_NAME = "bridge.safetensors"
+EMA_NAME = "ema.safetensors"
 TRAINER_STATE_NAME = "trainer_state.json"
-NO_WEIGHT_DECAY = re.compile(r"(^|\.)(A_log|D|dt_bias|norm_f\.weight)$")
+NO_WEIGHT_DECAY = re.compile(
+    r"(^|\.)(A_log|D|dt_bias|norm_f\.weight|class_token|register_tokens|position_embeddings|\w+_scale)$"
+)
+BatchTransform = Callable[[dict[str, Tensor], bool], dict[str, Tensor]]
 ATTENTION_LOSSES = {"bridge", "output", "attention"}
 CALIBRATION_EXAMPLES = 8
 """Examples that the scales of relative losses are measured on: a fixed number, whatever the batch size."""
@@ -53,6 +59,9 @@ class DistillationTrainer(Trainer):
         args: weights, layer map and the rest of a run.
         trainer_kwargs: of [`~transformers.Trainer`], such as `train_dataset`, `eval_dataset`, `data_collator`,
             `processing_class`, `callbacks`.
+        batch_transform: takes each batch, on its device, and whether it is trained on: augmentation, for instance
+            [`~cab_hf.augmentation.ImageAugmentation`]. `teacher_pixel_values` beside `pixel_values` show the teacher
+            the same images at its own size.
 
     Raises:
         ValueError: a teacher whose attention can't be read, or that does not fit the student or the losses; an option
@@ -69,6 +78,7 @@ class DistillationTrainer(Trainer):
         student: nn.Module,
         teacher: PreTrainedModel | Teacher,
         args: DistillationTrainingArguments,
+        batch_transform: BatchTransform | None = None,
         **trainer_kwargs,
     ):
         if args.n_gpu > 1:
@@ -113,10 +123,22 @@ class DistillationTrainer(Trainer):
         self._is_calibrated = not args.relative_loss
         set_seed(args.seed)  # of the bridge's start, which must be the same on every process
         model = DistillationModel(student, teacher, args)
-        if teacher.vocab_size is not None:
-            check_vocabularies(model.core.config.vocab_size, teacher.vocab_size)
+        self._student_config = model.core.config
+        self._reads_images = model.reads_images
+        self._layer_map = model.layer_map
+        self.batch_transform = batch_transform
+        self._check_outputs(teacher, args.kl_weight)
         super().__init__(model=model, args=args, **trainer_kwargs)
+        self._ema = None
+        if args.ema_decay is not None:
+            self._ema = MovingAverage(student, args.ema_decay)
+            self.add_callback(self._ema)
         is_zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        if self._ema is not None and (self.is_fsdp_enabled or is_zero3):
+            raise ValueError(
+                f"`ema_decay` is {args.ema_decay}, but {'ZeRO-3' if is_zero3 else 'FSDP'} keeps no process with the "
+                "whole student to average. Use DDP, or leave `ema_decay` out."
+            )
         if args.attention_weight > 0 and (self.is_fsdp_enabled or is_zero3):
             raise ValueError(
                 f"`attention_weight` is {args.attention_weight}, but maps are made outside the student's blocks, and "
@@ -124,6 +146,33 @@ class DistillationTrainer(Trainer):
                 "`attention_weight=0.0`."
             )
         self.label_names = ["labels"]
+
+    def _check_outputs(self, teacher: Teacher, kl_weight: float) -> None:
+        """That student and teacher read the same kind of input and predict the same things."""
+        if self._reads_images != teacher.reads_images:
+            student_input, teacher_input = (
+                "pixel_values" if reads else "input_ids" for reads in (self._reads_images, teacher.reads_images)
+            )
+            raise ValueError(
+                f"The student reads {student_input!r} and the teacher {teacher_input!r}. Use a CABMambaForCausalLM "
+                "for a language model, a CABVisionMambaForImageClassification for an image model."
+            )
+        if not self._reads_images:
+            if teacher.vocab_size is not None:
+                check_vocabularies(self._student_config.vocab_size, teacher.vocab_size)
+        elif kl_weight > 0:
+            if not teacher.has_logits:
+                raise ValueError(
+                    f"`kl_weight` is {kl_weight}, but the teacher {type(teacher.model).__name__} has no classifier. "
+                    "Set `kl_weight=0.0` and a `ce_weight`, and learn from the bridge and labels, or give the teacher "
+                    "a classifier first (finetune)."
+                )
+            ours, theirs = self._student_config.num_labels, teacher.model.config.num_labels
+            if ours != theirs:
+                raise ValueError(
+                    f"The student has num_labels={ours} and the teacher num_labels={theirs}, which the KL compares. "
+                    "Give the student the teacher's labels, or set `kl_weight=0.0`."
+                )
 
     @property
     def student(self) -> nn.Module:
@@ -156,6 +205,7 @@ class DistillationTrainer(Trainer):
         collate = self._get_collator_with_removed_columns(self.data_collator)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self._move_model_to_device(model, self.args.device)
+        model.eval()  # so that the batch transform draws nothing
         scales, tokens = torch.zeros_like(model.target_scales), 0
         for start in range(0, len(examples), self.args.per_device_train_batch_size):
             batch = self._prepare_inputs(collate(examples[start : start + self.args.per_device_train_batch_size]))
@@ -176,6 +226,10 @@ class DistillationTrainer(Trainer):
 
     # The loss
 
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if self.batch_transform is None else self.batch_transform(inputs, self.model.training)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Real tokens and labels `(2,)` of an optimizer step, over all its batches and processes."""
         counts = sum(map(self._local_counts, batch_samples), start=torch.zeros(2, dtype=torch.long, device=device))
@@ -184,7 +238,15 @@ class DistillationTrainer(Trainer):
         return counts
 
     def _local_counts(self, batch: dict[str, Tensor]) -> Tensor:
-        """Real tokens and labels `(2,)` of one batch, int64: no precision policy rounds them."""
+        """Real tokens (or images) and labels `(2,)` of one batch, int64: no precision policy rounds them."""
+        if self._reads_images:
+            images = torch.tensor(len(batch["pixel_values"]))
+            labels = batch.get("labels")
+            if labels is None:
+                labelled = torch.zeros_like(images)
+            else:
+                labelled = images if labels.is_floating_point() else (labels != IGNORE_INDEX).sum()
+            return torch.stack([images.to(labelled.device), labelled]).to(self.args.device)
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         tokens = ids.new_full((), ids.numel(), dtype=torch.long) if mask is None else (mask != 0).sum()
         labels = torch.zeros_like(tokens)
@@ -258,6 +320,8 @@ class DistillationTrainer(Trainer):
         if "seq_idx" in inputs or ("position_ids" in inputs and mask is None):
             self._check_packing(active)
         given = {name: value for name, value in inputs.items() if name != "labels"}
+        if self._reads_images:
+            given = {"pixel_values": inputs.get("teacher_pixel_values", inputs["pixel_values"])}
         if mask is not None and "position_ids" not in inputs:
             # Counted from the first real token: padding on the left would shift learned positions and rotary keys.
             given["position_ids"] = ((mask != 0).long().cumsum(dim=-1) - 1).clamp(min=0)
@@ -271,7 +335,18 @@ class DistillationTrainer(Trainer):
         if targets.attentions is not None and "output" not in active:
             # Nothing reads the outputs then, and all layers' together are large.
             targets.attentions = tuple(attention._replace(output=None) for attention in targets.attentions)
+        if self._reads_images and (targets.attentions is not None or targets.hidden_states is not None):
+            targets = self._align(targets, inputs["pixel_values"], given["pixel_values"])
         return targets
+
+    def _align(self, targets: TeacherOutput, images: Tensor, teacher_images: Tensor) -> TeacherOutput:
+        if targets.attentions is not None:
+            num_tokens = targets.attentions[0].query.shape[2]
+        else:
+            num_tokens = targets.hidden_states[0].shape[1]
+        source = teacher_layout(num_tokens, teacher_images.shape[2:], self.teacher.config.patch_size)
+        target = student_layout(self._student_config, images.shape[2:])
+        return align_targets(targets, source, target, set(self._layer_map))
 
     def _check_packing(self, active: frozenset[str]) -> None:
         if "attention" in active:
@@ -297,6 +372,7 @@ class DistillationTrainer(Trainer):
         agreement: bool = False,
     ) -> DistillationOutput:
         targets = self._teach(inputs, active)
+        inputs = {name: value for name, value in inputs.items() if name != "teacher_pixel_values"}
         outputs = model(
             targets=targets,
             teacher_head=self._teacher_head,
@@ -328,8 +404,19 @@ class DistillationTrainer(Trainer):
     # Evaluation
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        """As the Trainer's, with both models' perplexity, their KL and agreement, and every loss part as metrics."""
+        """As the Trainer's; metrics are both models' perplexity or accuracy, their KL and agreement, every loss part.
+
+        With `ema_decay` all of them also of the averaged student, under `ema_...`.
+        """
         self._calibrate_targets()
+        output = self._evaluated(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._ema is not None and self._ema.has_started:
+            with self._ema.in_place_of(self.student):
+                averaged = self._evaluated(*args, metric_key_prefix=f"{metric_key_prefix}_ema", **kwargs)
+            output.metrics.update(averaged.metrics)
+        return output
+
+    def _evaluated(self, *args, metric_key_prefix: str, **kwargs) -> EvalLoopOutput:
         self._eval_sums = None
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._eval_sums is not None:
@@ -340,17 +427,30 @@ class DistillationTrainer(Trainer):
         return output
 
     def _eval_metrics(self, sums: list[float]) -> dict[str, float]:
-        *parts, agreeing, teacher_ce, tokens, labels = sums
+        parts, (agreeing, tokens, labels, *others) = sums[: len(LOSSES)], sums[len(LOSSES) :]
         divisors = {name: labels if name == "ce" else tokens for name in LOSSES}
         means = {name: part / max(divisors[name], 1) for name, part in zip(LOSSES, parts)}
         metrics = {"loss": sum(getattr(self.args, f"{name}_weight") * means[name] for name in LOSSES)}
+        compares = not self._reads_images or self.teacher.has_logits
         metrics |= {
-            name: mean for name, mean in means.items() if getattr(self.args, f"{name}_weight") > 0 or name == "kl"
+            name: mean
+            for name, mean in means.items()
+            if getattr(self.args, f"{name}_weight") > 0 or name == "kl" and compares
         }
-        metrics |= {"agreement": agreeing / max(tokens, 1), "tokens": int(tokens)}
-        if labels > 0:
+        if compares:
+            metrics["agreement"] = agreeing / max(tokens, 1)
+        metrics["images" if self._reads_images else "tokens"] = int(tokens)
+        if labels == 0:
+            return metrics
+        if not self._reads_images:
+            (teacher_ce,) = others
             metrics["perplexity"] = math.exp(min(means["ce"], 700.0))
             metrics["teacher_perplexity"] = math.exp(min(teacher_ce / labels, 700.0))
+            return metrics
+        correct, among_five, teacher_correct = others
+        metrics |= {"accuracy": correct / labels, "top5_accuracy": among_five / labels}
+        if compares:
+            metrics["teacher_accuracy"] = teacher_correct / labels
         return metrics
 
     def prediction_step(
@@ -364,14 +464,16 @@ class DistillationTrainer(Trainer):
         inputs, is_counted = self._without_repeats(self._prepare_inputs(inputs))
         counts = self._local_counts(inputs)
         weights = torch.tensor([getattr(self.args, f"{name}_weight") for name in LOSSES], device=self.args.device)
-        active = {name for name in LOSSES if getattr(self.args, f"{name}_weight") > 0} | {"kl"}
+        active = {name for name in LOSSES if getattr(self.args, f"{name}_weight") > 0}
+        if not self._reads_images or self.teacher.has_logits:
+            active.add("kl")
         if "labels" in inputs:
             active.add("ce")
         ones = torch.ones(2, device=self.args.device)  # so that the parts stay sums
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self._distil(model, inputs, weights, frozenset(active), ones, agreement=True)
-            teacher_ce = self._teacher_ce(outputs.targets, inputs)
-        sums = torch.cat([outputs.parts, torch.stack([outputs.agreement.float(), teacher_ce]), counts])
+            others = (self._hits if self._reads_images else self._teacher_ce)(outputs, inputs)
+        sums = torch.cat([outputs.parts, outputs.agreement.float()[None], counts, others])
         if is_counted:
             self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
         elif self._eval_sums is None:
@@ -383,16 +485,18 @@ class DistillationTrainer(Trainer):
 
         Where the examples do not divide by the processes, the last batch is filled up with rows of the first one.
         """
-        rows, loader = len(inputs["input_ids"]), self.accelerator.gradient_state
+        rows, loader = len(next(iter(inputs.values()))), self.accelerator.gradient_state
         if self.args.world_size == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
             return inputs, True
         kept = loader.remainder - self.args.process_index * rows
         # A sharded model runs on all processes, so one without rows of its own runs one, too.
         return {name: value[: max(kept, 1)] for name, value in inputs.items()}, kept > 0
 
-    def _teacher_ce(self, targets: TeacherOutput, inputs: dict[str, Tensor]) -> Tensor:
+    def _teacher_ce(self, outputs: DistillationOutput, inputs: dict[str, Tensor]) -> Tensor:
+        """The teacher's cross-entropy `(1,)`, summed over labels."""
         if "labels" not in inputs:
-            return torch.zeros((), device=self.args.device)
+            return torch.zeros(1, device=self.args.device)
+        targets = outputs.targets
         with self.accelerator.autocast():
             return chunked_kl_ce(
                 targets.logits if self._teacher_head is None else targets.last_hidden_state,
@@ -401,7 +505,17 @@ class DistillationTrainer(Trainer):
                 kl_weight=0.0,
                 ce_weight=1.0,
                 chunk_size=self.args.logits_chunk_size,
-            ).ce.float()
+            ).ce.float()[None]
+
+    def _hits(self, outputs: DistillationOutput, inputs: dict[str, Tensor]) -> Tensor:
+        """Images `(3,)` whose label is the student's first choice, among its first five, the teacher's first."""
+        labels, logits = inputs.get("labels"), outputs.logits
+        if labels is None:
+            return torch.zeros(3, device=self.args.device)
+        best = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]
+        teacher_logits = outputs.targets.logits
+        teacher_hits = best[:, 0].new_zeros(()) if teacher_logits is None else teacher_logits.argmax(-1) == labels
+        return torch.stack([best[:, 0].sum(), best.sum(), teacher_hits.sum()]).float()
 
     # The optimizer
 
@@ -439,6 +553,11 @@ class DistillationTrainer(Trainer):
                 if not name.startswith("student.")
             }
             save_file(rest, folder / BRIDGE_NAME)
+            if self._ema is not None:
+                save_file(self._ema.state_dict(), folder / EMA_NAME)
+        elif self._ema is not None and self._ema.has_started:
+            with self._ema.in_place_of(model.student):
+                model.student.save_pretrained(folder / "ema")
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
@@ -457,6 +576,8 @@ class DistillationTrainer(Trainer):
             )
         load_student(model.student, folder)
         model.load_state_dict(load_file(folder / BRIDGE_NAME), strict=False)
+        if self._ema is not None:
+            self._ema.load_state_dict(load_file(folder / EMA_NAME))
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

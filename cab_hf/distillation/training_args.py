@@ -93,6 +93,10 @@ class DistillationTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Device of the teacher; the student's if not given."}
     )
     teacher_dtype: str | None = field(default=None, metadata={"help": "Dtype of the teacher; its own if not given."})
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Also keep, evaluate and save the student's exponential moving average; None: do not."},
+    )
     cuda_graph: bool = field(
         default=False,
         metadata={"help": "Replay the whole step as one CUDA graph: for batches of one shape, on a single process."},
@@ -128,6 +132,8 @@ class DistillationTrainingArguments(TrainingArguments):
             )
         if self.temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}. Leave it out for no average.")
         if self.logits_chunk_size < 1:
             raise ValueError(f"`logits_chunk_size` must be at least 1 token, got {self.logits_chunk_size}.")
         if self.teacher_dtype not in (None, "float32", "float16", "bfloat16"):

@@ -4,6 +4,7 @@ Shape legend: `b` batch, `c` channel, `t` token, `h` head, `n` state, `g` group,
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -231,6 +232,7 @@ class CABVisionMambaModel(CABVisionMambaPreTrainedModel):
         output_projections: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        projections_callback: Callable[[int, BidirectionalProjections | SSMProjections], None] | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> CABVisionMambaOutput | tuple:
@@ -239,6 +241,8 @@ class CABVisionMambaModel(CABVisionMambaPreTrainedModel):
             pixel_values: `(b, num_channels, height, width)`, of any size that patches fill.
             output_projections: return every layer's B, C, time steps and mixer output.
             output_attentions: return every layer's implied attention map, quadratic in tokens.
+            projections_callback: called with each layer's index and projections right after the layer. What it
+                computes is undone there in the backward pass too, so that one layer's gradients exist at a time.
 
         Raises:
             ValueError: without `pixel_values`, or if they do not fit the model.
@@ -254,12 +258,15 @@ class CABVisionMambaModel(CABVisionMambaPreTrainedModel):
         hidden_states = self.embeddings(pixel_values)
         # What nobody asked for is not kept: it would hold every layer's activations in memory.
         all_hidden_states, all_projections, all_maps = (), (), ()
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
             hidden_states, *projections, attention_map = layer(hidden_states, output_attentions)
+            projections = projections_class(*projections)
+            if projections_callback is not None:
+                projections_callback(index, projections)
             if output_projections:
-                all_projections += (projections_class(*projections),)
+                all_projections += (projections,)
             if output_attentions:
                 all_maps += (attention_map,)
         hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
