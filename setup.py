@@ -14,7 +14,8 @@ EXTRAS = {
     "cuda": ["mamba-ssm>=2.3", "causal-conv1d>=1.6"],
     "peft": ["peft>=0.18"],
     "plots": ["matplotlib>=3.8"],
-    "demo": ["gguf>=0.17", "matplotlib>=3.8"],
+    "vision": ["kornia>=0.8", "pillow>=10"],
+    "demo": ["gguf>=0.17", "kornia>=0.8", "matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.4"],
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",
@@ -22,7 +23,10 @@ EXTRAS = {
         "ruff>=0.14",
         "peft>=0.18",
         "gguf>=0.17",
+        "kornia>=0.8",
         "matplotlib>=3.8",
+        "pillow>=10",
+        "scikit-learn>=1.4",
     ],
 }
 
