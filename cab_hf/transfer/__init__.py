@@ -1,24 +1,37 @@
 """A student made from a teacher's weights."""
 
+from cab_hf.transfer.calibration import calibrate_output_norm
 from cab_hf.transfer.families import FAMILIES, Affine, Family, TeacherLayer, family_of
 from cab_hf.transfer.fit import fit_output_projection
-from cab_hf.transfer.from_teacher import (
-    calibrate_output_norm,
-    copy_teacher_weights,
-    student_config,
-    student_from_teacher,
+from cab_hf.transfer.from_teacher import copy_teacher_weights, student_config, student_from_teacher
+from cab_hf.transfer.vim import convert_vim_checkpoint, vim_from_state_dict
+from cab_hf.transfer.vision import (
+    VISION_FAMILIES,
+    VisionFamily,
+    copy_vision_teacher_weights,
+    vision_family_of,
+    vision_student_config,
+    vision_student_from_teacher,
 )
 
 
 __all__ = [
     "FAMILIES",
+    "VISION_FAMILIES",
     "Affine",
     "Family",
     "TeacherLayer",
+    "VisionFamily",
     "calibrate_output_norm",
+    "convert_vim_checkpoint",
     "copy_teacher_weights",
+    "copy_vision_teacher_weights",
     "family_of",
     "fit_output_projection",
     "student_config",
     "student_from_teacher",
+    "vim_from_state_dict",
+    "vision_family_of",
+    "vision_student_config",
+    "vision_student_from_teacher",
 ]

@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cab_hf.distillation.alignment import align_targets, student_layout, teacher_layout
 from cab_hf.distillation.alignment import layer_map as map_layers
-from cab_hf.models.modeling_cab_mamba import CABMambaPreTrainedModel
+from cab_hf.distillation.teacher import TeacherOutput
+from cab_hf.models.mixers import MixerPreTrainedModel
+from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
+from cab_hf.transfer.calibration import borrowed_teacher
 from cab_hf.transfer.families import family_of
-from cab_hf.transfer.from_teacher import borrowed_teacher
+from cab_hf.transfer.vision import vision_family_of
 
 
 @torch.no_grad()
 def fit_output_projection(
-    student: CABMambaPreTrainedModel,
+    student: MixerPreTrainedModel,
     teacher: PreTrainedModel,
     batches: Iterable[Mapping[str, Tensor]],
     layer_map: str | Sequence[int] = "floor",
@@ -27,23 +31,27 @@ def fit_output_projection(
 
     Each mixer reads the teacher's own hidden states of its layer (through the student's norm). The projection then
     becomes the least-squares map from the mixer's output `(b, t, d)` to the attention's, pulled towards the projection
-    that it had. Memory: one square matrix of the mixer's width for each layer, in float64.
+    that it had. Memory: one square matrix of the mixer's width for each layer, in float64. For a vision student the
+    teacher's tokens come at the student's places, as a mixer reads them in order.
 
     Args:
-        student: a student with the teacher's norms and, best, its attention's projections (`student_from_teacher`).
+        student: a student with the teacher's norms and, best, its attention's projections (`student_from_teacher`,
+            `vision_student_from_teacher`).
         teacher: a model of a known family, left as it was.
-        batches: `input_ids` `(b, t)` and, if padded, `attention_mask` `(b, t)` each. Some thousand tokens will do; the
-            fewer, the larger `ridge` should be.
+        batches: `input_ids` `(b, t)` and, if padded, `attention_mask` `(b, t)` each; or `pixel_values`
+            `(b, c, height, width)`. Some thousand tokens will do; the fewer, the larger `ridge` should be.
         layer_map: the teacher layer of each student layer, as in `student_from_teacher`.
         ridge: strength of the pull, relative to the mean energy of an output feature.
 
     Raises:
-        ValueError: no batches, a negative ridge, or an unknown family.
+        ValueError: no batches, a negative ridge, an unknown family, or an image student with tokens that the teacher
+            lacks.
     """
     if not ridge >= 0:
         raise ValueError(f"ridge is {ridge}, but a pull can't be negative: use 0 for none, 0.3 to start with.")
     layers = map_layers(layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-    family = family_of(teacher.config)
+    reads_images = isinstance(student, CABVisionMambaPreTrainedModel)
+    family = vision_family_of(teacher.config) if reads_images else family_of(teacher.config)
     blocks = teacher.base_model.get_submodule(family.layers)
     outputs = [family.read_layer(blocks[layer]).output for layer in layers]
     grams: list[Tensor | float] = [0.0] * len(layers)
@@ -55,11 +63,14 @@ def fit_output_projection(
         with borrowed_teacher(teacher) as borrowed:
             for inputs in batches:
                 seen = borrowed(inputs, attentions=True, hidden_states=True)
+                if reads_images:
+                    seen = _at_the_students_places(seen, student, teacher, inputs["pixel_values"].shape[-2:], layers)
                 mask = inputs.get("attention_mask")
                 mask = None if mask is None else mask.to(student.device)
                 for index, (block, layer) in enumerate(zip(student.base_model.layers, layers, strict=True)):
                     hidden = seen.hidden_states[layer].to(student.device, block.norm.weight.dtype)
-                    features = block.mixer(block.norm(hidden), None, mask)[1].output.double()  # (b, t, d)
+                    padding = {} if mask is None else {"attention_mask": mask}
+                    features = block.mixer(block.norm(hidden), **padding)[1].output.double()  # (b, t, d)
                     attention = seen.attentions[layer].output.flatten(-2).to(student.device).double()
                     weight, bias = outputs[index].weight, outputs[index].bias
                     target = attention @ weight.to(student.device).double().T
@@ -74,9 +85,22 @@ def fit_output_projection(
     finally:
         student.train(training)
     if not isinstance(grams[0], Tensor):
-        raise ValueError("batches is empty, but a fit needs data: pass at least one batch of input_ids.")
+        raise ValueError(
+            "batches is empty, but a fit needs data: pass at least one batch of input_ids or pixel_values."
+        )
     for block, gram, product in zip(student.base_model.layers, grams, products, strict=True):
         _solve(block.mixer.out_proj, gram, product, ridge)
+
+
+def _at_the_students_places(
+    seen: TeacherOutput,
+    student: CABVisionMambaPreTrainedModel,
+    teacher: PreTrainedModel,
+    image_size: Sequence[int],
+    layers: Sequence[int],
+) -> TeacherOutput:
+    source = teacher_layout(seen.hidden_states[0].shape[1], image_size, teacher.config.patch_size)
+    return align_targets(seen, source, student_layout(student.config, image_size), layers)
 
 
 def _solve(projection: torch.nn.Linear, gram: Tensor, product: Tensor, ridge: float) -> None:

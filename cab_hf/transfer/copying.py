@@ -1,0 +1,175 @@
+"""What every student takes from its teacher: the mixers' shape and start, and the weights of a block.
+
+Shapes: `h` head, `p` head_dim, `n` state, `d` width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from cab_hf.models.mixers import MixerPreTrainedModel, S6Mixer, SSDMixer
+from cab_hf.transfer.families import Affine, TeacherLayer
+
+
+# As if the mixer were a moving average of the teacher's values: nothing between the copied projections distorts them.
+_START = {
+    "transition_init": "moving_average",
+    "conv_init": "transparent",
+    "conv_activation": None,
+    "gate_init": "transparent",
+    "skip_init": "transparent",
+}
+
+
+def mixer_fields(teacher_config: PreTrainedConfig, num_hidden_layers: int | None, mixer_type: str) -> dict[str, Any]:
+    """Fields of a student's config: the teacher's width and depth, one transparent mixer head an attention head.
+
+    Args:
+        teacher_config: config of a teacher.
+        num_hidden_layers: depth; the teacher's when None.
+        mixer_type: "mamba2", whose B and C are as wide as a key, or "mamba", whose state size is S6's usual one.
+    """
+    heads = teacher_config.num_attention_heads
+    head_dim = teacher_config.to_dict().get("head_dim") or teacher_config.hidden_size // heads
+    return {
+        "hidden_size": teacher_config.hidden_size,
+        "num_hidden_layers": teacher_config.num_hidden_layers if num_hidden_layers is None else num_hidden_layers,
+        "mixer_type": mixer_type,
+        "num_heads": heads,
+        "head_dim": head_dim,
+        "n_groups": heads,
+        "state_size": head_dim if mixer_type == "mamba2" else None,
+        "expand": heads * head_dim / teacher_config.hidden_size,
+        "use_bias": True,
+        "residual_in_fp32": False,
+        "initializer_range": teacher_config.initializer_range,
+        **_START,
+    }
+
+
+def copy_block(name: str, block: nn.Module, layer: TeacherLayer, copy_attention: bool) -> None:
+    """Copies a layer's norms, MLP and, with `copy_attention`, attention into a student's block called `name`."""
+    copy_norm(f"{name}.norm", block.norm, layer.norm)
+    if block.mlp is not None:
+        if block.mlp_norm is not None:
+            copy_norm(f"{name}.mlp_norm", block.mlp_norm, layer.mlp_norm or layer.norm)
+        for part in ("gate", "up", "down"):
+            copy_affine(f"{name}.mlp.{part}_proj", getattr(block.mlp, f"{part}_proj"), getattr(layer, part))
+    if copy_attention and isinstance(block.mixer, SSDMixer):
+        _copy_attention_to_ssd(f"{name}.mixer", block.mixer, layer)
+    elif copy_attention and isinstance(block.mixer, S6Mixer):
+        _copy_attention_to_s6(f"{name}.mixer", block.mixer, layer)
+
+
+def cast(student: MixerPreTrainedModel, dtype: torch.dtype) -> None:
+    """Casts a student's weights, except those that must stay float32, and notes the dtype in its config."""
+    kept = student._keep_in_fp32_modules_strict
+    for name, parameter in student.named_parameters():
+        if not any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    student.config.dtype = dtype
+
+
+def copy_tensor(name: str, target: Tensor, source: Tensor) -> None:
+    """Copies in place.
+
+    Raises:
+        ValueError: for different shapes; the message holds `name` and both.
+    """
+    if target.shape != source.shape:
+        raise ValueError(
+            f"The student's {name} is {tuple(target.shape)}, the teacher's is {tuple(source.shape)}. Leave the sizes "
+            "to the teacher, or pass copy_attention=False (mixers) or copy_weights=False (everything)."
+        )
+    target.copy_(source)
+
+
+def copy_norm(name: str, target: nn.Module, source: nn.Module) -> None:
+    copy_tensor(f"{name}.weight", target.weight, source.weight)
+    if isinstance(target, nn.LayerNorm):
+        copy_tensor(f"{name}.bias", target.bias, source.bias)
+
+
+def copy_bias(name: str, target: Tensor | None, source: Tensor | None) -> None:
+    if target is not None and source is not None:
+        copy_tensor(name, target, source)
+    elif target is not None:
+        target.zero_()
+    elif source is not None and source.any():
+        raise ValueError(
+            f"The teacher has a bias for the student's {name}, but the student has none there. Let the config have it "
+            "(use_bias, mlp_bias or lm_head_bias: True)."
+        )
+
+
+def copy_affine(name: str, target: nn.Linear | None, source: Affine | None) -> None:
+    if (target is None) != (source is None):
+        raise ValueError(
+            f"Only one of student and teacher has {name}: the student's MLP must have a gate (gated_mlp) exactly if "
+            "the teacher's has one."
+        )
+    if target is not None:
+        copy_tensor(f"{name}.weight", target.weight, source.weight)
+        copy_bias(f"{name}.bias", target.bias, source.bias)
+
+
+def _by_head(x: Tensor, heads: int, head_dim: int) -> Tensor:
+    """Rows `(h_kv * p, ...)` of a projection as `(h, p, ...)`, grouped heads repeated."""
+    x = x.unflatten(0, (-1, head_dim))
+    return x.repeat_interleave(heads // x.shape[0], dim=0)
+
+
+def _copy_rows(
+    name: str, target: Tensor, bias: Tensor | None, source: Affine, head_dim: int, scale: float = 1.0
+) -> None:
+    """Fills `target` `(h, n, d)` and `bias` `(h, n)`, views of an input projection, with heads of `n` >= `p` rows."""
+    copy_tensor(f"{name}.weight", target[:, :head_dim], _by_head(source.weight, len(target), head_dim) * scale)
+    rows = None if source.bias is None else _by_head(source.bias, len(target), head_dim) * scale
+    copy_bias(f"{name}.bias", None if bias is None else bias[:, :head_dim], rows)
+
+
+def _check_heads(name: str, mixer: SSDMixer | S6Mixer, layer: TeacherLayer) -> int:
+    """Returns the teacher's head count, or says why the mixer can't take its heads."""
+    head_dim, width = mixer.config.head_dim, mixer.config.mixer_width
+    teacher_width = layer.query.weight.shape[0]
+    if width != teacher_width or width % head_dim or layer.value.weight.shape[0] % head_dim:
+        raise ValueError(
+            f"The student's {name} has a width (expand * hidden_size) of {width} in heads of {head_dim}, the "
+            f"teacher's attention one of {teacher_width} with values of {layer.value.weight.shape[0]}. Leave expand "
+            "and head_dim to the teacher, or pass copy_attention=False."
+        )
+    return width // head_dim
+
+
+def _copy_attention_to_ssd(name: str, mixer: SSDMixer, layer: TeacherLayer) -> None:
+    heads = _check_heads(name, mixer, layer)
+    config, head_dim = mixer.config, mixer.config.head_dim
+    if config.n_groups != heads or config.state_size < head_dim:
+        raise ValueError(
+            f"The student's {name} has n_groups={config.n_groups} and state_size={config.state_size}, the teacher "
+            f"{heads} query heads of {head_dim}. Each head brings its own queries and keys: set n_groups={heads} and "
+            f"state_size={head_dim} (or more), or pass copy_attention=False."
+        )
+    width, states = config.mixer_width, mixer.state_width
+    sizes = [width, width, states, states, config.num_heads]
+    weights = mixer.in_proj.weight.split(sizes)
+    biases = (None,) * 5 if mixer.in_proj.bias is None else mixer.in_proj.bias.split(sizes)
+    # Wider states than keys: B = 0 leaves the output as it is, and a random C lets B learn.
+    weights[2].zero_()
+    if biases[2] is not None:
+        biases[2].zero_()
+    for part, source, scale in ((1, layer.value, 1.0), (2, layer.key, 1.0), (3, layer.query, layer.scaling)):
+        bias = None if biases[part] is None else biases[part].unflatten(0, (heads, -1))
+        _copy_rows(f"{name}.in_proj", weights[part].unflatten(0, (heads, -1)), bias, source, head_dim, scale)
+    copy_affine(f"{name}.out_proj", mixer.out_proj, layer.output)
+
+
+def _copy_attention_to_s6(name: str, mixer: S6Mixer, layer: TeacherLayer) -> None:
+    heads = _check_heads(name, mixer, layer)
+    width, head_dim = mixer.config.mixer_width, mixer.config.head_dim
+    bias = None if mixer.in_proj.bias is None else mixer.in_proj.bias[:width].unflatten(0, (heads, -1))
+    target = mixer.in_proj.weight[:width].unflatten(0, (heads, -1))
+    _copy_rows(f"{name}.in_proj", target, bias, layer.value, head_dim)
+    copy_affine(f"{name}.out_proj", mixer.out_proj, layer.output)
