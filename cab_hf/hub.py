@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from cab_hf.demo import SMOLLM2_LANGUAGE, SMOLLM2_LICENSE, SMOLLM2_SOURCE
-from cab_hf.models import CABMambaConfig
+from cab_hf.models import CABMambaConfig, CABVisionMambaConfig
 from cab_hf.recipes import Recipe
 
 
@@ -47,7 +47,8 @@ def build_card(
     Args:
         folder: The saved student: `config.json` and its safetensors.
         metrics: Name of a text -> report of `cab_hf.evaluation.compare` on it. A report may hold under `recall`
-            reports of `copying_recall`, as {gap: {"teacher": ..., "student": ...}}.
+            reports of `copying_recall`, as {gap: {"teacher": ..., "student": ...}}. Of an image student: name of a
+            set -> report of `cab_hf.run_images.compare_images`, under `baselines` perhaps those of other methods.
         training: What to say about the training, one row each; may be empty.
         teacher: Hub id or folder of the teacher, or "smollm2-demo".
         license: Licence of the student; by default the one that the teacher's card names.
@@ -70,11 +71,13 @@ def build_card(
     """
     folder = Path(folder)
     config = _read_config(folder)
-    if not isinstance(config, CABMambaConfig):
+    if not isinstance(config, CABMambaConfig | CABVisionMambaConfig):
         raise ValueError(
-            f"folder {folder} holds a {config.model_type!r} model, but the card describes a 'cab_mamba' student. Name "
-            "the folder of the student itself, and that of a stock export as stock_subfolder."
+            f"folder {folder} holds a {config.model_type!r} model, but the card describes a 'cab_mamba' or "
+            "'cab_vision_mamba' student. Name the folder of the student itself, and that of a stock export as "
+            "stock_subfolder."
         )
+    sees = isinstance(config, CABVisionMambaConfig)
     source = describe_teacher(teacher)
     license = license or source["license"]
     if license is None:
@@ -89,12 +92,12 @@ def build_card(
         language=list(language) if isinstance(language, Sequence) and not isinstance(language, str) else language,
         license=license,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-classification" if sees else "text-generation",
         base_model=base_model,
         datasets=list(datasets) or None,
         tags=list(TAGS),
         model_name=name,
-        eval_results=[_eval_result(text, report) for text, report in metrics.items()] or None,
+        eval_results=[(_image_eval_result if sees else _eval_result)(*item) for item in metrics.items()] or None,
     )
     teacher_link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{source['name']}`"
     return ModelCard.from_template(
@@ -106,8 +109,9 @@ def build_card(
         width=config.hidden_size,
         mixers=_mixers(config),
         state_size=config.state_size,
+        sees=sees,
         teacher=teacher_link,
-        results=[row for text, report in metrics.items() for row in _result_rows(text, report)],
+        results=[row for item in metrics.items() for row in (_image_result_rows if sees else _result_rows)(*item)],
         recall=[_recall_row(gap, report) for one in metrics.values() for gap, report in one.get("recall", {}).items()],
         uses=_uses(folder, repo_id, stock_subfolder),
         training={key: str(value).replace("|", "\\|") for key, value in training.items() if value not in (None, "")},
@@ -156,19 +160,32 @@ def write_model_card(
             "recipe to have one."
         )
         return False
+    sees = recipe.model.reads_images
     sources = {public_name(source): _is_hub_id(source) for source in recipe.data.dataset}
-    stages = [f"{stage['name']}: {stage['steps']:,} steps, {stage['tokens']:,} tokens" for stage in report["stages"]]
-    training = {
-        "Teacher": f"{public_name(recipe.model.teacher)}, {_short(report['teacher_parameters'])} parameters",
-        "Text": ", ".join(sources),
-        "Tokens": f"{report['train_tokens']:,}",
+    unit = "examples" if sees else "tokens"
+    stages = [f"{stage['name']}: {stage['steps']:,} steps, {stage[unit]:,} {unit}" for stage in report["stages"]]
+    training = {"Teacher": f"{public_name(recipe.model.teacher)}, {_short(report['teacher_parameters'])} parameters"}
+    metrics = report["after"]
+    if sees:
+        training |= {
+            "Images": f"{', '.join(sources)}: {report['train_images']:,} of {report['available_images']:,}",
+            "Images seen": f"{report['images_seen']:,}",
+        }
+        others = {method: result["after"] for method, result in report["baselines"].items()}
+        metrics = {
+            name: one | {"baselines": {method: after[name] for method, after in others.items()}}
+            for name, one in metrics.items()
+        }
+    else:
+        training |= {"Text": ", ".join(sources), "Tokens": f"{report['train_tokens']:,}"}
+    training |= {
         "Stages": "; ".join(stages),
         "Hardware": report["hardware"],
         "Versions": ", ".join(f"{package} {number}" for package, number in report["versions"].items()),
     }
     card = build_card(
         folder,
-        report["after"],
+        metrics,
         training,
         teacher=recipe.model.teacher,
         license=license,
@@ -249,7 +266,7 @@ def _eval_result(text: str, report: Mapping[str, Any]) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
         task_name="Text generation",
-        dataset_type=re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-"),
+        dataset_type=_slug(text),
         dataset_name=text,
         metric_type="perplexity",
         metric_name=f"Perplexity per token (n = {tokens:,} tokens)",
@@ -272,6 +289,33 @@ def _result_rows(text: str, report: Mapping[str, Any]) -> list[list[str]]:
             tokens,
         ],
     ]
+
+
+def _image_eval_result(images: str, report: Mapping[str, Any]) -> EvalResult:
+    _require(images, report, "student_top1", "student_top1_ci95", "n_images")
+    count = int(report["n_images"])
+    return EvalResult(
+        task_type="image-classification",
+        task_name="Image classification",
+        dataset_type=_slug(images),
+        dataset_name=images,
+        metric_type="accuracy",
+        metric_name=f"Top-1 accuracy (n = {count:,} images)",
+        metric_value=round(float(report["student_top1"]), 4),
+        metric_args={"n_images": count, "ci95": [_rounded(bound) for bound in report["student_top1_ci95"]]},
+    )
+
+
+def _image_result_rows(images: str, report: Mapping[str, Any]) -> list[list[str]]:
+    _require(images, report, "student_top1", "n_images")
+    count = f"{int(report['n_images']):,}"
+    rows = []
+    if "teacher_top1" in report:
+        rows.append([images, "teacher", _interval(report, "teacher_top1", 3), "0", "1", count])
+    for name, one in [*report.get("baselines", {}).items(), ("student", report)]:
+        compared = [f"{one[key]:.3f}" if key in one else "" for key in ("kl", "agreement")]
+        rows.append([images, name, _interval(one, "student_top1", 3), *compared, count])
+    return rows
 
 
 def _recall_row(gap: str | int, report: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -299,6 +343,10 @@ def _interval(report: Mapping[str, Any], name: str, digits: int) -> str:
     return f"{value} ({bounds[0]:.{digits}f} to {bounds[1]:.{digits}f})"
 
 
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def _rounded(bound: float) -> float | str:
     # YAML has no finite way to write the open interval of a single block.
     return round(float(bound), 4) if math.isfinite(bound) else str(bound)
@@ -307,18 +355,21 @@ def _rounded(bound: float) -> float | str:
 def _uses(folder: Path, repo_id: str | None, stock_subfolder: str | None) -> list[tuple[str, str]]:
     """The ways to load the student that work, each with its code."""
     place = json.dumps(repo_id or ".")
-    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({place})"
-    head = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    if not (folder / "tokenizer_config.json").is_file():
-        head, tokenizer = "from transformers import AutoModelForCausalLM", ""
+    auto = "AutoModelForCausalLM"
+    helper, helper_name, helper_file = "AutoTokenizer", "tokenizer", "tokenizer_config.json"
+    if isinstance(_read_config(folder), CABVisionMambaConfig):
+        auto = "AutoModelForImageClassification"
+        helper, helper_name, helper_file = "AutoImageProcessor", "processor", "preprocessor_config.json"
+    has_helper = (folder / helper_file).is_file()
+    head = f"from transformers import {', '.join(sorted([helper, auto] if has_helper else [auto]))}"
+    load_helper = [f"{helper_name} = {helper}.from_pretrained({place})"] if has_helper else []
 
     def code(arguments: str, *first: str) -> str:
-        lines = [*first, head, "", tokenizer, f"model = AutoModelForCausalLM.from_pretrained({place}{arguments})"]
-        return "\n".join(line for index, line in enumerate(lines) if line or index == len(first) + 1)
+        return "\n".join([*first, head, "", *load_helper, f"model = {auto}.from_pretrained({place}{arguments})"])
 
     here = "" if repo_id else ", from inside this folder"
     uses = [(f"With the package `cab_hf` installed{here}:", code("", "import cab_hf"))]
-    if "AutoModelForCausalLM" in json.loads((folder / "config.json").read_text()).get("auto_map", {}):
+    if auto in json.loads((folder / "config.json").read_text()).get("auto_map", {}):
         uses.append(
             (f"Without it, by the modelling files beside the weights{here}:", code(", trust_remote_code=True"))
         )

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from cab_hf.augmentation import AugmentationArguments
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 
 
@@ -19,11 +20,27 @@ from cab_hf.distillation.training_args import DistillationTrainingArguments
 class ModelArguments:
     """Teacher and student of a run."""
 
+    task: str = field(
+        default="text-generation", metadata={"help": "What the models do: text-generation or image-classification."}
+    )
     teacher: str = field(
         default="smollm2-demo",
         metadata={
             "help": "Hub id or folder of the teacher. 'smollm2-demo': SmolLM2-135M out of its PyPI package. "
             "'random-llama': a tiny random one, for tests."
+        },
+    )
+    teacher_recipe: str | None = field(
+        default=None, metadata={"help": "Recipe that makes the teacher where its folder is missing (images)."}
+    )
+    finetune: bool = field(
+        default=False, metadata={"help": "Train the teacher itself, on labels, and save it; no student (images)."}
+    )
+    teacher_config: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "With `finetune`: fields of a new model's config, `model_type` among them, or those to change in "
+            "a loaded one."
         },
     )
     student: str | None = field(default=None, metadata={"help": "Hub id or folder of a student to go on with."})
@@ -35,7 +52,10 @@ class ModelArguments:
     )
     student_config: dict = field(
         default_factory=dict,
-        metadata={"help": "Fields of CABMambaConfig for a new student (on the command line: '{state_size: 32}')."},
+        metadata={
+            "help": "Fields of CABMambaConfig or CABVisionMambaConfig for a new student (on the command line: "
+            "'{state_size: 32}')."
+        },
     )
     num_hidden_layers: int | None = field(
         default=None, metadata={"help": "Layers of a new student; the teacher's if not given."}
@@ -58,6 +78,11 @@ class ModelArguments:
     license: str | None = field(
         default=None, metadata={"help": "Licence of the student, for its card; the teacher's if known."}
     )
+    method: str = field(default="student", metadata={"help": "What the result table calls this run's student."})
+
+    @property
+    def reads_images(self) -> bool:
+        return self.task == "image-classification"
 
 
 @dataclass
@@ -66,7 +91,10 @@ class DataArguments:
 
     dataset: list[str] = field(
         default_factory=lambda: ["builtin"],
-        metadata={"help": "Hub ids, files, folders or globs of text; 'builtin': Python's language reference."},
+        metadata={
+            "help": "Hub ids, files, folders or globs of text; 'builtin': Python's language reference. Of images one: "
+            "digits, mnist5k, fashion-mnist, cifar10, imagefolder (with data_dir), a saved data set or a Hub id."
+        },
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of a Hub dataset, such as wikitext-2-raw-v1."}
@@ -102,7 +130,49 @@ class DataArguments:
     )
 
 
-ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationTrainingArguments)
+@dataclass
+class ImageArguments:
+    """Images of a run."""
+
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the images, where `dataset` needs one."})
+    image_column: str | None = field(default=None, metadata={"help": "Column that holds the images."})
+    label_column: str | None = field(default=None, metadata={"help": "Column that holds the labels."})
+    test_split: str | None = field(
+        default=None, metadata={"help": "Split to report on; 'test', or else 'validation', if not given."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the student's images in pixels; the teacher's if not given."}
+    )
+    train_fraction: float = field(
+        default=1.0, metadata={"help": "Class-balanced share of the training images, drawn by the seed."}
+    )
+    validation_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Share of the training images kept apart to evaluate on while training, off the test set."},
+    )
+    train_crop: str = field(
+        default="resize", metadata={"help": "Training images: 'resize' (and shift) or 'random_resized_crop'."}
+    )
+    test_crop: str = field(default="resize", metadata={"help": "Test images: 'resize' or 'center_crop'."})
+    crop_pct: float = field(default=0.875, metadata={"help": "Share of the short side that 'center_crop' keeps."})
+    repeats: int = field(default=1, metadata={"help": "Repeated augmentation: times an image comes in a row."})
+
+
+ARGUMENT_CLASSES = (
+    ModelArguments,
+    DataArguments,
+    ImageArguments,
+    AugmentationArguments,
+    DistillationTrainingArguments,
+)
+CHOICES = {
+    "task": ("text-generation", "image-classification"),
+    "student_from": ("teacher", "config"),
+    "calibration": ("fit", "rms", "none"),
+    "train_crop": ("resize", "random_resized_crop"),
+    "test_crop": ("resize", "center_crop"),
+}
+LISTS = {"stages", "baselines"}
 STAGE_FIELDS = {field.name for field in fields(DistillationTrainingArguments) if field.init} - {"output_dir"}
 
 
@@ -111,20 +181,29 @@ class Recipe:
     """A parsed recipe.
 
     Attributes:
-        model, data: arguments of the run.
+        model, data, images, augmentation: arguments of the run.
         stages: (name, training arguments) in the order in which they run; one, named "train", where the recipe lists
             none.
+        baselines: (name, training arguments) of the methods that train a student of their own, from the same start,
+            to be compared with this run's (images).
         values: the recipe as it was asked for, without defaults.
     """
 
     model: ModelArguments
     data: DataArguments
+    images: ImageArguments
+    augmentation: AugmentationArguments
     stages: list[tuple[str, DistillationTrainingArguments]]
+    baselines: list[tuple[str, DistillationTrainingArguments]]
     values: dict[str, Any]
 
     @property
     def output_dir(self) -> Path:
         return Path(self.values["output_dir"])
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.stages[0][1].process_index == 0
 
 
 def parse_recipe(arguments: Sequence[str]) -> Recipe:
@@ -156,33 +235,51 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of options to values.")
-    _check_keys(values, _known_options() | {"stages"}, f"key in {path}")
+    _check_keys(values, _known_options() | LISTS, f"key in {path}")
     return values
 
 
 def build_recipe(values: dict[str, Any]) -> Recipe:
-    """Makes the arguments of a run, and of each of its stages, out of plain values."""
-    values = {name: value if name == "stages" else _typed(name, value) for name, value in values.items()}
-    stages = values.get("stages") or [{"name": "train"}]
-    whole = {name: value for name, value in values.items() if name != "stages"}
-    model, data = (
+    """Makes the arguments of a run, and of each of its stages, out of plain values.
+
+    Raises:
+        ValueError: an unknown key, or a value that no run can have.
+    """
+    _check_keys(values, _known_options() | LISTS, "key")
+    values = {name: value if name in LISTS else _typed(name, value) for name, value in values.items()}
+    whole = {name: value for name, value in values.items() if name not in LISTS}
+    whole.setdefault("output_dir", str(Path("outputs") / "student"))
+    model, data, images, augmentation = (
         kind(**{field.name: whole[field.name] for field in fields(kind) if field.name in whole})
-        for kind in (ModelArguments, DataArguments)
+        for kind in ARGUMENT_CLASSES[:-1]
     )
-    if model.student_from not in ("teacher", "config"):
-        raise ValueError(f"`student_from` must be 'teacher' or 'config', got {model.student_from!r}.")
-    if model.calibration not in ("fit", "rms", "none"):
-        raise ValueError(f"`calibration` must be 'fit', 'rms' or 'none', got {model.calibration!r}.")
-    runs = []
-    for number, stage in enumerate(stages, start=1):
-        stage = dict(stage)
-        name = str(stage.pop("name", f"stage{number}"))
-        _check_keys(stage, STAGE_FIELDS, f"key in stage {name!r} (a stage sets training options only)")
+    for name, known in CHOICES.items():
+        value = next(getattr(part, name) for part in (model, images) if name in vars(part))
+        if value not in known:
+            raise ValueError(f"`{name}` must be {_listed(known)}, got {value!r}.")
+    stages = _training_runs(whole, values.get("stages") or [{"name": "train"}], "stage")
+    baselines = _training_runs(whole, values.get("baselines") or [], "baseline")
+    return Recipe(model, data, images, augmentation, stages, baselines, values | {"output_dir": whole["output_dir"]})
+
+
+def _training_runs(
+    whole: dict[str, Any], runs: list[dict[str, Any]], kind: str
+) -> list[tuple[str, DistillationTrainingArguments]]:
+    result = []
+    for number, run in enumerate(runs, start=1):
+        run = dict(run)
+        name = str(run.pop("name", f"{kind}{number}"))
+        _check_keys(run, STAGE_FIELDS, f"key in {kind} {name!r} (a {kind} sets training options only)")
         training = {name: value for name, value in whole.items() if name in STAGE_FIELDS}
-        training |= {name: _typed(name, value) for name, value in stage.items()}
-        folder = Path(whole["output_dir"]) / "stages" / f"{number}-{name}"
-        runs.append((name, DistillationTrainingArguments(output_dir=str(folder), **training)))
-    return Recipe(model, data, runs, values)
+        training |= {name: _typed(name, value) for name, value in run.items()}
+        folder = Path(whole["output_dir"]) / f"{kind}s" / f"{number}-{name.replace(' ', '-')}"
+        result.append((name, DistillationTrainingArguments(output_dir=str(folder), **training)))
+    return result
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    quoted = [repr(name) for name in names]
+    return " or ".join([", ".join(quoted[:-1]), quoted[-1]])
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

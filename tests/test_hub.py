@@ -195,7 +195,7 @@ class TestWriting:
     @pytest.mark.parametrize(("license", "written"), [("mit", True), (None, False)])
     def test_card_of_a_run(self, folder, tmp_path, license, written):
         recipe = SimpleNamespace(
-            model=SimpleNamespace(teacher="random-llama", license=license),
+            model=SimpleNamespace(reads_images=False, teacher="random-llama", license=license),
             data=SimpleNamespace(dataset=["builtin", "org/texts", "/home/someone/private/notes.txt"]),
             stages=[("kl", SimpleNamespace(hub_model_id=None))],
             values={"output_dir": "/home/someone/out", "teacher": "random-llama", "dataset": ["/home/someone/a.txt"]},

@@ -5,12 +5,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
 
 class MovingAverage(TrainerCallback):
     """Averages a student's parameters after every optimizer step: `average = decay * average + (1 - decay) * new`.
+
+    The average is float32 at least: in half precision the steps of a slow average would be rounded away. Parameters
+    that are frozen when training starts are their own average, and are not kept twice.
 
     Args:
         student: the model that is trained; the average starts as its copy when training starts.
@@ -20,26 +23,32 @@ class MovingAverage(TrainerCallback):
     def __init__(self, student: nn.Module, decay: float):
         self.student = student
         self.decay = decay
-        self._average: AveragedModel | None = None
+        self._average: dict[str, Tensor] = {}
+        self._update = get_ema_multi_avg_fn(decay)
 
     @property
     def has_started(self) -> bool:
-        return self._average is not None
+        return bool(self._average)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if self._average is None:
+        if not self.has_started:
             self._start()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self._average.update_parameters(self.student)
+        parameters = dict(self.student.named_parameters())
+        new = [parameters[name].detach().to(average.dtype) for name, average in self._average.items()]
+        self._update(list(self._average.values()), new, None)
 
     def _start(self) -> None:
-        self._average = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
-        self._average.update_parameters(self.student)  # the first update copies
+        self._average = {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for name, p in self.student.named_parameters()
+            if p.requires_grad
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged parameters by their names in the student, on the CPU; a tied one once."""
-        return {name: p.detach().cpu().contiguous() for name, p in self._average.module.named_parameters()}
+        """The averaged parameters by their names in the student, on the CPU; a tied one once, a frozen one not."""
+        return {name: average.cpu().contiguous() for name, average in self._average.items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Goes on from a saved average.
@@ -48,32 +57,32 @@ class MovingAverage(TrainerCallback):
             ValueError: parameters that are missing, or that the student lacks.
         """
         self._start()
-        parameters = dict(self._average.module.named_parameters())
-        if parameters.keys() != state_dict.keys():
-            differing = sorted(parameters.keys() ^ state_dict.keys())
+        if self._average.keys() != state_dict.keys():
+            differing = sorted(self._average.keys() ^ state_dict.keys())
             raise ValueError(
                 f"The saved average is of another student: {len(differing)} parameters differ, such as "
                 f"{differing[:3]}. Resume with the recipe that wrote the checkpoint."
             )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state_dict[name])
+        for name, average in self._average.items():
+            average.copy_(state_dict[name])
 
     @contextmanager
     def in_place_of(self, student: nn.Module) -> Iterator[None]:
-        """Exchanges the student's parameters with the averaged ones for the time of the block."""
-        self._exchange(student)
+        """Gives the student the averaged parameters, in its dtypes, for the time of the block."""
+        parameters = dict(student.named_parameters())
+        kept = {name: parameters[name].detach().clone() for name in self._average}
+        _copy(self._average, parameters)
         try:
             yield
         finally:
-            self._exchange(student)
+            _copy(kept, parameters)
 
-    @torch.no_grad()
-    def _exchange(self, student: nn.Module) -> None:
-        for own, averaged in zip(student.parameters(), self._average.module.parameters(), strict=True):
-            kept = own.clone()
-            own.copy_(averaged)
-            averaged.copy_(kept)
+
+@torch.no_grad()
+def _copy(values: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+    """In place: optimizers, wrappers and CUDA graphs hold the parameters."""
+    for name, value in values.items():
+        parameters[name].copy_(value)
 
 
 __all__ = ["MovingAverage"]

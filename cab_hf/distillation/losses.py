@@ -123,8 +123,8 @@ def classification_loss(
     Args:
         student_logits: `(b, V)`.
         teacher_logits: `(b, V)`; receives no gradient. Without it there is no KL and no agreement.
-        labels: `(b,)` int64, where -100 is skipped, or `(b, V)` probabilities as mixup makes them. Without them there
-            is no cross-entropy.
+        labels: `(b,)` integers, where -100 is skipped, or `(b, V)` probabilities as mixup makes them. Without them
+            there is no cross-entropy.
         temperature: softens both distributions of the KL.
         kl_weight, ce_weight: weights in `total`.
 
@@ -132,7 +132,7 @@ def classification_loss(
         LogitsLoss, in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: another number of classes.
+        ValueError: another number of classes, or a `ce_weight` without labels.
 
     Source: arXiv 2510.19266 (KL at temperature 1, batchmean); Hinton et al., arXiv 1503.02531.
     """
@@ -150,7 +150,10 @@ def classification_loss(
         kl = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * temperature**2
         agreement = (student.argmax(-1) == teacher.argmax(-1)).sum()
     if labels is not None:
-        ce = F.cross_entropy(student, labels if labels.dtype == torch.long else labels.to(dtype), reduction="sum")
+        labels = labels.to(dtype if labels.is_floating_point() else torch.long)
+        ce = F.cross_entropy(student, labels, reduction="sum")
+    elif isinstance(ce_weight, Tensor) or ce_weight != 0:
+        raise ValueError("labels are missing: pass them, or ce_weight=0.0 to leave cross-entropy out.")
     return LogitsLoss(kl_weight * kl + ce_weight * ce, kl.detach(), ce.detach(), agreement)
 
 

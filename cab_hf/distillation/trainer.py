@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
@@ -62,6 +62,7 @@ class DistillationTrainer(Trainer):
         batch_transform: takes each batch, on its device, and whether it is trained on: augmentation, for instance
             [`~cab_hf.augmentation.ImageAugmentation`]. `teacher_pixel_values` beside `pixel_values` show the teacher
             the same images at its own size.
+        train_sampler: order of the training examples, instead of the Trainer's.
 
     Raises:
         ValueError: a teacher whose attention can't be read, or that does not fit the student or the losses; an option
@@ -79,6 +80,7 @@ class DistillationTrainer(Trainer):
         teacher: PreTrainedModel | Teacher,
         args: DistillationTrainingArguments,
         batch_transform: BatchTransform | None = None,
+        train_sampler: Sampler | None = None,
         **trainer_kwargs,
     ):
         if args.n_gpu > 1:
@@ -127,6 +129,7 @@ class DistillationTrainer(Trainer):
         self._reads_images = model.reads_images
         self._layer_map = model.layer_map
         self.batch_transform = batch_transform
+        self.train_sampler = train_sampler
         self._check_outputs(teacher, args.kl_weight)
         super().__init__(model=model, args=args, **trainer_kwargs)
         self._ema = None
@@ -175,6 +178,13 @@ class DistillationTrainer(Trainer):
                 )
 
     @property
+    def _compares_logits(self) -> bool:
+        """Whether student and teacher predict the same things, so that evaluation compares them whatever is learnt."""
+        if not self._reads_images:
+            return True
+        return self.teacher.has_logits and self._student_config.num_labels == self.teacher.model.config.num_labels
+
+    @property
     def student(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False).student
 
@@ -220,9 +230,15 @@ class DistillationTrainer(Trainer):
         model.target_scales.copy_(scales / tokens)
         self._is_calibrated = True
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        return super()._get_train_sampler(train_dataset) if self.train_sampler is None else self.train_sampler
+
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = [*inspect.signature(self.model.core.forward).parameters, "labels", "label_ids"]
+            if self._reads_images:
+                # The Trainer's collator makes labels of a column `label`, as most image datasets name it.
+                self._signature_columns += ["label", "teacher_pixel_values"]
 
     # The loss
 
@@ -431,13 +447,12 @@ class DistillationTrainer(Trainer):
         divisors = {name: labels if name == "ce" else tokens for name in LOSSES}
         means = {name: part / max(divisors[name], 1) for name, part in zip(LOSSES, parts)}
         metrics = {"loss": sum(getattr(self.args, f"{name}_weight") * means[name] for name in LOSSES)}
-        compares = not self._reads_images or self.teacher.has_logits
         metrics |= {
             name: mean
             for name, mean in means.items()
-            if getattr(self.args, f"{name}_weight") > 0 or name == "kl" and compares
+            if getattr(self.args, f"{name}_weight") > 0 or name == "kl" and self._compares_logits
         }
-        if compares:
+        if self._compares_logits:
             metrics["agreement"] = agreeing / max(tokens, 1)
         metrics["images" if self._reads_images else "tokens"] = int(tokens)
         if labels == 0:
@@ -449,7 +464,7 @@ class DistillationTrainer(Trainer):
             return metrics
         correct, among_five, teacher_correct = others
         metrics |= {"accuracy": correct / labels, "top5_accuracy": among_five / labels}
-        if compares:
+        if self._compares_logits:
             metrics["teacher_accuracy"] = teacher_correct / labels
         return metrics
 
@@ -465,7 +480,7 @@ class DistillationTrainer(Trainer):
         counts = self._local_counts(inputs)
         weights = torch.tensor([getattr(self.args, f"{name}_weight") for name in LOSSES], device=self.args.device)
         active = {name for name in LOSSES if getattr(self.args, f"{name}_weight") > 0}
-        if not self._reads_images or self.teacher.has_logits:
+        if self._compares_logits:
             active.add("kl")
         if "labels" in inputs:
             active.add("ce")
@@ -512,6 +527,7 @@ class DistillationTrainer(Trainer):
         labels, logits = inputs.get("labels"), outputs.logits
         if labels is None:
             return torch.zeros(3, device=self.args.device)
+        labels = labels.argmax(-1) if labels.is_floating_point() else labels  # of mixed labels the largest
         best = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]
         teacher_logits = outputs.targets.logits
         teacher_hits = best[:, 0].new_zeros(()) if teacher_logits is None else teacher_logits.argmax(-1) == labels
@@ -573,6 +589,11 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 f"{folder} has no {BRIDGE_NAME}: it is a student, not a checkpoint of a distillation. Pass it as the "
                 "student instead of resuming from it."
+            )
+        if self._ema is not None and not (folder / EMA_NAME).is_file():
+            raise ValueError(
+                f"`ema_decay` is {self.args.ema_decay}, but {folder} has no {EMA_NAME}: its run kept no average. Leave "
+                "`ema_decay` out, or train from the start."
             )
         load_student(model.student, folder)
         model.load_state_dict(load_file(folder / BRIDGE_NAME), strict=False)

@@ -1,0 +1,484 @@
+"""The image run of a recipe: an image classifier becomes a bidirectional Mamba; or a teacher is finetuned.
+
+Shape legend: `b` image, `c` channel, `V` label.
+"""
+
+import copy
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from datasets import ClassLabel, DatasetDict
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+    Trainer,
+    set_seed,
+)
+from transformers.utils import logging
+
+from cab_hf.augmentation import ImageAugmentation, two_sizes
+from cab_hf.distillation.modeling_distillation import parse_layer_map
+from cab_hf.distillation.teacher import Teacher
+from cab_hf.distillation.trainer import load_student, make_teacher
+from cab_hf.distillation.training_args import DistillationTrainingArguments
+from cab_hf.images import (
+    ImageDataset,
+    RepeatedSampler,
+    class_balanced_fraction,
+    collate_images,
+    load_images,
+    make_image_processor,
+    normalisation,
+    split_validation,
+)
+from cab_hf.metrics import top_k_accuracy
+from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification
+from cab_hf.recipes import Recipe
+from cab_hf.stages import read_history, run_facts, run_stage, train_stage
+from cab_hf.transfer import fit_output_projection, vision_student_from_teacher
+
+
+logger = logging.get_logger(__name__)
+
+PIPELINE = """
+from transformers import pipeline
+classifier = pipeline("image-classification", model=sys.argv[1], trust_remote_code=True)
+print(", ".join(f"{answer['label']} {answer['score']:.3f}" for answer in classifier(sys.argv[2], top_k=3)))
+"""
+
+
+class ImageSets(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+        train: the share that is trained on.
+        validation: images kept out of it, or None.
+        test: images of the report.
+        num_available: training images before the share was taken.
+        names: of the labels.
+        test_rows: the test images as they were loaded.
+    """
+
+    train: ImageDataset
+    validation: ImageDataset | None
+    test: ImageDataset
+    num_available: int
+    names: list[str]
+    test_rows: Any
+
+
+class BatchTransform:
+    """Augments batches on their device and shows student and teacher the same images, each at its own size."""
+
+    def __init__(self, augmentation: ImageAugmentation, student_size: int, teacher_size: int):
+        self.augmentation = augmentation
+        self.student_size, self.teacher_size = student_size, teacher_size
+
+    def __call__(self, batch: Mapping[str, Tensor], training: bool) -> dict[str, Tensor]:
+        images, labels = self.augmentation.to(batch["pixel_values"].device)(
+            batch["pixel_values"], batch["labels"], training
+        )
+        student_images, teacher_images = two_sizes(images, self.student_size, self.teacher_size)
+        shown = {"pixel_values": student_images, "labels": labels}
+        return shown if self.student_size == self.teacher_size else shown | {"teacher_pixel_values": teacher_images}
+
+
+class ImageTrainer(Trainer):
+    """The Trainer of a teacher: batches are augmented on their device, labels may be probabilities."""
+
+    def __init__(self, *args, batch_transform: BatchTransform, **kwargs):
+        super().__init__(*args, compute_loss_func=soft_cross_entropy, **kwargs)
+        self.batch_transform = batch_transform
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.batch_transform(super()._prepare_inputs(inputs), self.model.training)
+
+
+def soft_cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+    """Cross-entropy of labels `(b,)` or probabilities `(b, V)`, the mean over the images of a batch.
+
+    Gradient accumulation averages it over batches, which is right for batches of one size.
+    """
+    return F.cross_entropy(outputs.logits.float(), labels)
+
+
+def distil_images(recipe: Recipe) -> dict[str, Any]:
+    """Distils, compares and saves an image student; returns the report."""
+    started = time.time()
+    args = recipe.stages[0][1]
+    set_seed(args.seed)
+    teacher_model, teacher_processor = load_image_teacher(recipe.model.teacher)
+    teacher_size = _side(teacher_model.config.image_size)
+    size = recipe.images.image_size or teacher_size
+    with args.main_process_first(desc="data"):
+        sets = load_sets(recipe, max(size, teacher_size))
+    _check_labels(teacher_model, sets.names)
+    mean, std = normalisation(teacher_processor)
+    augmentation = ImageAugmentation(recipe.augmentation, mean=mean, std=std, num_labels=len(sets.names))
+    transform = BatchTransform(augmentation, size, teacher_size)
+    teacher_model.to(args.teacher_device or args.device)
+    teacher = make_teacher(teacher_model, args)
+
+    def train(runs: list[tuple[str, DistillationTrainingArguments]]) -> tuple[PreTrainedModel, dict[str, Any]]:
+        set_seed(args.seed)  # every method starts from the same student
+        student = build_image_student(recipe, teacher_model, sets, size, transform).to(args.device)
+        before = _evaluate(recipe, student, teacher, sets, transform)
+        histories = [
+            run_stage(
+                name,
+                stage_args,
+                student,
+                teacher,
+                train_dataset=sets.train,
+                eval_dataset=sets.validation,
+                data_collator=collate_images,
+                batch_transform=transform,
+                processing_class=processor,
+                train_sampler=_sampler(recipe, sets.train, stage_args.seed),
+            )
+            for name, stage_args in runs
+        ]
+        after = _evaluate(recipe, student, teacher, sets, transform)
+        return student, {"before": before, "after": after, "stages": histories}
+
+    crop_pct = recipe.images.crop_pct if recipe.images.test_crop == "center_crop" else None
+    processor = make_image_processor(teacher_processor, size, crop_pct=crop_pct)
+    baselines = {name: train([(name, baseline_args)])[1] for name, baseline_args in recipe.baselines}
+    student, result = train(recipe.stages)
+    report = {
+        "task": recipe.model.task,
+        "method": recipe.model.method,
+        "teacher": recipe.model.teacher,
+        "dataset": recipe.data.dataset,
+        "student_parameters": student.num_parameters(),
+        "teacher_parameters": teacher_model.num_parameters(),
+        "train_images": len(sets.train),
+        "available_images": sets.num_available,
+        "images_seen": sum(history["examples"] for history in result["stages"]),
+        **result,
+        "baselines": baselines,
+        **run_facts(args),
+        "folder": str(recipe.output_dir),
+    }
+    if args.ema_decay is not None:
+        averaged = copy.deepcopy(student)
+        load_student(averaged, Path(recipe.stages[-1][1].output_dir) / "ema")
+        report["after_ema"] = _evaluate(recipe, averaged, teacher, sets, transform)
+        if recipe.is_main_process:
+            averaged.save_pretrained(recipe.output_dir / "ema")
+            processor.save_pretrained(recipe.output_dir / "ema")
+    if recipe.is_main_process:
+        student.save_pretrained(recipe.output_dir)
+        processor.save_pretrained(recipe.output_dir)
+    return report | {"seconds": round(time.time() - started, 1)}
+
+
+def finetune(recipe: Recipe) -> dict[str, Any]:
+    """Trains a teacher on labels and saves it with its processor; returns the report."""
+    started = time.time()
+    (name, args), *others = recipe.stages
+    if others:
+        raise ValueError(f"`finetune` is one stage, but the recipe has {len(recipe.stages)}: write a recipe for each.")
+    set_seed(args.seed)
+    size = recipe.images.image_size or _side(recipe.model.teacher_config.get("image_size", 224))
+    with args.main_process_first(desc="data"):
+        sets = load_sets(recipe, size)
+    model, processor = new_image_teacher(recipe, size, sets.names)
+    mean, std = normalisation(processor)
+    augmentation = ImageAugmentation(recipe.augmentation, mean=mean, std=std, num_labels=len(sets.names))
+    transform = BatchTransform(augmentation, size, size)
+    history = read_history(name, args, model)
+    if history is None:
+        trainer = ImageTrainer(
+            model,
+            replace(args),
+            train_dataset=sets.train,
+            eval_dataset=sets.validation,
+            data_collator=collate_images,
+            processing_class=processor,
+            batch_transform=transform,
+        )
+        history = train_stage(name, trainer)
+    model.to(args.device)
+    report = {
+        "task": recipe.model.task,
+        "teacher": recipe.model.teacher,
+        "dataset": recipe.data.dataset,
+        "teacher_parameters": model.num_parameters(),
+        "train_images": len(sets.train),
+        "available_images": sets.num_available,
+        "after": {_test_name(recipe): compare_images(model, None, _batches(recipe, sets.test, transform, args))},
+        "stages": [history],
+        **run_facts(args),
+        "folder": str(recipe.output_dir),
+        "seconds": round(time.time() - started, 1),
+    }
+    if recipe.is_main_process:
+        model.save_pretrained(recipe.output_dir)
+        processor.save_pretrained(recipe.output_dir)
+    return report
+
+
+def load_image_teacher(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """An image model, with its classifier where it has one, and its processor."""
+    config = AutoConfig.from_pretrained(name)
+    is_classifier = any("ForImageClassification" in one for one in config.architectures or ())
+    auto = AutoModelForImageClassification if is_classifier else AutoModel
+    model = auto.from_pretrained(name, dtype="auto")
+    if model.main_input_name != "pixel_values":
+        raise ValueError(
+            f"`teacher` {name!r} reads {model.main_input_name!r}, but `task` is 'image-classification'. Name an image "
+            "model (of CLIP its vision model), or set `task: text-generation`."
+        )
+    return model, AutoImageProcessor.from_pretrained(name)
+
+
+def new_image_teacher(recipe: Recipe, size: int, names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The model that `finetune` starts from: new from `teacher_config`, or pretrained with a new classifier."""
+    settings = dict(recipe.model.teacher_config)
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    if "model_type" in settings:
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings, **labels)
+        return AutoModelForImageClassification.from_config(config), make_image_processor(size=size)
+    model = AutoModelForImageClassification.from_pretrained(
+        recipe.model.teacher, **settings, **labels, dtype=torch.float32, ignore_mismatched_sizes=True
+    )
+    return model, make_image_processor(AutoImageProcessor.from_pretrained(recipe.model.teacher), size)
+
+
+def load_sets(recipe: Recipe, size: int) -> ImageSets:
+    """The images of a run at one size; the shares are drawn by the seed."""
+    data, images, seed = recipe.data, recipe.images, recipe.stages[0][1].seed
+    if len(data.dataset) != 1:
+        raise ValueError(f"`dataset` names {len(data.dataset)} sets of images, {data.dataset}; name one.")
+    loaded = load_images(
+        data.dataset[0],
+        data_dir=images.data_dir,
+        image_column=images.image_column,
+        label_column=images.label_column,
+    )
+    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
+    train_name = data.dataset_split or "train"
+    test_name = images.test_split or next((name for name in ("test", "validation") if name in splits), None)
+    for argument, name in (("dataset_split", train_name), ("test_split", test_name)):
+        if name not in splits:
+            raise ValueError(f"`{argument}` is {name!r}, but {data.dataset[0]} has the splits {list(splits)}.")
+    rows = splits[train_name]
+    available, validation = rows, None
+    if images.validation_fraction > 0:
+        kept, held = split_validation(rows["label"], images.validation_fraction, seed=seed)
+        available, validation = rows.select(kept), rows.select(held)
+    chosen = class_balanced_fraction(available["label"], images.train_fraction, seed=seed)
+    train = available if len(chosen) == len(available) else available.select(chosen)
+
+    def at_rest(rows: Any) -> ImageDataset:
+        return ImageDataset(rows, size, transform=images.test_crop, crop_pct=images.crop_pct)
+
+    label: ClassLabel = rows.features["label"]
+    return ImageSets(
+        train=ImageDataset(train, size, transform=images.train_crop),
+        validation=None if validation is None else at_rest(validation),
+        test=at_rest(splits[test_name]),
+        num_available=len(rows),
+        names=list(label.names),
+        test_rows=splits[test_name],
+    )
+
+
+def build_image_student(
+    recipe: Recipe, teacher: PreTrainedModel, sets: ImageSets, size: int, transform: BatchTransform
+) -> CABVisionMambaForImageClassification:
+    """The student that a recipe starts from, calibrated on training images where it asks for that."""
+    model = recipe.model
+    if model.student is not None:
+        return AutoModelForImageClassification.from_pretrained(model.student, dtype=torch.float32)
+    config = {"image_size": size} | model.student_config
+    if model.num_hidden_layers is not None:
+        config["num_hidden_layers"] = model.num_hidden_layers
+    labels = {"id2label": dict(enumerate(sets.names)), "label2id": {n: i for i, n in enumerate(sets.names)}}
+    if model.student_from == "config":
+        return CABVisionMambaForImageClassification(
+            CABVisionMambaConfig(**{"mixer_type": model.mixer_type} | labels | config)
+        )
+    layer_map = parse_layer_map(recipe.stages[0][1].layer_map)
+    calibrates = model.calibration != "none" and model.copy_weights
+    batches = _calibration_batches(recipe, sets, transform, teacher) if calibrates else []
+    student = vision_student_from_teacher(
+        teacher,
+        mixer_type=model.mixer_type,
+        layer_map=layer_map,
+        num_labels=len(sets.names),
+        copy_weights=model.copy_weights,
+        copy_attention=model.copy_attention,
+        calibration_inputs=batches[0] if calibrates else None,
+        **config,
+    )
+    student.config.id2label, student.config.label2id = labels["id2label"], labels["label2id"]
+    if calibrates and model.calibration == "fit" and model.copy_attention:
+        fit_output_projection(student, teacher, batches, layer_map)
+    return student
+
+
+def _calibration_batches(
+    recipe: Recipe, sets: ImageSets, transform: BatchTransform, teacher: PreTrainedModel
+) -> list[dict[str, Tensor]]:
+    """Training images, not augmented, of about `calibration_tokens` patches."""
+    if transform.student_size != transform.teacher_size:
+        raise ValueError(
+            f"`calibration` compares both models on the same images, but `image_size` is {transform.student_size} and "
+            f"the teacher's {transform.teacher_size}. Set `calibration: none`, or use the teacher's size."
+        )
+    patches = (transform.teacher_size // _side(teacher.config.patch_size)) ** 2
+    count = min(max(recipe.model.calibration_tokens // patches, 1), len(sets.train))
+    batches = DataLoader(torch.utils.data.Subset(sets.train, range(count)), batch_size=64, collate_fn=collate_images)
+    device = teacher.device
+    return [
+        {"pixel_values": transform({name: x.to(device) for name, x in batch.items()}, False)["pixel_values"]}
+        for batch in batches
+    ]
+
+
+def compare_images(
+    student: nn.Module, teacher: Teacher | None, batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """Both models' top-1 and top-5 on the same images, with 95 % intervals, their KL and their agreement.
+
+    Args:
+        student: a classifier, put into eval mode for the time.
+        teacher: may be None, or without a classifier; then only the student is reported.
+        batches: `pixel_values` `(b, c, height, width)`, perhaps `teacher_pixel_values`, and `labels` `(b,)`.
+
+    Returns:
+        `student_top1`, `student_top1_ci95`, `student_top5`, ..., the same of the teacher, `kl` (nats an image),
+        `agreement`, `n_images`.
+    """
+    training = student.training
+    student.eval()
+    logits: dict[str, list[Tensor]] = {"student": [], "teacher": []}
+    labels = []
+    with torch.no_grad():
+        for batch in batches:
+            logits["student"].append(student(pixel_values=batch["pixel_values"]).logits.float().cpu())
+            if teacher is not None and teacher.has_logits:
+                shown = {"pixel_values": batch.get("teacher_pixel_values", batch["pixel_values"])}
+                logits["teacher"].append(teacher(shown, logits=True).logits.float().cpu())
+            labels.append(batch["labels"].cpu())
+    student.train(training)
+    all_labels = torch.cat(labels).numpy()
+    whole = {name: torch.cat(parts) for name, parts in logits.items() if parts}
+    report: dict[str, Any] = {"n_images": len(all_labels)}
+    for name, values in whole.items():
+        accuracies = top_k_accuracy(values.numpy(), all_labels)
+        report |= {f"{name}_{key}": value for key, value in accuracies.items() if key != "n"}
+    if "teacher" in whole:
+        log_student, log_teacher = whole["student"].log_softmax(-1), whole["teacher"].log_softmax(-1)
+        report["kl"] = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True).item()
+        same = whole["student"].argmax(-1) == whole["teacher"].argmax(-1)
+        report["agreement"] = same.float().mean().item()
+    return report
+
+
+def _evaluate(
+    recipe: Recipe, student: nn.Module, teacher: Teacher, sets: ImageSets, transform: BatchTransform
+) -> dict[str, dict[str, Any]] | None:
+    if not recipe.is_main_process:
+        return None
+    args = recipe.stages[0][1]
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        return {_test_name(recipe): compare_images(student, teacher, _batches(recipe, sets.test, transform, args))}
+
+
+def _batches(
+    recipe: Recipe, dataset: ImageDataset, transform: BatchTransform, args: DistillationTrainingArguments
+) -> Iterable[dict[str, Tensor]]:
+    loader = DataLoader(
+        dataset, args.eval_batch_size, collate_fn=collate_images, num_workers=args.dataloader_num_workers
+    )
+    for batch in tqdm(loader, desc="Evaluating", disable=args.disable_tqdm):
+        yield transform({name: x.to(args.device) for name, x in batch.items()}, False)
+
+
+def _test_name(recipe: Recipe) -> str:
+    return f"{Path(recipe.data.dataset[0]).name} test images"
+
+
+def _sampler(recipe: Recipe, dataset: ImageDataset, seed: int) -> RepeatedSampler | None:
+    return RepeatedSampler(len(dataset), recipe.images.repeats, seed=seed) if recipe.images.repeats > 1 else None
+
+
+def _check_labels(teacher: PreTrainedModel, names: list[str]) -> None:
+    """That a teacher's classes are those of the data: the KL would teach others otherwise."""
+    if teacher.base_model is teacher:
+        return
+    labels = teacher.config.id2label
+    if len(labels) != len(names):
+        raise ValueError(
+            f"The teacher has {len(labels)} labels and the data {len(names)} ({names[:3]}, ...): finetune it on these "
+            "data first (`finetune: true`), or use data with its labels."
+        )
+    theirs = [labels[index] for index in range(len(names))]
+    generic = all(label.startswith("LABEL_") for label in theirs)
+    if not generic and theirs != names:
+        logger.warning(
+            f"The teacher calls its labels {theirs[:3]}, ..., the data {names[:3]}, ...: are they the same?"
+        )
+
+
+def _side(size: int | list[int] | tuple[int, ...]) -> int:
+    if isinstance(size, int):
+        return size
+    if len(set(size)) != 1:
+        raise ValueError(f"The teacher's images or patches are {tuple(size)}; recipes are for square ones.")
+    return size[0]
+
+
+def write_test_image(recipe: Recipe, folder: Path) -> str:
+    """Saves the first test image as a file and returns its path."""
+    path = folder / "image.png"
+    load_sets(recipe, 8).test_rows[0]["image"].save(path)
+    return str(path)
+
+
+def image_summary(report: dict[str, Any]) -> str:
+    """A short table of a report, for the terminal."""
+    if report["after"] is None:
+        return ""
+    lines = []
+    for name, after in report["after"].items():
+        lines += ["", f"{name} (n = {after['n_images']:,}); trained on {report['train_images']:,} of "
+                  f"{report['available_images']:,} images"]  # fmt: skip
+        lines.append(f"  {'':<24}{'top-1':>8}{'95 % interval':>18}{'KL to teacher':>16}{'agreement':>12}")
+        rows = []
+        if "teacher_top1" in after:
+            rows.append(("teacher", "teacher", after))
+        rows += [(method, "student", result["after"][name]) for method, result in report.get("baselines", {}).items()]
+        rows.append((report.get("method", "teacher"), "student", after))
+        if "after_ema" in report:
+            rows.append((f"{report['method']}, averaged", "student", report["after_ema"][name]))
+        for title, who, numbers in rows:
+            low, high = numbers[f"{who}_top1_ci95"]
+            line = f"  {title:<24}{numbers[f'{who}_top1']:>8.3f}{f'{low:.3f} to {high:.3f}':>18}"
+            if who == "student" and "kl" in numbers:
+                line += f"{numbers['kl']:>16.3f}{numbers['agreement']:>12.3f}"
+            lines.append(line)
+    kind = "student" if "method" in report else "model"
+    lines += [
+        "",
+        f"{report['seconds']:,.0f} s on {report['hardware']}",
+        "",
+        f"The {kind} is in {report['folder']}",
+        "",
+    ]
+    return "\n".join(lines)

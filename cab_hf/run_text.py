@@ -1,0 +1,228 @@
+"""The language run of a recipe: a causal language model becomes a Mamba."""
+
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from cab_hf.data import load_documents, split_documents
+from cab_hf.demo import fetch_smollm2, random_llama
+from cab_hf.distillation.modeling_distillation import parse_layer_map
+from cab_hf.distillation.teacher import Teacher
+from cab_hf.distillation.trainer import make_teacher
+from cab_hf.evaluation import compare, copying_recall, sample
+from cab_hf.hub import public_name
+from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
+from cab_hf.packing import LanguageCollator, pack_documents
+from cab_hf.recipes import Recipe
+from cab_hf.stages import run_facts, run_stage
+from cab_hf.transfer import fit_output_projection, student_from_teacher
+
+
+CACHE = Path(".cache")
+CALIBRATION_ROWS = 8
+PIPELINE = """
+from transformers import pipeline
+generator = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
+print(generator(sys.argv[2], max_new_tokens=int(sys.argv[3]), do_sample=False)[0]["generated_text"])
+"""
+
+
+def distil_text(recipe: Recipe) -> dict[str, Any]:
+    """Distils and saves a language student; returns the report."""
+    started = time.time()
+    args = recipe.stages[0][1]
+    set_seed(args.seed)
+    with args.main_process_first(desc="teacher"):
+        teacher_model, tokenizer = load_teacher(recipe.model.teacher)
+    with args.main_process_first(desc="data"):
+        train_blocks, heldout = load_blocks(recipe, tokenizer)
+    collator = LanguageCollator(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    teacher_model.to(args.teacher_device or args.device)
+    rows = min(-(-recipe.model.calibration_tokens // recipe.data.block_size), len(train_blocks))
+    batches = [
+        collator([train_blocks[i] for i in range(start, min(start + CALIBRATION_ROWS, rows))])
+        for start in range(0, rows, CALIBRATION_ROWS)
+    ]
+    student = build_student(recipe, teacher_model, batches).to(args.device)
+    teacher = make_teacher(teacher_model, args)
+
+    before = _evaluate(recipe, student, teacher, tokenizer, heldout) if recipe.is_main_process else None
+    histories = []
+    for name, stage_args in recipe.stages:
+        history = run_stage(
+            name,
+            stage_args,
+            student,
+            teacher,
+            train_dataset=train_blocks,
+            eval_dataset=heldout if len(heldout) > 1 else next(iter(heldout.values())),
+            data_collator=collator,
+            processing_class=tokenizer,
+        )
+        histories.append(history | {"tokens": history["examples"] * len(train_blocks[0]["input_ids"])})
+    report = {
+        "teacher": recipe.model.teacher,
+        "dataset": recipe.data.dataset,
+        "student_parameters": student.num_parameters(),
+        "teacher_parameters": teacher_model.num_parameters(),
+        "train_tokens": sum(history["tokens"] for history in histories),
+        "seconds": round(time.time() - started, 1),
+        "before": before,
+        "after": _evaluate(recipe, student, teacher, tokenizer, heldout) if recipe.is_main_process else None,
+        "stages": histories,
+        **run_facts(args),
+        "folder": str(recipe.output_dir),
+    }
+    if recipe.is_main_process:
+        student.save_pretrained(recipe.output_dir)
+        tokenizer.save_pretrained(recipe.output_dir)
+        if recipe.data.sample_prompt:
+            report["sample"] = sample(
+                student, tokenizer, recipe.data.sample_prompt, recipe.data.sample_tokens, temperature=0.0
+            )
+            report["sample_prompt"] = recipe.data.sample_prompt
+    return report
+
+
+def _evaluate(
+    recipe: Recipe,
+    student: CABMambaForCausalLM,
+    teacher: Teacher,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: dict[str, Dataset],
+) -> dict[str, dict[str, Any]]:
+    """`compare`'s report of each text; the first one also holds the copying tests, which need no text."""
+    data, args = recipe.data, recipe.stages[0][1]
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        results = {
+            name: compare(student, teacher.model, blocks, data.eval_batch_size, max_tokens=data.eval_max_tokens)
+            for name, blocks in heldout.items()
+        }
+        if data.recall_gaps:
+            tokens = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+            next(iter(results.values()))["recall"] = {
+                str(gap): {
+                    name: copying_recall(model, tokens, gap)
+                    for name, model in (("teacher", teacher.model), ("student", student))
+                }
+                for gap in data.recall_gaps
+            }
+    return results
+
+
+def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, by Hub id, folder, or one of the built-in names."""
+    if name == "random-llama":
+        return random_llama()
+    source = fetch_smollm2(CACHE) if name == "smollm2-demo" else name
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
+
+
+def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Dataset]]:
+    """Training blocks, and the blocks of each text that is evaluated, by name."""
+    data = recipe.data
+
+    def load(sources: list[str]) -> Dataset:
+        return load_documents(
+            sources if len(sources) > 1 else sources[0],
+            config_name=data.dataset_config,
+            split=data.dataset_split,
+            text_column=data.text_column,
+        )
+
+    def pack(documents: Dataset) -> Dataset:
+        return pack_documents(
+            documents, tokenizer, data.block_size, isolate_documents=data.isolate_documents, num_proc=data.num_proc
+        )
+
+    documents = load(data.dataset)
+    if not data.eval_dataset:
+        training, heldout = split_documents(documents, _number_or_text(data.holdout), seed=recipe.stages[0][1].seed)
+        return pack(training), {f"held-out part of {', '.join(map(public_name, data.dataset))}": pack(heldout)}
+    texts = dict(_named_source(text) for text in data.eval_dataset)
+    return pack(documents), {name: pack(load([source])) for name, source in texts.items()}
+
+
+def _named_source(text: str) -> tuple[str, str]:
+    name, separator, source = text.partition("=")
+    if not separator:
+        raise ValueError(f"`eval_dataset` takes 'name=source', got {text!r}; for instance 'news={text}'.")
+    return name, source
+
+
+def build_student(
+    recipe: Recipe, teacher: PreTrainedModel, batches: list[dict[str, torch.Tensor]]
+) -> CABMambaForCausalLM:
+    """The student that a recipe starts from, calibrated on batches of training tokens where it asks for that."""
+    model = recipe.model
+    if model.student is not None:
+        return AutoModelForCausalLM.from_pretrained(model.student, dtype=torch.float32)
+    config = dict(model.student_config)
+    if model.num_hidden_layers is not None:
+        config["num_hidden_layers"] = model.num_hidden_layers
+    if model.student_from == "config":
+        return CABMambaForCausalLM(
+            CABMambaConfig(**{"vocab_size": teacher.config.vocab_size, "mixer_type": model.mixer_type} | config)
+        )
+    layer_map = parse_layer_map(recipe.stages[0][1].layer_map)
+    inputs = [{"input_ids": batch["input_ids"].to(teacher.device)} for batch in batches]
+    calibrates = model.calibration != "none" and model.copy_weights and inputs
+    student = student_from_teacher(
+        teacher,
+        mixer_type=model.mixer_type,
+        layer_map=layer_map,
+        copy_weights=model.copy_weights,
+        copy_attention=model.copy_attention,
+        calibration_inputs=inputs[0] if calibrates else None,
+        **config,
+    )
+    if calibrates and model.calibration == "fit" and model.copy_attention:
+        fit_output_projection(student, teacher, inputs, layer_map)
+    return student
+
+
+def text_summary(report: dict[str, Any]) -> str:
+    """A short table of a report, for the terminal."""
+    if report["after"] is None:
+        return ""
+    lines = []
+    for text, after in report["after"].items():
+        before = report["before"][text]
+        lines += [
+            "",
+            f"{text} ({after['n_tokens']:,} tokens)",
+            f"  {'':<18}{'perplexity':>12}{'KL to teacher':>16}{'top-1 agreement':>18}",
+            f"  {'teacher':<18}{after['teacher_perplexity']:>12.2f}",
+        ]
+        for name, numbers in (("before", before), ("after", after)):
+            columns = f"{numbers['student_perplexity']:>12.2f}{numbers['kl']:>16.3f}{numbers['agreement']:>18.3f}"
+            lines.append(f"  {f'student, {name}':<18}{columns}")
+        for gap, recall in after.get("recall", {}).items():
+            teacher, student = recall["teacher"]["recall"], recall["student"]["recall"]
+            lines.append(f"  copying over a gap of {gap}: teacher {teacher:.3f}, student {student:.3f}")
+    lines += ["", f"trained on {report['train_tokens']:,} tokens; {report['seconds']:,.0f} s on {report['hardware']}"]
+    if report.get("sample"):
+        text = textwrap.shorten(report["sample_prompt"] + report["sample"], 600)
+        lines += ["", textwrap.fill("sample: " + text, 110, subsequent_indent="        ")]
+    return "\n".join([*lines, "", f"The student is in {report['folder']}", ""])
+
+
+def _number_or_text(value: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value

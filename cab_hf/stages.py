@@ -1,0 +1,95 @@
+"""One stage of a recipe: train, save, remember that it is done."""
+
+import json
+import platform
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from cab_hf.distillation.teacher import Teacher
+from cab_hf.distillation.trainer import DistillationTrainer, last_whole_checkpoint, load_student
+from cab_hf.distillation.training_args import DistillationTrainingArguments
+
+
+logger = logging.get_logger(__name__)
+
+HISTORY_NAME = "history.json"
+
+
+def run_stage(
+    name: str,
+    args: DistillationTrainingArguments,
+    student: nn.Module,
+    teacher: Teacher,
+    **trainer_kwargs: Any,
+) -> dict[str, Any]:
+    """Trains a student through one stage, or loads it where the stage is finished; a stage that was cut off goes on.
+
+    Args:
+        name: the stage's, for messages.
+        args: of the stage; `args.output_dir` then holds its checkpoints and its loadable student.
+        student: trained in place.
+        teacher: of all stages.
+        trainer_kwargs: of [`DistillationTrainer`].
+
+    Returns:
+        `name`, `steps`, `examples` seen, `seconds`, and the Trainer's `log`.
+    """
+    finished = read_history(name, args, student)
+    if finished is not None:
+        return finished
+    student.requires_grad_(True)  # whatever an earlier stage froze
+    return train_stage(name, DistillationTrainer(student, teacher, replace(args), **trainer_kwargs))
+
+
+def read_history(name: str, args: DistillationTrainingArguments, student: nn.Module) -> dict[str, Any] | None:
+    """The history of a finished stage, its student loaded into `student`; None if the stage is not finished."""
+    history_file = Path(args.output_dir) / HISTORY_NAME
+    if not history_file.is_file():
+        return None
+    logger.warning(f"Stage {name!r} is complete in {args.output_dir}; its student is loaded.")
+    load_student(student, Path(args.output_dir))
+    return json.loads(history_file.read_text())
+
+
+def train_stage(name: str, trainer: Trainer) -> dict[str, Any]:
+    """Trains to the end from the newest whole checkpoint, saves, and writes the history that says so."""
+    args = trainer.args
+    checkpoint = last_whole_checkpoint(args.output_dir)
+    if checkpoint is not None:
+        logger.warning(f"Stage {name!r} goes on from {checkpoint}.")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    steps = trainer.state.global_step
+    history = {
+        "name": name,
+        "steps": steps,
+        "examples": steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "seconds": round(result.metrics["train_runtime"], 1),
+        "log": trainer.state.log_history,
+    }
+    if trainer.is_world_process_zero():
+        write_whole(Path(args.output_dir) / HISTORY_NAME, json.dumps(history, indent=1))
+    trainer.accelerator.wait_for_everyone()
+    return history
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all: another process, or a run after a kill, never reads half of it."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def run_facts(args: DistillationTrainingArguments) -> dict[str, Any]:
+    """The versions and the hardware of this run."""
+    return {
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+        "hardware": torch.cuda.get_device_name() if args.device.type == "cuda" else f"{platform.machine()} CPU",
+    }
