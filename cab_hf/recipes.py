@@ -143,6 +143,13 @@ class ImageArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the student's images in pixels; the teacher's if not given."}
     )
+    load_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side at which images are read and augmented, before each model's resize; the larger model's if "
+            "not given. Small images need no enlarging before they are on the device."
+        },
+    )
     train_fraction: float = field(
         default=1.0, metadata={"help": "Class-balanced share of the training images, drawn by the seed."}
     )
@@ -225,7 +232,7 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping in a recipe file, its keys checked."""
+    """The mapping in a recipe file, its keys checked; what it leaves out, the recipe that it names as `base` says."""
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
@@ -235,8 +242,9 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of options to values.")
-    _check_keys(values, _known_options() | LISTS, f"key in {path}")
-    return values
+    _check_keys(values, _known_options() | LISTS | {"base"}, f"key in {path}")
+    base = values.pop("base", None)
+    return values if base is None else load_recipe(path.parent / base) | values
 
 
 def build_recipe(values: dict[str, Any]) -> Recipe:

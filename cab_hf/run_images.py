@@ -120,10 +120,10 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
     args = recipe.stages[0][1]
     set_seed(args.seed)
     teacher_model, teacher_processor = load_image_teacher(recipe.model.teacher)
-    teacher_size = _side(teacher_model.config.image_size)
+    teacher_size = processor_side(teacher_processor)
     size = recipe.images.image_size or teacher_size
     with args.main_process_first(desc="data"):
-        sets = load_sets(recipe, max(size, teacher_size))
+        sets = load_sets(recipe, recipe.images.load_size or max(size, teacher_size))
     _check_labels(teacher_model, sets.names)
     mean, std = normalisation(teacher_processor)
     augmentation = ImageAugmentation(recipe.augmentation, mean=mean, std=std, num_labels=len(sets.names))
@@ -194,7 +194,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     set_seed(args.seed)
     size = recipe.images.image_size or _side(recipe.model.teacher_config.get("image_size", 224))
     with args.main_process_first(desc="data"):
-        sets = load_sets(recipe, size)
+        sets = load_sets(recipe, recipe.images.load_size or size)
     model, processor = new_image_teacher(recipe, size, sets.names)
     mean, std = normalisation(processor)
     augmentation = ImageAugmentation(recipe.augmentation, mean=mean, std=std, num_labels=len(sets.names))
@@ -436,11 +436,28 @@ def _check_labels(teacher: PreTrainedModel, names: list[str]) -> None:
         )
 
 
+def processor_side(processor: BaseImageProcessor) -> int:
+    """The side, in pixels, of the images that a processor makes.
+
+    Raises:
+        ValueError: it makes images that are not square.
+    """
+    options = processor.to_dict()
+    size = dict(options["crop_size"] if options.get("do_center_crop") else options["size"])
+    sides = {size[name] for name in ("height", "width", "shortest_edge") if name in size}
+    if len(sides) != 1:
+        raise ValueError(
+            f"The teacher's processor makes images of {size}; recipes are for square ones. Save the teacher with a "
+            "processor of one size: cab_hf.images.make_image_processor."
+        )
+    return sides.pop()
+
+
 def _side(size: int | list[int] | tuple[int, ...]) -> int:
     if isinstance(size, int):
         return size
     if len(set(size)) != 1:
-        raise ValueError(f"The teacher's images or patches are {tuple(size)}; recipes are for square ones.")
+        raise ValueError(f"Images or patches of {tuple(size)} pixels are not square; recipes are for square ones.")
     return size[0]
 
 

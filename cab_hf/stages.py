@@ -39,7 +39,7 @@ def run_stage(
         trainer_kwargs: of [`DistillationTrainer`].
 
     Returns:
-        `name`, `steps`, `examples` seen, `seconds`, and the Trainer's `log`.
+        `name`, `steps`, `examples` seen, `seconds`, `peak_gib` (allocated on a GPU), and the Trainer's `log`.
     """
     finished = read_history(name, args, student)
     if finished is not None:
@@ -64,6 +64,9 @@ def train_stage(name: str, trainer: Trainer) -> dict[str, Any]:
     checkpoint = last_whole_checkpoint(args.output_dir)
     if checkpoint is not None:
         logger.warning(f"Stage {name!r} goes on from {checkpoint}.")
+    on_gpu = args.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     steps = trainer.state.global_step
@@ -72,6 +75,7 @@ def train_stage(name: str, trainer: Trainer) -> dict[str, Any]:
         "steps": steps,
         "examples": steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "seconds": round(result.metrics["train_runtime"], 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
         "log": trainer.state.log_history,
     }
     if trainer.is_world_process_zero():

@@ -164,7 +164,7 @@ def test_bridge_learns():
 
 
 def test_compiles_once_for_all_layers_where_kernels_break_the_graph(tmp_path, monkeypatch):
-    # A GPU's scan kernels are outside the graph, so each layer is compiled alone: its number must be no constant there.
+    # A GPU's scan kernels are outside the graph, so each layer is compiled alone; its number must be no constant.
     monkeypatch.setattr(mixers, "ssd_scan", torch.compiler.disable(mixers.ssd_scan))
     teacher = Teacher(tiny_teacher(num_hidden_layers=3))
     args = make_arguments(tmp_path, bridge_weight=1.0, output_weight=1.0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cab_hf import CABMambaConfig, CABMambaForCausalLM
+from cab_hf import CABMambaConfig, CABMambaForCausalLM, CABVisionMambaConfig, CABVisionMambaForImageClassification
 from cab_hf.models.mixers import S6Mixer, SSDMixer
 
 
@@ -114,3 +114,18 @@ def test_bfloat16_autocast_is_near_float32(mixer_type):
     rounded.backward()
     assert abs(rounded - exact) < 0.05 * exact
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mixer_type", ["mamba", "mamba2"])
+def test_bidirectional_kernels_equal_torch(mixer_type, monkeypatch):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    sizes = {"image_size": 20, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_labels": 7}
+    mixers = {"mixer_type": mixer_type, "state_size": 16, "head_dim": 16, "transition_init": "s4d"}
+    model = scattered(CABVisionMambaForImageClassification(CABVisionMambaConfig(**sizes, **mixers)))
+    images = torch.randn(3, 3, 20, 20, device="cuda", requires_grad=True)
+    found = {}
+    for backend in ("torch", "auto"):
+        monkeypatch.setenv("CAB_SSM_BACKEND", backend)
+        logits = model(pixel_values=images).logits
+        found[backend] = {"logits": logits} | gradients(model, logits, images)
+    assert_close(found["auto"], found["torch"], 1e-3 if mixer_type == "mamba" else 1e-2)

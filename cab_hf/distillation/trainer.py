@@ -244,7 +244,13 @@ class DistillationTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = super()._prepare_inputs(inputs)
-        return inputs if self.batch_transform is None else self.batch_transform(inputs, self.model.training)
+        inputs = inputs if self.batch_transform is None else self.batch_transform(inputs, self.model.training)
+        if self._reads_images and not inputs["pixel_values"].is_floating_point():
+            raise ValueError(
+                f"`pixel_values` are {inputs['pixel_values'].dtype}, but models read normalised float pixels. "
+                "Normalise them in the dataset, or on the device by `batch_transform`, such as ImageAugmentation."
+            )
+        return inputs
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Real tokens and labels `(2,)` of an optimizer step, over all its batches and processes."""
@@ -592,8 +598,8 @@ class DistillationTrainer(Trainer):
             )
         if self._ema is not None and not (folder / EMA_NAME).is_file():
             raise ValueError(
-                f"`ema_decay` is {self.args.ema_decay}, but {folder} has no {EMA_NAME}: its run kept no average. Leave "
-                "`ema_decay` out, or train from the start."
+                f"`ema_decay` is {self.args.ema_decay}, but {folder} has no {EMA_NAME}: its run kept no average. "
+                "Leave `ema_decay` out, or train from the start."
             )
         load_student(model.student, folder)
         model.load_state_dict(load_file(folder / BRIDGE_NAME), strict=False)
