@@ -15,6 +15,7 @@ EXTRAS = {
     "peft": ["peft>=0.18"],
     "plots": ["matplotlib>=3.8"],
     "vision": ["kornia>=0.8", "pillow>=10"],
+    "export": ["gguf>=0.17", "onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
     "demo": ["gguf>=0.17", "kornia>=0.8", "matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.4"],
     "test": [
         "pytest>=8",
@@ -52,6 +53,7 @@ setup(
         "pyyaml>=6",
     ],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["cab-hf = cab_hf.cli:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

@@ -15,12 +15,15 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from cab_hf.demo import SMOLLM2_LANGUAGE, SMOLLM2_LICENSE, SMOLLM2_SOURCE
+from cab_hf.images import BUILTIN
 from cab_hf.models import CABMambaConfig, CABVisionMambaConfig
+from cab_hf.publish import shareable
 from cab_hf.recipes import Recipe
 
 
 logger = logging.get_logger(__name__)
 
+SPECIAL_SOURCES = {"builtin", "random-llama", "smollm2-demo", "imagefolder", *BUILTIN}
 TAGS = ("mamba", "cab", "distillation")
 _MIXERS = {"mamba": "Mamba (S6)", "mamba2": "Mamba-2 (SSD)"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -191,7 +194,7 @@ def write_model_card(
         license=license,
         datasets=[name for name, is_hub_id in sources.items() if is_hub_id],
         repo_id=recipe.stages[-1][1].hub_model_id,
-        recipe=yaml.safe_dump(_shareable(recipe.values), sort_keys=False),
+        recipe=yaml.safe_dump(shareable(recipe.values), sort_keys=False),
     )
     return write_card(folder, card, overwrite=overwrite)
 
@@ -402,7 +405,7 @@ def _short(count: int) -> str:
 
 
 def _is_hub_id(source: str) -> bool:
-    is_special = source in ("builtin", "random-llama", "smollm2-demo")
+    is_special = source in SPECIAL_SOURCES
     return not is_special and _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
 
 
@@ -413,14 +416,3 @@ def public_name(source: str) -> str:
     if source == "smollm2-demo":
         return SMOLLM2_SOURCE
     return source if _is_hub_id(source) else Path(source).name
-
-
-def _shareable(value: Any) -> Any:
-    """A recipe without the folders of the machine it ran on."""
-    if isinstance(value, Mapping):
-        return {key: _shareable(one) for key, one in value.items() if key not in ("output_dir", "logging_dir")}
-    if isinstance(value, list | tuple):
-        return [_shareable(one) for one in value]
-    if isinstance(value, Path) or isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
-        return Path(value).name
-    return value

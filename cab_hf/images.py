@@ -96,8 +96,8 @@ def load_images(
         ValueError: A column or split that is not there or could be several, or damaged files.
     """
     source = os.fspath(source)
-    if source in _BUILTIN:
-        reader, names = _BUILTIN[source]
+    if source in BUILTIN:
+        reader, names = BUILTIN[source]
         arrays = reader(None if data_dir is None else Path(data_dir))
         loaded = DatasetDict({name: images_to_dataset(*arrays[name], names) for name in arrays})
         return _pick_split(loaded, split, source)
@@ -441,7 +441,7 @@ def _load_elsewhere(
         return _pick_split(datasets.load_from_disk(str(folder)), split, source)
     if folder.is_absolute() or source.startswith((".", "~")):
         raise FileNotFoundError(f"source {source!r} is no folder (seen from {Path.cwd()}).")
-    ways_out = f"Check the spelling and the network, or use one of {', '.join(_BUILTIN)}, or 'imagefolder'."
+    ways_out = f"Check the spelling and the network, or use one of {', '.join(BUILTIN)}, or 'imagefolder'."
     inner = None if data_dir is None else str(data_dir)
     try:
         return datasets.load_dataset(source, split=split, data_dir=inner, cache_dir=cache)
@@ -664,7 +664,7 @@ def _need(name: str, files: Sequence[Path], command: str) -> None:
         raise FileNotFoundError(f"The set {name!r} is not here: no {missing[0]}. Fetch it by `{command}`.")
 
 
-_BUILTIN: dict[str, tuple[Callable[[Path | None], dict[str, Arrays]], Sequence[str]]] = {
+BUILTIN: dict[str, tuple[Callable[[Path | None], dict[str, Arrays]], Sequence[str]]] = {
     "digits": (_digits, _DIGITS),
     "mnist5k": (_mnist5k, _DIGITS),
     "fashion-mnist": (_fashion_mnist, _FASHION_NAMES),

@@ -11,6 +11,7 @@ import yaml
 
 from cab_hf import run_images, run_text
 from cab_hf.hub import write_model_card
+from cab_hf.publish import check_access, publish_folder
 from cab_hf.recipes import Recipe, parse_recipe
 from cab_hf.stages import write_whole
 
@@ -24,6 +25,12 @@ FREE_OPTIONS = {
     "disable_tqdm",
     "report_to",
     "resume_from_checkpoint",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_token",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_strategy",
 }
 WITHOUT_PACKAGE = """
 import sys
@@ -43,9 +50,13 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         The report that is also in `report.json`.
 
     Raises:
-        ValueError: `output_dir` holds a run of another recipe.
+        ValueError: `output_dir` holds a run of another recipe, or with `push_to_hub` the token may not write.
+        ConnectionError: with `push_to_hub`, the Hub can't be reached.
     """
-    folder = recipe.output_dir
+    folder, args = recipe.output_dir, recipe.stages[-1][1]
+    pushes = args.push_to_hub and recipe.is_main_process
+    if pushes:  # before a long training, not after it
+        check_access(args.hub_model_id or folder.name, token=args.hub_token, private=args.hub_private_repo)
     report = _claim(folder, recipe)
     if report is None:
         report = _run(recipe)
@@ -60,6 +71,15 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         print(summary(report))
         if recipe.data.verify_reload and not recipe.model.finetune:
             print(reload_in_fresh_process(recipe))
+    if pushes:
+        commit = publish_folder(
+            folder,
+            args.hub_model_id or folder.name,
+            token=args.hub_token,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+        )
+        print(f"The student is on the Hub: {commit.commit_url}")
     return report
 
 
@@ -134,5 +154,5 @@ def _claim(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     if recipe.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         # Sorted keys and plain types only, so that a run reads what another one wrote.
-        write_whole(path, yaml.safe_dump(recipe.values))
+        write_whole(path, yaml.safe_dump({name: one for name, one in recipe.values.items() if name != "hub_token"}))
     return None

@@ -45,7 +45,9 @@ def run_stage(
     if finished is not None:
         return finished
     student.requires_grad_(True)  # whatever an earlier stage froze
-    return train_stage(name, DistillationTrainer(student, teacher, replace(args), **trainer_kwargs))
+    # The whole run is pushed once, at its end.
+    trainer = DistillationTrainer(student, teacher, replace(args, push_to_hub=False), **trainer_kwargs)
+    return train_stage(name, trainer)
 
 
 def read_history(name: str, args: DistillationTrainingArguments, student: nn.Module) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ from cab_hf.distillation.modeling_distillation import (
 from cab_hf.distillation.teacher import Teacher, TeacherOutput, check_vocabularies
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
 from cab_hf.packing import IGNORE_INDEX, shift_labels
+from cab_hf.publish import push_trainer
 
 
 logger = logging.get_logger(__name__)
@@ -557,7 +558,9 @@ class DistillationTrainer(Trainer):
                     optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
         return optimizer
 
-    # Checkpoints
+    # Checkpoints and the Hub
+
+    push_to_hub = push_trainer
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -582,7 +585,9 @@ class DistillationTrainer(Trainer):
                 model.student.save_pretrained(folder / "ema")
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
+        saved_args = copy.copy(self.args)
+        saved_args.hub_token = None
+        torch.save(saved_args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._is_calibrated = True  # the scales are loaded

@@ -102,6 +102,12 @@ class DistillationTrainingArguments(TrainingArguments):
         metadata={"help": "Replay the whole step as one CUDA graph: for batches of one shape, on a single process."},
     )
 
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "When to push: 'end' (the finished student with its card), 'every_save', 'checkpoint'."
+        },
+    )
     remove_unused_columns: bool = field(
         default=True, metadata={"help": "Drop dataset columns that the student's forward does not take."}
     )

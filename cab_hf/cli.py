@@ -1,0 +1,136 @@
+"""The command `cab-hf`: what can be done with a saved student.
+
+A subcommand is two functions: one adds its options to a parser, the other runs it. `COMMANDS` names them.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from cab_hf.recipes import fail_in_one_line
+
+
+class Command:
+    """A subcommand.
+
+    Args:
+        help: one line of what it does.
+        add_options: adds its arguments to its parser.
+        run: runs it with the parsed arguments.
+    """
+
+    def __init__(
+        self,
+        help: str,
+        add_options: Callable[[argparse.ArgumentParser], None],
+        run: Callable[[argparse.Namespace], None],
+    ) -> None:
+        self.help, self.add_options, self.run = help, add_options, run
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="a saved student, or its Hub id")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--to",
+        choices=("stock", "gguf", "onnx"),
+        default="stock",
+        help="stock: a Mamba, Mamba-2 or Bamba of transformers itself (default); gguf: OUT/model.gguf "
+        "for llama.cpp; onnx: OUT/model.onnx",
+    )
+    parser.add_argument(
+        "--compact",
+        action="store_true",
+        help="keep the width of the states where the student has no activation after its convolution: smaller and "
+        "faster, logits differ by about 1e-4 of their size (stock, gguf)",
+    )
+    parser.add_argument("--tokens", type=int, default=128, help="length of texts (onnx; default: 128)")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from cab_hf.export import export_onnx, export_stock
+
+    if arguments.to == "onnx":
+        print(export_onnx(arguments.folder, arguments.out, tokens=arguments.tokens))
+        return
+    if arguments.to == "gguf":
+        from cab_hf.gguf_export import export_gguf
+
+        print(export_gguf(arguments.folder, arguments.out, compact=arguments.compact))
+        return
+    model = export_stock(arguments.folder, arguments.out, compact=arguments.compact)
+    print(f"{arguments.out}: {type(model).__name__}, {model.num_parameters():,} parameters.")
+    print(f'Load it with AutoModelForCausalLM.from_pretrained("{arguments.out}").')
+
+
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="a saved student, or its Hub id")
+    parser.add_argument("--teacher", help="Hub id or folder of its teacher, or smollm2-demo: compare their attention")
+    parser.add_argument(
+        "--data",
+        help="texts (builtin, a file, folder, glob or Hub id) or, for image students, images (digits, a folder, a Hub "
+        "id, ...); builtin or digits if not given",
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder for inspection.json and attention.png")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of a text (default: 128)")
+    parser.add_argument("--examples", type=int, default=4, help="texts or images (default: 4)")
+    parser.add_argument(
+        "--layer-map",
+        choices=("floor", "uniform", "last"),
+        default="floor",
+        help="which teacher layer a student layer is compared with (default: floor)",
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from cab_hf.inspection import describe, inspect
+
+    report = inspect(
+        arguments.folder,
+        arguments.teacher,
+        data=arguments.data,
+        output=arguments.output,
+        tokens=arguments.tokens,
+        examples=arguments.examples,
+        layer_map=arguments.layer_map,
+    )
+    print(describe(report))
+
+
+COMMANDS = {
+    "export": Command("write a student as a model that runs without cab_hf's code", _export_options, _export),
+    "inspect": Command("show a student's layers and parameters, and how it attends", _inspect_options, _inspect),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. `{self.prog} --help` lists the options.")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = _Parser(prog="cab-hf", description="What can be done with a saved student.", allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        options = subparsers.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+        command.add_options(options)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a subcommand; an error is one line on stderr and exit code 1.
+
+    Args:
+        arguments: of the command line, without the program's name; those of the process when None.
+    """
+    try:
+        parsed = make_parser().parse_args(arguments)
+        COMMANDS[parsed.command].run(parsed)
+    except (ValueError, OSError, ImportError) as error:
+        # Some messages of transformers have several lines.
+        fail_in_one_line(ValueError(" ".join(str(error).split())))
+
+
+if __name__ == "__main__":
+    main()

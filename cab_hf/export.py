@@ -1,0 +1,544 @@
+"""Students as models of transformers itself, and pretrained Mambas as students.
+
+A student without MLPs is transformers' Mamba (S6) or Mamba-2 (SSD); one with gated SiLU MLPs and SSD mixers, as a
+Llama-like teacher gives it, is a Bamba. The parameters are the same, only the names differ.
+
+A student without an activation after its convolution (`conv_activation=None`, the start of `student_from_teacher`) is
+exported too, although these classes have a SiLU there: near zero, SiLU is half its argument. Smaller taps make it as
+linear as is wanted, and what follows makes up for the factor (`_linearise`). Such a model is to be run, not to be
+trained further: its weights are of very different sizes.
+
+Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group, `d` width.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BambaConfig,
+    BambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import cached_file, logging
+
+from cab_hf.models import (
+    CABMambaConfig,
+    CABMambaForCausalLM,
+    CABVisionMambaConfig,
+    CABVisionMambaForImageClassification,
+)
+from cab_hf.models.s6_scan import chunked_scan
+from cab_hf.transfer.copying import cast
+
+
+logger = logging.get_logger(__name__)
+
+# Powers of two, which round no weight. In SSD their product is squared by a norm: it must stay above 2^-60 in float32.
+_S6_TAPS = 2.0**-24
+_PAIRED_TAPS = (2.0**-22, 2.0**-12)  # of x, and of B and C
+_COMPACT_TAPS = (2.0**-16, 2.0**-16)
+
+_STOCK_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "mamba": (MambaConfig, MambaForCausalLM),
+    "mamba2": (Mamba2Config, Mamba2ForCausalLM),
+    "bamba": (BambaConfig, BambaForCausalLM),
+}
+_SHARED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range", "tie_word_embeddings", "use_cache"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+)
+_MAMBA = (
+    *("state_size", "expand", "conv_kernel", "use_bias", "use_conv_bias", "layer_norm_epsilon", "residual_in_fp32"),
+    *("rescale_prenorm_residual", "time_step_min", "time_step_max", "time_step_floor"),
+)
+_STOCK_FIELDS: dict[str, dict[str, str]] = {
+    "mamba": {name: name for name in (*_SHARED, *_MAMBA, "time_step_rank")},
+    "mamba2": {
+        name: name
+        for name in (*_SHARED, *_MAMBA, "num_heads", "head_dim", "n_groups", "chunk_size", "time_step_limit")
+    },
+    "bamba": {name: name for name in (*_SHARED, "intermediate_size", "mlp_bias", "time_step_limit")}
+    | {
+        "layer_norm_epsilon": "rms_norm_eps",
+        "num_heads": "mamba_n_heads",
+        "head_dim": "mamba_d_head",
+        "n_groups": "mamba_n_groups",
+        "state_size": "mamba_d_state",
+        "conv_kernel": "mamba_d_conv",
+        "expand": "mamba_expand",
+        "chunk_size": "mamba_chunk_size",
+        "use_conv_bias": "mamba_conv_bias",
+        "use_bias": "mamba_proj_bias",
+    },
+}
+"""For each stock model: field of the student's config -> field of the stock one."""
+
+_BAMBA_NAMES = (
+    ("backbone.embeddings.", "model.embed_tokens."),
+    ("backbone.norm_f.", "model.final_layernorm."),
+    ("backbone.layers.", "model.layers."),
+    (".mixer.", ".mamba."),
+    (".mlp_norm.", ".pre_ff_layernorm."),
+    (".mlp.", ".feed_forward."),
+)
+
+
+def to_stock(student: PreTrainedModel, *, compact: bool = False) -> PreTrainedModel:
+    """The student as a model of transformers itself, with equal logits.
+
+    Its weights are copies, in the student's dtype throughout: a student in half precision keeps its transition (A_log,
+    D, dt_bias) in float32, the stock classes do not.
+
+    Two things are the stock classes' own and differ from the student's: with `use_bias=True` the convolution of a
+    left-padded row sees the projection's bias at padding, and decoding on the torch path ignores `time_step_limit`.
+
+    A Bamba gets one more layer behind the others: attention and an MLP whose outputs are zero. Without any attention
+    layer transformers 5.23 can't run a Bamba with a cache ("`get_seq_length` can only be called on Attention layers").
+
+    Args:
+        student: a language student.
+        compact: matters only for SSD with `conv_activation=None`. The states are twice as wide as the student's, so
+            that errors of the linearised SiLU cancel; with `compact` they keep their width, and logits differ by
+            about 1e-4 of their size, less than bfloat16 rounds.
+
+    Returns:
+        A `MambaForCausalLM`, `Mamba2ForCausalLM` or `BambaForCausalLM` in eval mode, on the student's device.
+
+    Raises:
+        ValueError: no stock class has this shape; the message has every reason.
+
+    Source: the classes that arXiv 2312.00752 and 2405.21060 became in transformers; Bamba is Mamba-2 with MLPs.
+    """
+    if not isinstance(student, CABMambaForCausalLM):
+        raise ValueError(
+            f"student is a {type(student).__name__}; transformers has a class of its own for language students alone "
+            "(CABMambaForCausalLM). Image students load by trust_remote_code=True."
+        )
+    config = student.config
+    kind = _stock_kind(config)
+    reasons = _obstacles(config, kind, student.dtype)
+    if reasons:
+        raise ValueError(f"{_STOCK_CLASSES[kind][1].__name__} can't hold this student: {'; '.join(reasons)}.")
+    if student.dtype != torch.float32:
+        logger.warning(
+            f"The stock model is {student.dtype} throughout; the student keeps A_log, D and dt_bias float32."
+        )
+    if config.time_step_limit[0] > 0 or config.time_step_limit[1] < float("inf"):
+        logger.warning("transformers ignores time_step_limit in decoding without kernels: texts may differ.")
+
+    weights = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
+    fields = {theirs: getattr(config, ours) for ours, theirs in _STOCK_FIELDS[kind].items()}
+    expand = _STOCK_FIELDS[kind]["expand"]
+    fields[expand] = int(fields[expand])
+    if config.conv_activation is None:
+        scale = _linearise(weights, config, compact)
+        epsilon = _STOCK_FIELDS[kind]["layer_norm_epsilon"]
+        fields[epsilon] = fields[epsilon] * scale**2
+        if kind != "mamba" and not compact:
+            fields[_STOCK_FIELDS[kind]["state_size"]] *= 2
+    if kind == "bamba":
+        weights = {_to_bamba(name): tensor for name, tensor in weights.items()}
+        # Heads as the teacher had them are sizes that attention kernels know.
+        heads = config.num_heads if config.hidden_size % (4 * config.num_heads) == 0 else 1
+        fields |= {"num_attention_heads": heads, "num_key_value_heads": 1, "hidden_act": "silu"}
+        fields |= {"num_hidden_layers": config.num_hidden_layers + 1, "attn_layer_indices": [config.num_hidden_layers]}
+    config_class, model_class = _STOCK_CLASSES[kind]
+    stock = model_class(config_class(**fields, dtype=student.dtype)).to(student.device, student.dtype)
+    if kind == "bamba":
+        silent = f"model.layers.{config.num_hidden_layers}."
+        for name, tensor in stock.state_dict().items():
+            if name.startswith(silent):
+                weights[name] = torch.full_like(tensor, float("layernorm" in name))
+    stock.load_state_dict(weights, strict=True)
+    if student.generation_config is not None:
+        stock.generation_config = copy.deepcopy(student.generation_config)
+    return stock.eval()
+
+
+def from_stock(model_or_folder: PreTrainedModel | str | Path) -> CABMambaForCausalLM:
+    """A pretrained Mamba, Mamba-2 or Bamba without attention layers as a student with equal logits.
+
+    Args:
+        model_or_folder: the model with its head, or where `AutoModelForCausalLM` finds it.
+
+    Returns:
+        The student, in eval mode, on the model's device, in its dtype but for the transition, which is float32.
+
+    Raises:
+        ValueError: a model that no student can be; the message has every reason.
+    """
+    model = model_or_folder
+    if not isinstance(model, PreTrainedModel):
+        config = _read_config(str(model))
+        if config.model_type not in _STOCK_CLASSES:
+            raise ValueError(f"{model} holds {_not_stock(config.model_type)}")
+        model = _load(AutoModelForCausalLM, str(model))
+    config = model.config
+    kind = config.model_type
+    if kind not in _STOCK_CLASSES:
+        raise ValueError(f"model is {_not_stock(kind)}")
+    if not isinstance(model, _STOCK_CLASSES[kind][1]):
+        raise ValueError(
+            f"model is a {type(model).__name__} without a language-modelling head; load it with AutoModelForCausalLM."
+        )
+    reasons = []
+    if config.hidden_act != "silu":
+        reasons.append(f"its hidden_act is {config.hidden_act!r}, a student's convolution has 'silu'")
+    layers = config.num_hidden_layers
+    if kind == "bamba":
+        layers -= _silent_layers(model)
+        attention = [index for index in config.attn_layer_indices or () if index < layers]
+        if attention:
+            reasons.append(f"its layers {attention} are attention, a student has mixers only")
+    if reasons:
+        raise ValueError(f"This {type(model).__name__} can't be a student: {'; '.join(reasons)}.")
+
+    fields = {ours: getattr(config, theirs) for ours, theirs in _STOCK_FIELDS[kind].items()}
+    weights = model.state_dict()
+    fields["mixer_type"] = "mamba" if kind == "mamba" else "mamba2"
+    if kind == "bamba":
+        fields |= {"residual_in_fp32": False, "num_hidden_layers": layers}
+        dropped = f"model.layers.{layers}."
+        weights = {_from_bamba(name): weight for name, weight in weights.items() if not name.startswith(dropped)}
+    student = CABMambaForCausalLM(CABMambaConfig(**fields, transition_init="s4d")).to(model.device)
+    student.load_state_dict(weights, strict=True)
+    student.generation_config = copy.deepcopy(model.generation_config)
+    cast(student, model.dtype)
+    return student.eval()
+
+
+def export_stock(folder: str | Path, out: str | Path, *, compact: bool = False) -> PreTrainedModel:
+    """Writes a saved student as a model of transformers itself, with its tokenizer and generation config.
+
+    Args:
+        folder: a saved student, or its Hub id.
+        out: folder to write; it must not hold a model.
+        compact: as in `to_stock`.
+
+    Returns:
+        The model that was written, of `to_stock`.
+
+    Raises:
+        FileExistsError: `out` holds a model.
+        ValueError: no stock class has the student's shape, or the folder holds no student that can be read.
+    """
+    out = Path(out)
+    if (out / "config.json").exists():
+        raise FileExistsError(f"{out} holds a model already; name another folder, or remove it.")
+    student = read_student(folder)
+    stock = to_stock(student, compact=compact)
+    stock.save_pretrained(out)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    return stock
+
+
+def read_student(folder: str | Path) -> CABMambaForCausalLM | CABVisionMambaForImageClassification:
+    """A saved student; whatever is wrong with it is said in one line.
+
+    Args:
+        folder: a folder, or a Hub id.
+
+    Raises:
+        ValueError: no model there, another kind of model, files that are damaged, or a config of a newer version.
+    """
+    config = _read_config(str(folder))
+    if not isinstance(config, CABMambaConfig | CABVisionMambaConfig):
+        raise ValueError(
+            f"{folder} holds a {config.model_type!r} model and no student: name a folder with a 'cab_mamba' or "
+            "'cab_vision_mamba' config, such as a recipe's output folder."
+        )
+    images = isinstance(config, CABVisionMambaConfig)
+    return _load(CABVisionMambaForImageClassification if images else CABMambaForCausalLM, str(folder))
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder or Hub id, or None where it has none."""
+    return _load_optional(AutoTokenizer, "tokenizer_config.json", str(folder))
+
+
+def load_image_processor(folder: str | Path) -> Any:
+    """The image processor of a folder or Hub id, or None where it has none."""
+    return _load_optional(AutoImageProcessor, "preprocessor_config.json", str(folder))
+
+
+def _stock_kind(config: CABMambaConfig) -> str:
+    if config.intermediate_size:
+        return "bamba"
+    return "mamba" if config.layer_mixer_types[:1] == ["mamba"] else "mamba2"
+
+
+def _obstacles(config: CABMambaConfig, kind: str, dtype: torch.dtype) -> list[str]:
+    """Every reason why the stock class can't hold a student, each with a way out where there is one."""
+    reasons = []
+    wanted = "mamba" if kind == "mamba" else "mamba2"
+    others = [index for index, mixer in enumerate(config.layer_mixer_types) if mixer != wanted]
+    if others:
+        reasons.append(f"layers {others} have {'SSD' if wanted == 'mamba' else 'S6'} mixers (mixer_type={wanted!r})")
+    if config.norm_type != "rms_norm":
+        reasons.append(f"its norm_type is {config.norm_type!r}, not 'rms_norm'")
+    if config.max_position_embeddings:
+        reasons.append(f"it has {config.max_position_embeddings} learned positions (max_position_embeddings)")
+    if config.lm_head_bias:
+        reasons.append("its head has a bias (lm_head_bias)")
+    if config.expand != int(config.expand):
+        reasons.append(
+            f"its mixers are {config.mixer_width} wide, expand={config.expand:g} times hidden_size="
+            f"{config.hidden_size}, and expand must be whole"
+        )
+    if dtype == torch.float16 and config.conv_activation is None:
+        reasons.append("conv_activation=None needs factors that float16 can't hold (load it in bfloat16 or float32)")
+    if kind == "bamba":
+        if config.parallel_residual:
+            reasons.append("mixer and MLP run side by side (parallel_residual)")
+        if not config.gated_mlp:
+            reasons.append("its MLP has no gate (gated_mlp=False)")
+        if config.hidden_act != "silu":
+            reasons.append(f"its MLP has the activation {config.hidden_act!r}, not 'silu'")
+    return reasons
+
+
+def _linearise(weights: dict[str, Tensor], config: CABMambaConfig, compact: bool) -> float:
+    """Makes room for a SiLU after convolutions that have none, in place.
+
+    With taps of `e` times their size, SiLU gives `e / 2` times their output, with an error of `(e / 2) |u|` to it.
+
+    S6 makes B and C of x, so that two later projections undo the factor.
+
+    SSD multiplies x, B and C: y is `s` times itself, `s` being all factors together. The norm behind it undoes that if
+    epsilon is `s^2` times itself. Epsilon is every norm's, so that the residual stream must be `s` times itself too.
+    The error of x costs nothing, as its taps may be tiny; that of B and C goes when each state has a twin of opposite
+    sign: SiLU is half its argument plus an even function, which cancels in `silu(b) silu(c) + silu(-b) silu(-c)`.
+
+    Returns:
+        `s`; 1.0 for S6.
+    """
+    if "mamba2" not in config.layer_mixer_types:
+        _scale(weights, {"conv1d.weight": _S6_TAPS, "conv1d.bias": _S6_TAPS})
+        _scale(weights, {"x_proj.weight": 2 / _S6_TAPS, "out_proj.weight": 2 / _S6_TAPS})
+        return 1.0
+    x_taps, state_taps = _COMPACT_TAPS if compact else _PAIRED_TAPS
+    state_gain = state_taps**2 / (4 if compact else 2)
+    scale = x_taps / 2 * state_gain
+    width, states = config.mixer_width, config.n_groups * config.state_size
+    for name in [name for name in weights if ".mixer." in name]:
+        if ".conv1d." in name:
+            x, B, C = weights[name].split([width, states, states])
+            B, C = B * state_taps, C * state_taps
+            if not compact:
+                B, C = (_twins(tensor, config.n_groups, sign=-1) for tensor in (B, C))
+            weights[name] = torch.cat((x * x_taps, B, C))
+        elif ".in_proj." in name and not compact:
+            gate, x, B, C, dt = weights[name].split([width, width, states, states, config.num_heads])
+            B, C = (_twins(tensor, config.n_groups, sign=1) for tensor in (B, C))
+            weights[name] = torch.cat((gate, x, B, C, dt))
+    residual = ("embeddings.weight", "out_proj.weight", "out_proj.bias", "down_proj.weight", "down_proj.bias")
+    _scale(weights, dict.fromkeys(residual, scale) | {"mixer.D": state_gain})
+    if config.tie_word_embeddings:
+        _scale(weights, {"lm_head.weight": scale, "norm_f.weight": 1 / scale})
+    return scale
+
+
+def _scale(weights: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
+    for name, tensor in weights.items():
+        for ending, factor in factors.items():
+            if name.endswith(ending):
+                tensor.mul_(factor)
+
+
+def _twins(rows: Tensor, groups: int, sign: int) -> Tensor:
+    """Rows `(g * n, ...)`, each group's followed by their twins: `(g * 2n, ...)`."""
+    rows = rows.unflatten(0, (groups, -1))  # (g, n, ...)
+    return torch.cat((rows, sign * rows), dim=1).flatten(0, 1)
+
+
+def _silent_layers(model: BambaForCausalLM) -> int:
+    """1 if the last layer is attention that adds nothing, as `to_stock` puts it behind a student's layers, else 0."""
+    config, last = model.config, model.model.layers[-1]
+    if config.num_hidden_layers - 1 not in (config.attn_layer_indices or ()):
+        return 0
+    parts = {**dict(last.self_attn.o_proj.named_parameters(prefix="o_proj"))}
+    parts |= dict(last.feed_forward.down_proj.named_parameters(prefix="down_proj"))
+    return int(not any(part.any() for part in parts.values()))
+
+
+def _to_bamba(name: str) -> str:
+    for ours, theirs in _BAMBA_NAMES:
+        name = name.replace(ours, theirs)
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"] and parts[3] == "norm":
+        parts[3] = "input_layernorm"
+    return ".".join(parts)
+
+
+def _from_bamba(name: str) -> str:
+    name = name.replace(".input_layernorm.", ".norm.")
+    for ours, theirs in _BAMBA_NAMES:
+        name = name.replace(theirs, ours)
+    return name
+
+
+def _not_stock(model_type: str) -> str:
+    return (
+        f"a {model_type!r} model; students can be made of {', '.join(sorted(_STOCK_CLASSES))} models by from_stock, "
+        "and of Transformers by cab_hf.transfer.student_from_teacher."
+    )
+
+
+def _read_config(source: str) -> PreTrainedConfig:
+    """The config of a folder or Hub id, its fields all known."""
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"{source} holds no model: there is no config.json. Name the folder of a saved model.")
+    try:
+        values = json.loads(Path(cached_file(source, "config.json")).read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ValueError(_why_not(source, error)) from error
+    _check_fields(source, config, values)
+    return config
+
+
+def _check_fields(source: str, config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
+    """A field that this version does not know may change what the student computes."""
+    if not isinstance(config, CABMambaConfig | CABVisionMambaConfig):
+        return
+    known = {*type(config)().to_dict(), "auto_map", "quantization_config", "torch_dtype", "_name_or_path"}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(
+            f"The config of {source} has fields that this version of cab_hf does not know: {', '.join(unknown)}. It "
+            "was saved by a newer one: upgrade cab_hf, or load it with trust_remote_code=True."
+        )
+
+
+def _load(model_class: Any, source: str) -> PreTrainedModel:
+    try:
+        model, notes = model_class.from_pretrained(source, dtype="auto", output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights in {source} are damaged or incomplete ({error}): copy or download the folder again."
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(_why_not(source, error)) from error
+    absent = sorted(notes["missing_keys"])
+    if absent:
+        raise ValueError(
+            f"The weights in {source} lack {len(absent)} tensors, such as {absent[0]}: they are not those of its "
+            "config. Save the model again, or copy the whole folder."
+        )
+    return model.eval()
+
+
+def _load_optional(auto_class: Any, file: str, source: str) -> Any:
+    found = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else auto_class.from_pretrained(source)
+
+
+def _why_not(source: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if not Path(source).exists():
+        return (
+            f"There is no folder {source}, and the Hub gave no model of that name: {reason} Name a folder of a saved "
+            "model, or connect once without HF_HUB_OFFLINE so that it is in the cache."
+        )
+    return f"{source} can't be loaded: {reason}"
+
+
+class _Logits(torch.nn.Module):
+    """A student as a function of one tensor."""
+
+    def __init__(self, student: PreTrainedModel) -> None:
+        super().__init__()
+        self.student = student
+        self.options = {"use_cache": False} if isinstance(student, CABMambaForCausalLM) else {}
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.student(**{self.student.main_input_name: inputs}, **self.options).logits
+
+
+def to_program(student: PreTrainedModel, tokens: int = 128) -> torch.export.ExportedProgram:
+    """The student's forward pass, inputs to logits, as `torch.export` traces it: any batch, one length.
+
+    A language student is causal, so that shorter texts may be filled up on the right with any tokens: the logits in
+    front of them do not change.
+
+    Args:
+        student: a language or image student on the CPU, whose scans run in torch.
+        tokens: length of texts; an image student takes images of its `image_size`.
+
+    Returns:
+        The program of `input_ids` `(b, tokens)`, int64, or `pixel_values` `(b, c, height, width)`, in the student's
+        dtype; its output are the logits.
+
+    Raises:
+        ValueError: a model that is no student, or no tokens.
+    """
+    config = student.config
+    if isinstance(student, CABMambaForCausalLM):
+        if tokens < 1:
+            raise ValueError(f"tokens is {tokens}, but a text has at least 1.")
+        example = torch.zeros(2, tokens, dtype=torch.long)
+    elif isinstance(student, CABVisionMambaForImageClassification):
+        example = torch.zeros(2, config.num_channels, *config.image_height_and_width, dtype=student.dtype)
+    else:
+        raise ValueError(f"student is a {type(student).__name__}; give a student with its head.")
+    batch = {"inputs": {0: torch.export.Dim("batch")}}
+    with torch.no_grad():
+        return torch.export.export(_Logits(student.eval()), (example,), dynamic_shapes=batch)
+
+
+def export_onnx(folder: str | Path, out: str | Path, *, tokens: int = 128) -> Path:
+    """Writes a saved student's forward pass as ONNX, in float32: `to_program`'s, for onnxruntime and its kin.
+
+    S6's scan, which ONNX has no operator for, becomes a `Scan` over tokens.
+
+    Args:
+        folder: a saved student, or its Hub id.
+        out: folder to write `model.onnx` into.
+        tokens: length of texts.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileExistsError: `out` holds a `model.onnx`.
+        ImportError: onnx or onnxscript is missing.
+        ValueError: the folder holds no student that can be read.
+    """
+    path = Path(out) / "model.onnx"
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; name another folder, or remove it.")
+    try:
+        from cab_hf.onnx_operators import selective_scan
+    except ImportError as error:
+        raise ImportError("ONNX needs onnx and onnxscript. Run `pip install cab-hf[export]`.") from error
+
+    student = read_student(folder).float()
+    program = torch.onnx.export(
+        to_program(student, tokens),
+        dynamo=True,
+        input_names=[student.main_input_name],
+        output_names=["logits"],
+        custom_translation_table={chunked_scan._opoverload: selective_scan},
+        verbose=False,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    program.save(path)
+    return path

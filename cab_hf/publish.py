@@ -1,0 +1,420 @@
+"""Publishing a finished student: one commit on the Hub that holds all of it, or none."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    get_token,
+    is_offline_mode,
+)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging
+
+
+if TYPE_CHECKING:
+    from cab_hf.distillation.trainer import DistillationTrainer
+
+
+logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
+
+CARD_NAME = "README.md"
+SUFFIXES = {".safetensors", ".json", ".py", ".model", ".jinja", ".png", ".svg"}
+NAMES = {CARD_NAME, "recipe.yaml", "vocab.txt", "merges.txt", "LICENSE"}
+FOLDERS = {"additional_chat_templates", "ema", "plots", "stock"}
+"""Sub-folders that belong to a student; all others (stages, checkpoints, logs) are its training's."""
+OF_TRAINING = {"bridge.safetensors", "ema.safetensors", "trainer_state.json", "history.json"}
+SHARED_DATA = {"recipe.yaml": yaml.safe_load, "report.json": json.loads, "inspection.json": json.loads}
+LOCAL_OPTIONS = {"output_dir", "logging_dir", "folder", "hub_token"}
+# Weights that transformers would load instead of, or beside, the new ones.
+WEIGHTS = re.compile(
+    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_(config\.json|model\.\w+)"
+)
+WAITS = (1.0, 4.0)
+"""Seconds before the second and the third attempt of a commit whose connection broke."""
+
+
+def publish_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = False,
+    revision: str | None = None,
+    commit_message: str = "Upload student",
+    overwrite_card: bool = False,
+) -> CommitInfo:
+    """Uploads a saved student and what belongs to it as one commit.
+
+    That is: weights, config, modelling files, tokenizer or image processor, generation config, card, pictures, and
+    `recipe.yaml` and `report.json` without the paths of this machine. Stages, checkpoints and optimizer states stay.
+    Weights of an earlier commit that the new ones do not replace are deleted in the same commit, so that nobody loads
+    them. A connection that breaks is tried again, which never makes a second commit.
+
+    Args:
+        folder: the student, as a recipe or `save_pretrained` leaves it, with its card.
+        repo_id: "owner/name", or a name under the token's owner. Made if it does not exist.
+        token: with the right to write; by default the one of `hf auth login` or `HF_TOKEN`.
+        private: of a repository that is made now; None: as its owner's settings say.
+        revision: branch, made if it does not exist; by default main.
+        commit_message: first line of the commit.
+        overwrite_card: replace a card that the repository already has.
+
+    Returns:
+        The commit: its `oid`, `commit_url` and `repo_url`.
+
+    Raises:
+        ValueError: the folder holds no whole student, or no card with a licence; a file holds the token; there is no
+            token, or it may not write to `repo_id`.
+        ConnectionError: the Hub can't be reached, fails, or `HF_HUB_OFFLINE` is set. The same call can be made again.
+    """
+    folder = Path(folder)
+    names = student_files(folder)
+    check_card(folder / CARD_NAME)
+    token = _find_token(repo_id, token)
+    contents = {name: _content(folder, name) for name in names}
+    _refuse_secrets(contents, token)
+    repo_id = check_access(repo_id, token=token, private=private)
+    api = HfApi(token=token)
+
+    def commit() -> CommitInfo:
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        head = api.model_info(repo_id, revision=revision)
+        remote = {file.rfilename for file in head.siblings or ()}
+        kept = {CARD_NAME} & remote if not overwrite_card else set()
+        if kept:
+            logger.warning(
+                f"{repo_id} keeps its own {CARD_NAME}. Pass overwrite_card=True to replace it by the student's."
+            )
+        stale = [] if "config.json" not in names else sorted(filter(WEIGHTS.fullmatch, remote - set(names)))
+        if stale:
+            logger.warning(f"{', '.join(stale)} of {repo_id} would be loaded beside the new weights: deleted.")
+        additions = [CommitOperationAdd(name, content) for name, content in contents.items() if name not in kept]
+        return api.create_commit(
+            repo_id,
+            [*additions, *map(CommitOperationDelete, stale)],
+            commit_message=commit_message,
+            revision=revision,
+            parent_commit=head.sha,
+        )
+
+    with _clear_errors(repo_id):
+        info = _repeated(commit)
+    logger.info(f"Published {len(names)} files of {folder}: {info.commit_url}")
+    return info
+
+
+def check_access(repo_id: str, *, token: str | None = None, private: bool | None = False) -> str:
+    """Makes the repository if it does not exist, and checks that the token may write to it: before a long training.
+
+    Args:
+        repo_id, token, private: as in [`publish_folder`].
+
+    Returns:
+        The repository's whole id, "owner/name".
+
+    Raises:
+        ValueError: no token, or none that may write there.
+        ConnectionError: no network, or `HF_HUB_OFFLINE`.
+    """
+    api = HfApi(token=_find_token(repo_id, token))
+    with _clear_errors(repo_id):
+        repo_id = _repeated(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+        _repeated(lambda: api.auth_check(repo_id, write=True))
+    return repo_id
+
+
+def push_trainer(
+    trainer: "DistillationTrainer",
+    commit_message: str = "End of training",
+    blocking: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    **card: Any,
+) -> CommitInfo | Future[CommitInfo] | None:
+    """Saves a trainer's student and publishes it as `hub_model_id`; the arguments' `hub_...` options are the defaults.
+
+    A card in the output folder stays as it is. Where there is none, one is written out of what the trainer knows.
+
+    Args:
+        trainer: whose student is pushed; all processes call this.
+        commit_message, token, revision, private: as in [`publish_folder`].
+        blocking: wait for the upload.
+        card: keywords of [`~cab_hf.hub.build_card`] for a new card, such as `license` or `datasets`.
+
+    Returns:
+        The commit, or its future without `blocking`; None on processes other than the first.
+
+    Raises:
+        ValueError, ConnectionError: as [`publish_folder`]; also a new card without a licence.
+    """
+    args = trainer.args
+    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+    trainer.save_model(_internal_call=True)
+    if not trainer.is_world_process_zero():
+        return None
+    folder = Path(args.output_dir)
+    repo_id = args.hub_model_id or folder.absolute().name
+    if not (folder / CARD_NAME).exists():
+        _write_card(trainer, folder, repo_id, card)
+    options = {
+        "token": args.hub_token if token is None else token,
+        "private": args.hub_private_repo if private is None else private,
+        "revision": args.hub_revision if revision is None else revision,
+        "commit_message": commit_message,
+    }
+    if blocking:
+        return publish_folder(folder, repo_id, **options)
+    return HfApi().run_as_future(publish_folder, folder, repo_id, **options)
+
+
+def student_files(folder: str | Path) -> list[str]:
+    """The files of a saved student that are published, relative to its folder, checked to be whole.
+
+    Raises:
+        ValueError: it is no student, or one that nobody could load: without config, weights or modelling files, or
+            with weights that were cut off.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}. Name the one that the student was saved in.")
+    paths = [path for path in folder.iterdir() if path.is_file()]
+    for sub in sorted(FOLDERS):
+        paths += [path for path in (folder / sub).rglob("*") if path.is_file()]
+    names = sorted(path.relative_to(folder).as_posix() for path in paths if _is_published(path))
+    if "adapter_config.json" not in names:
+        _check_config(folder)
+    weights = {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"}
+    if not weights & set(names):
+        raise ValueError(
+            f"{folder} has no model.safetensors, so it is no saved student. Save it there by `save_pretrained` first."
+        )
+    for name in names:
+        if name.endswith(".safetensors"):
+            _check_weights(folder / name)
+        elif name.endswith(".safetensors.index.json"):
+            shards = set(_read_json(folder / name)["weight_map"].values())
+            missing = sorted(shard for shard in shards if not (folder / name).with_name(shard).is_file())
+            if missing:
+                raise ValueError(f"{folder / name} names {missing[0]}, which is not there. Save the student again.")
+    return names
+
+
+def check_card(path: Path) -> ModelCard:
+    """A card that may be published: it names a licence, and nothing in it is left to be filled in.
+
+    Raises:
+        ValueError: it is missing, can't be read, names no licence, or holds placeholders.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} has no {CARD_NAME}. A recipe writes one once its `license` is known; "
+            "`cab_hf.hub.build_card` makes one by hand."
+        )
+    try:
+        card = ModelCard.load(path)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} has metadata that can't be read: {_one_line(error)}") from error
+    if not card.data.license:
+        raise ValueError(
+            f"{path} names no licence. Add `license:` to its metadata, for instance the teacher's (apache-2.0, mit, "
+            "...), or set `license` in the recipe and remove the card to have it written again."
+        )
+    if "[More Information Needed]" in card.text:
+        raise ValueError(f'{path} still says "[More Information Needed]". Fill it in, or remove these lines.')
+    return card
+
+
+def shareable(value: Any) -> Any:
+    """A recipe or report without tokens and without the folders of the machine it ran on."""
+    if isinstance(value, Mapping):
+        return {key: shareable(one) for key, one in value.items() if key not in LOCAL_OPTIONS}
+    if isinstance(value, list | tuple):
+        return [shareable(one) for one in value]
+    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
+        return Path(value).name
+    return value
+
+
+def _is_published(path: Path) -> bool:
+    name = path.name
+    if name.startswith((".", "_")) or name in OF_TRAINING:
+        return False
+    return name in NAMES or path.suffix in SUFFIXES
+
+
+def _check_config(folder: Path) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no config.json, so it is no saved student. Save it by `save_pretrained` first."
+        )
+    config = _read_json(path)
+    model_type, auto_map = config.get("model_type"), config.get("auto_map", {})
+    if not model_type:
+        raise ValueError(f"{path} names no model_type, so it is no student's. Save the student by `save_pretrained`.")
+    if model_type.startswith("cab_") and not auto_map:
+        raise ValueError(
+            f"{path} has no auto_map, so nobody could load this {model_type!r} student without cab_hf. Load it with "
+            "cab_hf and save it again."
+        )
+    for module in sorted({reference.partition(".")[0] for reference in auto_map.values() if "--" not in reference}):
+        try:
+            get_relative_import_files(folder / f"{module}.py")
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{path} needs the modelling file {Path(error.filename).name}, which is not in {folder}. Load the "
+                "student with cab_hf and save it again."
+            ) from error
+
+
+def _check_weights(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            count = len(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is cut off or no safetensors file ({_one_line(error)}). Save the "
+            "student again; a full disk may be the reason."
+        ) from error
+    if count == 0:
+        raise ValueError(f"{path} holds no weights (0 tensors). Save the student again.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}). Save the student again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a mapping. Save the student again.")
+    return value
+
+
+def _content(folder: Path, name: str) -> Path | bytes:
+    """What is uploaded: the file itself, or a version without local paths."""
+    if name not in SHARED_DATA:
+        return folder / name
+    value = shareable(SHARED_DATA[name]((folder / name).read_text(encoding="utf-8")))
+    text = yaml.safe_dump(value, sort_keys=False) if name.endswith(".yaml") else json.dumps(value, indent=1)
+    return text.encode()
+
+
+def _refuse_secrets(contents: Mapping[str, Path | bytes], token: str) -> None:
+    for name, content in contents.items():
+        if name.endswith((".safetensors", ".png", ".model")):
+            continue
+        text = content if isinstance(content, bytes) else content.read_bytes()
+        if token.encode() in text:
+            raise ValueError(
+                f"{name} contains the Hub token that is in use, and would publish it. Remove it there, and give the "
+                "token by `hf auth login` or HF_TOKEN."
+            )
+
+
+def _write_card(trainer: "DistillationTrainer", folder: Path, repo_id: str, card: dict[str, Any]) -> None:
+    # The card knows recipes, these know the trainer's arguments, and the trainer knows this module.
+    from cab_hf.hub import build_card, write_card
+
+    teacher = card.pop("teacher", trainer.teacher.model.name_or_path)
+    if not teacher:
+        raise ValueError(
+            f"{folder} has no {CARD_NAME}, and the teacher does not say where it comes from. Pass teacher=..., its "
+            "Hub id or folder, or write the card by `cab_hf.hub.build_card` first."
+        )
+    training = {"Steps": f"{trainer.state.global_step:,}", "Epochs": trainer.state.epoch}
+    write_card(folder, build_card(folder, {}, training, teacher=teacher, repo_id=repo_id, **card))
+
+
+def _find_token(repo_id: str, token: str | None) -> str:
+    if is_offline_mode():
+        raise ConnectionError(f"Nothing was published to {repo_id}: HF_HUB_OFFLINE is set. Unset it to reach the Hub.")
+    token = token or get_token()
+    if not token:
+        raise ValueError(
+            "There is no Hub token. Run `hf auth login`, set HF_TOKEN, or pass token=...; it needs the right to write."
+        )
+    return token
+
+
+def _repeated(act: Callable[[], T]) -> T:
+    """Acts again after a broken connection, a failing Hub, or a commit of somebody else in between.
+
+    huggingface_hub itself repeats uploads of files, but neither the making of a repository nor the commit.
+    """
+    for wait in WAITS:
+        try:
+            return act()
+        except HTTPError as error:
+            if isinstance(error, HfHubHTTPError) and not _may_pass(error.response.status_code):
+                raise
+            logger.warning(f"The Hub: {_one_line(error)}. Trying again in {wait:.0f} s.")
+            time.sleep(wait)
+    return act()
+
+
+def _may_pass(status: int) -> bool:
+    return status in (408, 412, 429) or status >= 500
+
+
+@contextmanager
+def _clear_errors(repo_id: str) -> Iterator[None]:
+    """Makes one line that names the way out of each error that a Hub can answer with."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise ConnectionError(
+            f"{HfApi().endpoint} does not answer as a Hub does ({error}). Check HF_ENDPOINT and proxies."
+        ) from error
+    except (RuntimeError, ConnectionError) as error:
+        # Failed uploads: by Git LFS wrapped, with the reason as their cause, and by Xet as they are.
+        raise _explained(error.__cause__ or error, repo_id) from error
+    except HTTPError as error:
+        raise _explained(error, repo_id) from error
+    except ValueError as error:
+        raise ValueError(_one_line(error)) from error
+
+
+def _explained(error: BaseException, repo_id: str) -> ValueError | ConnectionError:
+    if not isinstance(error, HfHubHTTPError):
+        return ConnectionError(
+            f"Publishing {repo_id} broke off: no connection to {HfApi().endpoint} ({_one_line(error) or 'no answer'})."
+            " Check the network and HF_ENDPOINT and run it again; what has arrived is not sent twice. A Hub without "
+            "Xet storage needs HF_HUB_DISABLE_XET=1."
+        )
+    nothing = f"Nothing was published to {repo_id}"
+    status, said = error.response.status_code, _one_line(error.server_message or error)
+    if status == 401:
+        return ValueError(
+            f"{nothing}: the Hub refuses the token (401: {said}). Make one with the right to write at "
+            f"{HfApi().endpoint}/settings/tokens, and give it by `hf auth login` or HF_TOKEN."
+        )
+    if status == 403:
+        return ValueError(
+            f"{nothing}: this token may not write there (403: {said}). Use a token of its owner with the right to "
+            "write, or a repo_id under your own name."
+        )
+    if _may_pass(status):
+        return ConnectionError(f"{nothing}: the Hub fails ({status}: {said}). Run it again later.")
+    return ValueError(f"{nothing}: the Hub answers {status} ({said}). Check repo_id and the token's rights.")
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,96 @@
+"""The command `cab-hf`: what it writes and prints, and that every error is one line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny_distillation import tiny_teacher
+from tiny_models import tiny_model, tiny_vision_model
+from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
+
+from cab_hf.cli import COMMANDS, main
+from cab_hf.demo import random_llama
+
+
+@pytest.fixture
+def student(tmp_path):
+    """The folder of a student with a tokenizer."""
+    folder = tmp_path / "student"
+    _, tokenizer = random_llama()
+    tiny_model(mixer_type="mamba2", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def error_of(capsys, *arguments: object) -> str:
+    """Runs a command that must fail, and returns its only line of stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_export_writes_a_stock_model_with_its_tokenizer(student, tmp_path, capsys):
+    main(["export", str(student), "--to", "stock", str(tmp_path / "stock")])
+    assert "Mamba2ForCausalLM" in capsys.readouterr().out
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "stock")) is Mamba2ForCausalLM
+    assert (tmp_path / "stock/tokenizer.json").is_file()
+    assert "holds a model already" in error_of(capsys, "export", student, "--to", "stock", tmp_path / "stock")
+
+
+def test_inspect_without_a_teacher(student, tmp_path, capsys):
+    main(["inspect", str(student), "--output", str(tmp_path / "report")])
+    printed = capsys.readouterr().out
+    assert "mixers: input projection" in printed and "cosine" not in printed
+    assert json.loads((tmp_path / "report/inspection.json").read_text())["model"] == "CABMambaForCausalLM"
+    assert not (tmp_path / "report/attention.png").exists()
+
+
+def test_errors_are_one_line(student, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "invalid choice: 'torchscript'" in error_of(capsys, "export", student, "--to", "torchscript", out)
+    assert "--help" in error_of(capsys, "inspect")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in error_of(capsys, "export", tmp_path / "empty", out)
+    tiny_teacher().save_pretrained(tmp_path / "llama")
+    assert "'llama' model and no student" in error_of(capsys, "inspect", tmp_path / "llama")
+    tiny_vision_model().save_pretrained(tmp_path / "images")
+    assert "trust_remote_code" in error_of(capsys, "export", tmp_path / "images", out)
+    assert "tokens is 0" in error_of(capsys, "inspect", student, "--tokens", 0)
+    no_text = ["--teacher", "random-llama", "--data", tmp_path / "student/config.json", "--tokens", 10**5]
+    assert "error: " in error_of(capsys, "inspect", student, *no_text)
+
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "a_field_of_tomorrow": 1}))
+    assert "a_field_of_tomorrow" in error_of(capsys, "export", student, out)
+    (student / "config.json").write_text("{")
+    assert "can't be loaded" in error_of(capsys, "export", student, out)
+    (student / "config.json").write_text(json.dumps(config))
+    weights = student / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "damaged or incomplete" in error_of(capsys, "export", student, out)
+    weights.unlink()
+    assert "can't be loaded" in error_of(capsys, "export", student, out)
+    assert not out.exists()
+
+
+def test_a_name_that_is_in_no_cache_offline(tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "cab_hf.cli", "inspect", "nobody/no-such-student"]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert "no folder nobody/no-such-student" in line and "HF_HUB_OFFLINE" in line
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*([command] if command else []), "--help"])
+    assert stopped.value.code == 0
+    assert "FOLDER" in capsys.readouterr().out or not command
