@@ -43,6 +43,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """Cards of Hub teachers can't be read, and nobody waits for a network to say so."""
+    load = ModelCard.load
+
+    def load_local(source, **kwargs):
+        if not Path(source).exists():
+            raise OSError(f"{source} is on the Hub")
+        return load(source, **kwargs)
+
+    monkeypatch.setattr(ModelCard, "load", load_local)
+
+
 def metadata_of(card: ModelCard) -> dict:
     """The YAML header, read without huggingface_hub."""
     header = re.match(r"---\n(.*?)\n---\n", str(card), re.DOTALL)

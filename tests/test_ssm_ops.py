@@ -128,6 +128,7 @@ def test_s6_is_the_naive_recurrence(t, context):
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_s6_over_several_blocks_of_chunks(monkeypatch, context):
     monkeypatch.setattr(s6_scan, "SCAN_CHUNK", 4)
+    monkeypatch.setattr(s6_scan, "SCAN_WHOLE", 0)
     monkeypatch.setattr(s6_scan, "SCAN_STATE_ELEMENTS", 0)
     assert_matches(selective_scan, naive_selective_scan, s6_arguments(75, context))
 
@@ -169,6 +170,7 @@ def test_any_shape(t, d, n, groups, chunk_size, context):
 )
 def test_finite_differences(monkeypatch, operation, arguments, context):
     monkeypatch.setattr(s6_scan, "SCAN_CHUNK", 3)
+    monkeypatch.setattr(s6_scan, "SCAN_WHOLE", 0)
     monkeypatch.setattr(ssm_ops, "SSD_CHUNK", 3)
     tensors = arguments(7, context)
     names = [name for name, value in tensors.items() if value.is_floating_point()]

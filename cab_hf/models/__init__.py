@@ -1,11 +1,22 @@
 """Students. Importing this package registers them with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 
 from .configuration_cab_mamba import CABMambaConfig
 from .configuration_cab_vision_mamba import CABVisionMambaConfig
 from .mixers import BidirectionalProjections, SSMProjections
-from .modeling_cab_mamba import CABMambaForCausalLM, CABMambaModel, CABMambaPreTrainedModel
+from .modeling_cab_mamba import (
+    CABMambaForCausalLM,
+    CABMambaForSequenceClassification,
+    CABMambaModel,
+    CABMambaPreTrainedModel,
+)
 from .modeling_cab_vision_mamba import (
     CABVisionMambaForImageClassification,
     CABVisionMambaModel,
@@ -16,9 +27,11 @@ from .modeling_cab_vision_mamba import (
 AutoConfig.register("cab_mamba", CABMambaConfig)
 AutoModel.register(CABMambaConfig, CABMambaModel)
 AutoModelForCausalLM.register(CABMambaConfig, CABMambaForCausalLM)
+AutoModelForSequenceClassification.register(CABMambaConfig, CABMambaForSequenceClassification)
 CABMambaConfig.register_for_auto_class()
 CABMambaModel.register_for_auto_class("AutoModel")
 CABMambaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+CABMambaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 AutoConfig.register("cab_vision_mamba", CABVisionMambaConfig)
 AutoModel.register(CABVisionMambaConfig, CABVisionMambaModel)
@@ -31,6 +44,7 @@ __all__ = [
     "BidirectionalProjections",
     "CABMambaConfig",
     "CABMambaForCausalLM",
+    "CABMambaForSequenceClassification",
     "CABMambaModel",
     "CABMambaPreTrainedModel",
     "CABVisionMambaConfig",

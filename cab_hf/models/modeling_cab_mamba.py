@@ -14,16 +14,19 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_cab_mamba import CABMambaConfig
 from .mixers import MIXERS, CABMambaMLP, MixerPreTrainedModel, SSMProjections, make_norm
 
 
+logger = logging.get_logger(__name__)
+
 AUTO_MAP = {
     "AutoConfig": "configuration_cab_mamba.CABMambaConfig",
     "AutoModel": "modeling_cab_mamba.CABMambaModel",
     "AutoModelForCausalLM": "modeling_cab_mamba.CABMambaForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_cab_mamba.CABMambaForSequenceClassification",
 }
 
 
@@ -49,6 +52,18 @@ class CABMambaOutput(ModelOutput):
 @dataclass
 class CABMambaCausalLMOutput(ModelOutput):
     """Like [`CABMambaOutput`], with `loss` (scalar, when `labels` are given) and `logits` `(b, t, vocab_size)`."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cache_params: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    projections: tuple[SSMProjections, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class CABMambaSequenceClassifierOutput(ModelOutput):
+    """Like [`CABMambaOutput`], with `loss` (scalar, when `labels` are given) and `logits` `(b, num_labels)`."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -354,4 +369,149 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
 
-__all__ = ["CABMambaForCausalLM", "CABMambaModel", "CABMambaPreTrainedModel"]
+class CABMambaForSequenceClassification(CABMambaPreTrainedModel):
+    """[`CABMambaModel`] with a linear head, `score`, on the last token of each row that is no padding.
+
+    The folder of a [`CABMambaForCausalLM`] loads as this class, with a new head of `num_labels` rows, and back.
+    """
+
+    def __init__(self, config: CABMambaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.backbone = CABMambaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        cache_params: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool = False,
+        output_projections: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> CABMambaSequenceClassifierOutput | tuple:
+        """
+        Arguments as [`CABMambaModel.forward`], and
+
+        Args:
+            attention_mask: `(b, t)`, zero at padding, on either side of a row. Without it tokens that equal
+                `config.pad_token_id` are not pooled, but those before the text are read: give it for left padding.
+            seq_idx: `(b, t)`, as in the backbone; of several documents in a row the last one is classified.
+            labels: `(b,)` class indices; `(b,)` or `(b, num_labels)` numbers for
+                `config.problem_type="regression"`; `(b, num_labels)` zeros and ones for
+                `"multi_label_classification"`. Without a `problem_type` transformers' rule finds it: regression for
+                one label, else by whether labels are integers, and remembers it.
+
+        Raises:
+            ValueError: as the backbone; for several rows where neither a mask nor `pad_token_id` tells padding; for
+                labels of another shape than the problem has.
+        """
+        outputs = self.backbone(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_projections=output_projections,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        hidden_states = outputs.last_hidden_state
+        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        last = self._last_tokens(hidden_states, input_ids, attention_mask)
+        logits = self.score(hidden_states[rows, last].to(self.score.weight.dtype))
+        output = CABMambaSequenceClassifierOutput(
+            loss=None if labels is None else self._loss(logits, labels, **kwargs),
+            logits=logits,
+            cache_params=outputs.cache_params,
+            hidden_states=outputs.hidden_states,
+            projections=outputs.projections,
+            attentions=outputs.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _last_tokens(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Index `(b,)` of each row's last token that is no padding."""
+        batch, length = hidden_states.shape[:2]
+        pad = self.config.pad_token_id
+        if attention_mask is not None:
+            real = attention_mask[:, -length:] != 0
+        elif pad is None and batch > 1:
+            raise ValueError(
+                f"Where the {batch} rows end is unknown: `attention_mask` and `config.pad_token_id` are None. Pass "
+                "the `attention_mask` (b, t), set `config.pad_token_id`, or classify one row at a time."
+            )
+        elif input_ids is not None and pad is not None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            real = input_ids != pad
+        else:
+            if input_ids is None and batch > 1:
+                logger.warning_once(
+                    "Padding can't be seen in `inputs_embeds`, so the last position of each row is classified. Pass "
+                    "the `attention_mask` where rows are padded."
+                )
+            return torch.full((batch,), length - 1, device=hidden_states.device)
+        positions = torch.arange(length, device=hidden_states.device)
+        return (positions * real.to(hidden_states.device)).argmax(dim=-1)
+
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        config, count = self.config, self.config.num_labels
+        kind = config.problem_type
+        if kind is None and count > 1:
+            is_index = labels.dtype in (torch.long, torch.int)
+            kind = "single_label_classification" if is_index else "multi_label_classification"
+        kind = kind or "regression"
+        shapes = [(logits.shape[0], count)]
+        if kind == "single_label_classification" or count == 1:
+            shapes = [(logits.shape[0],), (logits.shape[0], 1)]
+        if tuple(labels.shape) not in shapes:
+            raise ValueError(
+                f"`labels` of shape {tuple(labels.shape)} and {labels.dtype} do not fit {kind} of {count} labels, "
+                f"which needs {' or '.join(map(str, shapes))}. Change them, `num_labels` or `config.problem_type`: "
+                "integers are class indices, floating numbers one value a label."
+            )
+        logits = logits.float()
+        if kind == "single_label_classification":
+            return self.loss_function(labels, logits, config, num_items_in_batch=num_items_in_batch, **kwargs)
+        if count == 1:
+            labels = labels.view_as(logits)
+        loss = self.loss_function(labels.float(), logits, config)
+        # Trainer counts labels over accumulated batches, and these losses of transformers are means of one batch.
+        return loss if num_items_in_batch is None else loss * labels.numel() / num_items_in_batch
+
+
+__all__ = [
+    "CABMambaForCausalLM",
+    "CABMambaForSequenceClassification",
+    "CABMambaModel",
+    "CABMambaPreTrainedModel",
+]

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# No result depends on these: positions that a chunk walks through, and the elements of one state tensor up to which
-# chunks are walked side by side.
+# No result depends on these: the most positions that a chunk walks through, the length up to which a sequence is one
+# chunk (one walk instead of two), and the elements of one state tensor up to which chunks are walked side by side.
 SCAN_CHUNK = 16
+SCAN_WHOLE = 32
 SCAN_STATE_ELEMENTS = 2**17
 
 
@@ -25,8 +26,13 @@ def into_chunks(tensor: Tensor, chunks: int, length: int, value: float = 0.0) ->
 
 def _scan_layout(t: int, state_elements: int) -> tuple[int, int, int]:
     """Positions in a chunk, chunks in all, and chunks walked side by side."""
-    length = min(SCAN_CHUNK, max(t, 1))
-    return length, -(-t // length), max(8, SCAN_STATE_ELEMENTS // max(state_elements, 1))
+    chunks = min(t, 1) if t <= SCAN_WHOLE else -(-t // SCAN_CHUNK)
+    return -(-t // max(chunks, 1)), chunks, max(8, SCAN_STATE_ELEMENTS // max(state_elements, 1))
+
+
+def _saved_elements(b: int, t: int, n: int, d: int) -> int:
+    """Room for the incoming states of the most chunks; no branch on a length, which may be a symbol."""
+    return b * -(-t // SCAN_CHUNK) * n * d
 
 
 def _scan_decay(dt: Tensor, A: Tensor, keep: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -46,11 +52,12 @@ def _sum_over_width(h: Tensor, weights: Tensor) -> Tensor:
 
 # An operator of its own, so that torch.compile and torch.export see one node instead of a loop over positions. Its
 # namespace follows the module's name: a checkpoint's copy of this file may be loaded beside the package's. Their names
-# hold the chunk, on which the saved states' size depends: a compiled graph on disk must not meet another chunk.
+# hold the chunks, on which the saved states' size depends: a compiled graph on disk must not meet others.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
+_CHUNKS = f"{SCAN_WHOLE}_or_{SCAN_CHUNK}"
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_by_{SCAN_CHUNK}", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_by_{_CHUNKS}", mutates_args=())
 def chunked_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +70,8 @@ def chunked_scan(
     (b, t, d), n = u.shape, A.shape[0]
     length, chunks, side = _scan_layout(t, b * n * d)
     A, state = A.contiguous(), state.clone(memory_format=torch.contiguous_format)
-    incoming, y = u.new_empty(b, chunks, n, d), u.new_empty(b, chunks, length, d)
+    saved, y = u.new_empty(_saved_elements(b, t, n, d)), u.new_empty(b, chunks, length, d)
+    incoming = saved[: b * chunks * n * d].view(b, chunks, n, d)
     u, dt, B, C = (into_chunks(tensor, chunks, length) for tensor in (u, dt, B, C))
     keep = None if keep is None else into_chunks(keep, chunks, length, 1.0)
     for block in (slice(first, first + side) for first in range(0, chunks, side)):
@@ -86,17 +94,16 @@ def chunked_scan(
             for chunk in range(1, enter.shape[1]):
                 enter[:, chunk] = torch.addcmul(own[:, chunk - 1], across[:, chunk - 1], enter[:, chunk - 1])
         state = walk(enter.clone(memory_format=torch.contiguous_format), emit=True)[:, -1].contiguous()
-    return y.flatten(1, 2)[:, :t].contiguous(), state, incoming.flatten()
+    return y.flatten(1, 2)[:, :t].contiguous(), state, saved
 
 
 @chunked_scan.register_fake
 def _(u, dt, A, B, C, state, keep):
     (b, t, d), n = u.shape, A.shape[0]
-    # also where t < SCAN_CHUNK is the chunk's length, -(-t // SCAN_CHUNK) counts the chunks
-    return u.new_empty(b, t, d), u.new_empty(b, n, d), u.new_empty(b * -(-t // SCAN_CHUNK) * n * d)
+    return u.new_empty(b, t, d), u.new_empty(b, n, d), u.new_empty(_saved_elements(b, t, n, d))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_by_{SCAN_CHUNK}_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_by_{_CHUNKS}_backward", mutates_args=())
 def chunked_scan_backward(
     grad_y: Tensor,
     grad_state: Tensor,
@@ -115,7 +122,7 @@ def chunked_scan_backward(
     """
     (b, t, d), n = u.shape, A.shape[0]
     length, chunks, side = _scan_layout(t, b * n * d)
-    A, incoming = A.contiguous(), incoming.view(b, chunks, n, d)
+    A, incoming = A.contiguous(), incoming[: b * chunks * n * d].view(b, chunks, n, d)
     grad_A, grad_state = torch.zeros_like(A), grad_state.clone(memory_format=torch.contiguous_format)
     u, dt, B, C, grad_y = (into_chunks(tensor, chunks, length) for tensor in (u, dt, B, C, grad_y))
     keep = None if keep is None else into_chunks(keep, chunks, length, 1.0)
