@@ -492,3 +492,13 @@ def test_errors_teach():
     student = vision_student_from_teacher(teacher, num_register_tokens=1)
     with pytest.raises(ValueError, match="1 register tokens and the teacher 0"):
         fit_output_projection(student, teacher, [{"pixel_values": IMAGES}])
+
+
+def test_a_borrowed_teacher_stays_anothers():
+    """Calibration leaves a model readable that a `Teacher` holds already."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    model = ViTForImageClassification(ViTConfig(**sizes))
+    images = torch.randn(2, 3, 8, 8)
+    holder = Teacher(model)
+    fit_output_projection(vision_student_from_teacher(model), model, [{"pixel_values": images}])
+    assert len(holder({"pixel_values": images}, attentions=True).attentions) == 2
