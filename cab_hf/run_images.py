@@ -29,9 +29,10 @@ from transformers import (
 from transformers.utils import logging
 
 from cab_hf.augmentation import ImageAugmentation, two_sizes
+from cab_hf.distillation.checkpoints import load_student
 from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.teacher import Teacher
-from cab_hf.distillation.trainer import load_student, make_teacher
+from cab_hf.distillation.trainer import make_teacher
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.images import (
     ImageDataset,

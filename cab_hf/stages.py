@@ -12,8 +12,9 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from cab_hf.distillation.checkpoints import last_whole_checkpoint, load_student
 from cab_hf.distillation.teacher import Teacher
-from cab_hf.distillation.trainer import DistillationTrainer, last_whole_checkpoint, load_student
+from cab_hf.distillation.trainer import DistillationTrainer
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 
 

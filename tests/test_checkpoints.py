@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cab_hf import CABMambaForCausalLM, DistillationTrainer
-from cab_hf.distillation.trainer import last_whole_checkpoint, load_student
+from cab_hf.distillation.checkpoints import last_whole_checkpoint, load_student
 from cab_hf.distillation.training_args import LOSSES
 from cab_hf.packing import LanguageCollator
 

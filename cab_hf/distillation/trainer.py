@@ -2,10 +2,9 @@
 
 import copy
 import inspect
-import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 
 from cab_hf.distillation.alignment import align_targets, student_layout, teacher_layout
+from cab_hf.distillation.checkpoints import last_whole_checkpoint, load_student, with_prefix
 from cab_hf.distillation.chunked_kl import chunked_kl_ce
 from cab_hf.distillation.cuda_graph import GraphedStep
 from cab_hf.distillation.ema import MovingAverage
@@ -37,7 +37,6 @@ logger = logging.get_logger(__name__)
 
 BRIDGE_NAME = "bridge.safetensors"
 EMA_NAME = "ema.safetensors"
-TRAINER_STATE_NAME = "trainer_state.json"
 NO_WEIGHT_DECAY = re.compile(
     r"(^|\.)(A_log|D|dt_bias|norm_f\.weight|class_token|register_tokens|position_embeddings|\w+_scale)$"
 )
@@ -568,7 +567,7 @@ class DistillationTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        of_student = None if state_dict is None else _with_prefix(state_dict, "student.")
+        of_student = None if state_dict is None else with_prefix(state_dict, "student.")
         model.student.save_pretrained(folder, state_dict=of_student)
         # A finished student ships without what only its training needed.
         if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
@@ -641,42 +640,3 @@ def freeze_others(student: nn.Module, pattern: str) -> None:
         raise ValueError(f"`trainable={pattern!r}` matches none of the student's parameters, such as {names[:3]}.")
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(bool(matches.search(name)))
-
-
-def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint of a run that was written to its end, or None.
-
-    The trainer's state is a checkpoint's last file: a run killed while saving leaves it out, or unreadable.
-    """
-    steps = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)$")
-    folders = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if steps.search(path.name)]
-    for path in sorted(folders, key=lambda path: int(steps.search(path.name)[1]), reverse=True):
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            logger.warning(f"{path} is incomplete (killed while saving?) and is left out.")
-            continue
-        return str(path)
-    return None
-
-
-def load_student(student: nn.Module, folder: Path) -> None:
-    """Loads weights that `save_pretrained` wrote into a student that already exists."""
-    if not isinstance(student, PreTrainedModel):
-        student.load_adapter(str(folder), student.active_adapter, is_trainable=True)
-        return
-    for shard in _weight_files(folder):
-        loaded = student.load_state_dict(load_file(shard), strict=False)
-        if loaded.unexpected_keys:
-            raise ValueError(f"{shard} holds weights that the student lacks, such as {loaded.unexpected_keys[:3]}.")
-
-
-def _weight_files(folder: Path) -> Iterable[Path]:
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return [folder / SAFE_WEIGHTS_NAME]
-
-
-def _with_prefix(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}

@@ -104,9 +104,7 @@ class DistillationTrainingArguments(TrainingArguments):
 
     hub_strategy: str = field(
         default="end",
-        metadata={
-            "help": "When to push: 'end' (the finished student with its card), 'every_save', 'checkpoint'."
-        },
+        metadata={"help": "When to push: 'end' (the finished student with its card), 'every_save', 'checkpoint'."},
     )
     remove_unused_columns: bool = field(
         default=True, metadata={"help": "Drop dataset columns that the student's forward does not take."}

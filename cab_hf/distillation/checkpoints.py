@@ -1,0 +1,59 @@
+"""Checkpoints of a distillation: which one is whole, and how its student is loaded."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+
+logger = logging.get_logger(__name__)
+
+TRAINER_STATE_NAME = "trainer_state.json"
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint of a run that was written to its end, or None.
+
+    The trainer's state is a checkpoint's last file: a run killed while saving leaves it out, or unreadable.
+    """
+    steps = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)$")
+    folders = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if steps.search(path.name)]
+    for path in sorted(folders, key=lambda path: int(steps.search(path.name)[1]), reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            logger.warning(f"{path} is incomplete (killed while saving?) and is left out.")
+            continue
+        return str(path)
+    return None
+
+
+def load_student(student: nn.Module, folder: Path) -> None:
+    """Loads weights that `save_pretrained` wrote into a student that already exists."""
+    if not isinstance(student, PreTrainedModel):
+        student.load_adapter(str(folder), student.active_adapter, is_trainable=True)
+        return
+    for shard in _weight_files(folder):
+        loaded = student.load_state_dict(load_file(shard), strict=False)
+        if loaded.unexpected_keys:
+            raise ValueError(f"{shard} holds weights that the student lacks, such as {loaded.unexpected_keys[:3]}.")
+
+
+def _weight_files(folder: Path) -> Iterable[Path]:
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return [folder / SAFE_WEIGHTS_NAME]
+
+
+def with_prefix(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+
+
+__all__ = ["last_whole_checkpoint", "load_student", "with_prefix"]
