@@ -10,6 +10,7 @@ from cab_hf.distillation import (
 from cab_hf.models import (
     CABMambaConfig,
     CABMambaForCausalLM,
+    CABMambaForSequenceClassification,
     CABMambaModel,
     CABVisionMambaConfig,
     CABVisionMambaForImageClassification,
@@ -23,6 +24,7 @@ __all__ = [
     "AttentionBridge",
     "CABMambaConfig",
     "CABMambaForCausalLM",
+    "CABMambaForSequenceClassification",
     "CABMambaModel",
     "CABVisionMambaConfig",
     "CABVisionMambaForImageClassification",

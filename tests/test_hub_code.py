@@ -22,6 +22,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_cab_mamba.CABMambaConfig",
     "AutoModel": "modeling_cab_mamba.CABMambaModel",
     "AutoModelForCausalLM": "modeling_cab_mamba.CABMambaForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_cab_mamba.CABMambaForSequenceClassification",
 }
 
 # What every process below starts with: packages that can't be imported, and no network.
