@@ -199,7 +199,9 @@ def student_files(folder: str | Path) -> list[str]:
     for sub in sorted(FOLDERS):
         paths += [path for path in (folder / sub).rglob("*") if path.is_file()]
     names = sorted(path.relative_to(folder).as_posix() for path in paths if _is_published(path))
-    if "adapter_config.json" not in names:
+    if "adapter_config.json" in names:
+        _check_base(folder / "adapter_config.json")
+    else:
         _check_config(folder)
     weights = {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"}
     if not weights & set(names):
@@ -283,6 +285,15 @@ def _check_config(folder: Path) -> None:
                 f"{path} needs the modelling file {Path(error.filename).name}, which is not in {folder}. Load the "
                 "student with cab_hf and save it again."
             ) from error
+
+
+def _check_base(path: Path) -> None:
+    base = _read_json(path).get("base_model_name_or_path") or ""
+    if base and (Path(base).is_absolute() or Path(base).is_dir()):
+        raise ValueError(
+            f"{path} names the folder {base!r} as its base model, where nobody else finds it. Publish the base, and "
+            "write its Hub id there (cab_hf.lora.write_adapter_card does)."
+        )
 
 
 def _check_weights(path: Path) -> None:

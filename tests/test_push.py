@@ -554,3 +554,12 @@ class TestFoldersThatAreRefused:
 def test_shareable():
     value = {"a": ["/x/y.txt", "org/name", "~/z"], "b": {"hub_token": "t", "output_dir": "o", "c": 1}, "d": None}
     assert shareable(value) == {"a": ["y.txt", "org/name", "z"], "b": {"c": 1}, "d": None}
+
+
+def test_an_adapter_of_a_local_folder_is_refused(tmp_path):
+    """PEFT writes where the base was loaded from; that place is no one else's."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    with pytest.raises(ValueError, match="base.*Hub id"):
+        student_files(tmp_path)
