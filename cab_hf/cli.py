@@ -97,7 +97,71 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(describe(report))
 
 
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="a saved student, or its Hub id")
+    parser.add_argument("--teacher", required=True, help="Hub id or folder of its teacher, or smollm2-demo")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="D",
+        help="texts (builtin, a file, folder, glob or Hub id) or, for image students, images (digits, a saved data "
+        "set, a Hub id, ...), each as it is or as name=source; of what the student was trained on, the held-out part",
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder for evaluation.json and the plots (default: FOLDER)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of both models (default: bfloat16 on a GPU, else float32)"
+    )
+    parser.add_argument(
+        "--max_tokens", type=int, default=65536, help="tokens of a text, or images of a set, at most (default: 65536)"
+    )
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="*",
+        default=[256, 512, 1024, 2048],
+        help="prompt lengths of the speed test; none: no test (default: 256 512 1024 2048)",
+    )
+    parser.add_argument(
+        "--gaps",
+        type=int,
+        nargs="*",
+        default=[16, 64, 256],
+        help="gaps of the recall tests, in tokens; none: no tests (default: 16 64 256)",
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="rows of a batch (default: 8)")
+    parser.add_argument("--block_size", type=int, help="tokens of a row (default: the recipe's, or 512)")
+    parser.add_argument("--prompts", type=int, default=16, help="held-out beginnings to continue (default: 16)")
+    parser.add_argument("--new_tokens", type=int, default=64, help="tokens of a continuation (default: 64)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each speed (default: 3)")
+    parser.add_argument("--data_dir", help="folder of the images, where their source needs one")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from cab_hf.report import EVALUATION_NAME, describe, evaluate
+
+    options = {name: value for name, value in vars(arguments).items() if name != "command"}
+    report = evaluate(**options)
+    print(describe(report))
+    print(f"\n  in {arguments.output or arguments.folder}: {', '.join([EVALUATION_NAME, *report['plots']])}")
+
+
+def _card_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="output folder of a finished recipe")
+    parser.add_argument("--license", help="licence of the student (default: the recipe's, or else the teacher's)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the card that is there")
+
+
+def _card(arguments: argparse.Namespace) -> None:
+    from cab_hf.report import write_card_of
+
+    print(write_card_of(arguments.folder, license=arguments.license, overwrite=arguments.overwrite))
+
+
 COMMANDS = {
+    "evaluate": Command("measure a student beside its teacher: quality, recall, speed", _evaluate_options, _evaluate),
+    "card": Command("write the model card of a finished run again", _card_options, _card),
     "export": Command("write a student as a model that runs without cab_hf's code", _export_options, _export),
     "inspect": Command("show a student's layers and parameters, and how it attends", _inspect_options, _inspect),
 }

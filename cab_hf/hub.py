@@ -24,6 +24,12 @@ from cab_hf.recipes import Recipe
 logger = logging.get_logger(__name__)
 
 SPECIAL_SOURCES = {"builtin", "random-llama", "smollm2-demo", "imagefolder", *BUILTIN}
+PLOTS = {
+    "learning_curves.png": "Losses",
+    "recall.png": "Recall over the gap",
+    "speed.png": "Speed and memory over length",
+    "attention.png": "Attention maps",
+}
 TAGS = ("mamba", "cab", "distillation")
 _MIXERS = {"mamba": "Mamba (S6)", "mamba2": "Mamba-2 (SSD)"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -44,6 +50,7 @@ def build_card(
     repo_id: str | None = None,
     stock_subfolder: str | None = None,
     recipe: str | None = None,
+    plots: Sequence[tuple[str, str]] = (),
 ) -> ModelCard:
     """The card of a saved student. A section without data is left out, and no field is made up.
 
@@ -63,6 +70,7 @@ def build_card(
         repo_id: Hub id under which the student will be found, for the lines that load it.
         stock_subfolder: Sub-folder that holds the student as a class of transformers itself, if there is one.
         recipe: The recipe of the training, YAML.
+        plots: (title, file in the folder) of the pictures to show.
 
     Returns:
         The card; `write_card` saves it.
@@ -119,6 +127,7 @@ def build_card(
         uses=_uses(folder, repo_id, stock_subfolder),
         training={key: str(value).replace("|", "\\|") for key, value in training.items() if value not in (None, "")},
         recipe=recipe.strip() if recipe else None,
+        plots=list(plots),
     )
 
 
@@ -195,6 +204,7 @@ def write_model_card(
         datasets=[name for name, is_hub_id in sources.items() if is_hub_id],
         repo_id=recipe.stages[-1][1].hub_model_id,
         recipe=yaml.safe_dump(shareable(recipe.values), sort_keys=False),
+        plots=[(title, file) for file, title in PLOTS.items() if (folder / file).is_file()],
     )
     return write_card(folder, card, overwrite=overwrite)
 

@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cab_hf.distillation.training_args import LOSSES
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 _LABELS = {
@@ -15,6 +19,16 @@ _LABELS = {
     "output": "mixer output",
     "hidden": "hidden state",
     "attention": "attention map",
+}
+_QUANTITIES = {
+    "prefill": "prefill, tokens/s",
+    "decode": "decoding, tokens/s",
+    "peak_mib": "peak memory, MiB",
+    "images": "images/s",
+}
+_WHO = {
+    "teacher": {"color": "C1", "linestyle": "--", "marker": "s"},
+    "student": {"color": "C0", "linestyle": "-", "marker": "o"},
 }
 
 
@@ -33,12 +47,6 @@ def learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, 
         ImportError: matplotlib is missing.
         ValueError: The history holds no positive loss.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Learning curves need matplotlib. Run `pip install matplotlib`.") from error
-
     curves = {name: _points(log_history, name) for name in ("loss", *LOSSES)}
     curves = {name: points for name, points in curves.items() if points[0]}
     if not curves:
@@ -46,8 +54,7 @@ def learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, 
             f"log_history has {len(log_history)} entries and no positive value of {', '.join(('loss', *LOSSES))}. "
             "Log at least once: logging_steps at most the number of steps."
         )
-    figure = Figure(figsize=(8, 4.5), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure("Learning curves")
     axes = figure.add_subplot()
     for name, (steps, values) in curves.items():
         is_total = name == "loss"
@@ -67,6 +74,102 @@ def learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, 
     axes.legend(fontsize=12, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     if title is not None:
         axes.set_title(title, fontsize=14)
+    return _save(figure, path)
+
+
+def speed_curves(speed: Mapping[str, Any], path: str | Path) -> Path:
+    """Draws what `cab_hf.report` measured of speed and memory, teacher beside student, a panel a quantity.
+
+    A dotted line marks the length from which the student is ahead.
+
+    Args:
+        speed: `over`, the name of the x axis; `rows`, each with its value under that name and, under "teacher" and
+            "student", quantities or None; `crossing`, the x of each quantity or None.
+        path: Picture to write, 1600 pixels wide; its suffix picks the format.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: Nothing was measured.
+    """
+    over, rows = speed["over"], speed["rows"]
+    names = [name for name in _QUANTITIES if any((row[who] or {}).get(name) for row in rows for who in _WHO)]
+    if not names:
+        raise ValueError(f"There are {len(rows)} rows and no quantity in them. Measure at least one {over}.")
+    figure = _figure("Speed curves")
+    ticks = [row[over] for row in rows]
+    for column, name in enumerate(names, start=1):
+        axes = figure.add_subplot(1, len(names), column)
+        for who, style in _WHO.items():
+            points = [(row[over], value) for row in rows if (value := (row[who] or {}).get(name))]
+            if points:
+                axes.plot(*zip(*points), label=who, linewidth=2, markersize=6, **style)
+        crossing = speed["crossing"].get(name)
+        if crossing is not None and min(ticks) < crossing < max(ticks):
+            axes.axvline(crossing, color="gray", linestyle=":", linewidth=2, label=f"crossing: {crossing:,.0f}")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.set_title(_QUANTITIES[name], fontsize=13)
+        axes.set_xlabel(over, fontsize=13)
+        axes.tick_params(labelsize=11)
+        axes.grid(True, alpha=0.25)
+        axes.legend(fontsize=11)
+    return _save(figure, path)
+
+
+def recall_curves(recall: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | Path) -> Path:
+    """Draws recall over the gap, teacher beside student with 95 % intervals, a panel a test.
+
+    Args:
+        recall: Name of a test -> gap -> {"teacher": ..., "student": ...}, reports of `copying_recall` and the like.
+        path: Picture to write, 1600 pixels wide; its suffix picks the format.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = _figure("Recall curves")
+    for column, (test, gaps) in enumerate(recall.items(), start=1):
+        axes = figure.add_subplot(1, len(recall), column)
+        for who, style in _WHO.items():
+            reports = [report[who] for report in gaps.values()]
+            values = [report["recall"] for report in reports]
+            below = [value - report["ci95"][0] for value, report in zip(values, reports)]
+            above = [report["ci95"][1] - value for value, report in zip(values, reports)]
+            # Gaps far apart, and perhaps 0: equal steps are the plainest.
+            axes.errorbar(range(len(values)), values, (below, above), label=who, linewidth=2, capsize=4, **style)
+        axes.set_xticks(range(len(gaps)), list(gaps))
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_title(f"{test} recall", fontsize=14)
+        axes.set_xlabel("gap, tokens", fontsize=13)
+        axes.tick_params(labelsize=12)
+        axes.grid(True, alpha=0.25)
+        if column == 1:
+            axes.set_ylabel("share of tokens recalled", fontsize=13)
+            axes.legend(fontsize=12)
+    return _save(figure, path)
+
+
+def _figure(what: str) -> "Figure":
+    """An empty picture, 1600 pixels wide, that needs no display."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{what} need matplotlib. Run `pip install matplotlib`.") from error
+    figure = Figure(figsize=(8, 4.5), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: "Figure", path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -39,7 +39,12 @@ NAMES = {CARD_NAME, "recipe.yaml", "vocab.txt", "merges.txt", "LICENSE"}
 FOLDERS = {"additional_chat_templates", "ema", "plots", "stock"}
 """Sub-folders that belong to a student; all others (stages, checkpoints, logs) are its training's."""
 OF_TRAINING = {"bridge.safetensors", "ema.safetensors", "trainer_state.json", "history.json"}
-SHARED_DATA = {"recipe.yaml": yaml.safe_load, "report.json": json.loads, "inspection.json": json.loads}
+SHARED_DATA = {
+    "recipe.yaml": yaml.safe_load,
+    "report.json": json.loads,
+    "evaluation.json": json.loads,
+    "inspection.json": json.loads,
+}
 LOCAL_OPTIONS = {"output_dir", "logging_dir", "folder", "hub_token"}
 # Weights that transformers would load instead of, or beside, the new ones.
 WEIGHTS = re.compile(

@@ -1,5 +1,6 @@
 """A whole run of a recipe: claim its folder, distil, evaluate, save; what is finished is reused."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import yaml
 
 from cab_hf import run_images, run_text
 from cab_hf.hub import write_model_card
+from cab_hf.plots import learning_curves
 from cab_hf.publish import check_access, publish_folder
 from cab_hf.recipes import Recipe, parse_recipe
 from cab_hf.stages import write_whole
@@ -62,6 +64,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         report = _run(recipe)
         if recipe.is_main_process:
             if not recipe.model.finetune:
+                draw_learning_curves(folder, report)
                 write_model_card(folder, recipe, report)
             # Last: a folder with a report is a finished run.
             write_whole(folder / REPORT_NAME, json.dumps(report, indent=1))
@@ -103,6 +106,18 @@ def _make_teacher(recipe: Recipe) -> None:
         for option in (f"--{name}", str(recipe.values[name]))
     ]
     run_recipe(parse_recipe([model.teacher_recipe, "--output_dir", model.teacher, *shared]))
+
+
+def draw_learning_curves(folder: Path, report: dict[str, Any]) -> None:
+    """Draws the losses of all stages, one after the other, where matplotlib is there to do it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    log, steps = [], 0
+    for stage in report["stages"]:
+        log += [entry | {"step": entry["step"] + steps} for entry in stage["log"]]
+        steps += stage["steps"]
+    if any(entry.get("loss", 0) > 0 for entry in log):
+        learning_curves(log, folder / "learning_curves.png", title=folder.name)
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -88,6 +88,38 @@ def test_a_name_that_is_in_no_cache_offline(tmp_path):
     assert "no folder nobody/no-such-student" in line and "HF_HUB_OFFLINE" in line
 
 
+def test_evaluate_prints_a_table_and_writes_beside_the_student(student, tmp_path, capsys):
+    (tmp_path / "prose.txt").write_text("A text with some words. " * 20)
+    data = ["--teacher", "random-llama", "--data", tmp_path / "prose.txt", "--max_tokens", 100, "--block_size", 50]
+    quick = [*data, "--lengths", "--gaps", 3, "--prompts", 0]
+    main(["evaluate", str(student), *map(str, quick)])
+    printed = capsys.readouterr().out
+    assert "prose.txt (147 tokens)" in printed and "copying" in printed and "generation" not in printed
+    report = json.loads((student / "evaluation.json").read_text())
+    assert list(report["recall"]["copying"]) == ["3"] and (student / "recall.png").is_file()
+
+
+def test_errors_of_evaluate_and_card_are_one_line(student, tmp_path, capsys):
+    data = ["--data", "builtin"]
+    assert "--teacher" in error_of(capsys, "evaluate", student, *data)
+    nobody = ["--teacher", tmp_path / "nobody", *data]
+    assert "nobody' can't be loaded" in error_of(capsys, "evaluate", student, *nobody)
+    tiny_teacher().save_pretrained(tmp_path / "llama")
+    teacher = ["--teacher", "random-llama"]
+    assert "no student" in error_of(capsys, "evaluate", tmp_path / "llama", *teacher, *data)
+    assert "nowhere" in error_of(capsys, "evaluate", student, *teacher, "--data", tmp_path / "nowhere.txt")
+    (tmp_path / "short.txt").write_text("Too short.")
+    assert "block_size" in error_of(capsys, "evaluate", student, *teacher, "--data", tmp_path / "short.txt")
+    assert "abacus" in error_of(capsys, "evaluate", student, *teacher, *data, "--device", "abacus")
+    tiny_vision_model().save_pretrained(tmp_path / "images")
+    images, digits = tmp_path / "images", ["--data", "digits"]
+    assert "`task` is" in error_of(capsys, "evaluate", images, "--teacher", tmp_path / "llama", *digits)
+    assert "images' can't be loaded" in error_of(capsys, "evaluate", student, "--teacher", images, *data)
+    assert not (student / "evaluation.json").exists()
+    assert "no recipe.yaml" in error_of(capsys, "card", student)
+    assert "no recipe.yaml" in error_of(capsys, "card", tmp_path / "nowhere")
+
+
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:

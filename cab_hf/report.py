@@ -1,0 +1,612 @@
+"""The report on a finished student: what it predicts, generates and recalls, how fast it is, beside its teacher.
+
+Shape legend: `b` batch, `c` channel, `t` token, `n` rows, `V` label.
+"""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from datasets import DatasetDict
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cab_hf.augmentation import two_sizes
+from cab_hf.data import load_documents, split_documents
+from cab_hf.distillation.teacher import Teacher, check_vocabularies
+from cab_hf.evaluation import Blocks, _evaluating, compare, copying_recall, throughput
+from cab_hf.export import load_image_processor, load_tokenizer, read_student
+from cab_hf.hub import describe_teacher, public_name, write_model_card
+from cab_hf.images import ImageDataset, collate_images, load_images, normalisation
+from cab_hf.metrics import associative_recall, crossing_length, generate
+from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
+from cab_hf.packing import pack_documents
+from cab_hf.plots import recall_curves, speed_curves
+from cab_hf.recipes import DataArguments, ImageArguments, Recipe, build_recipe
+from cab_hf.run_images import compare_images, load_image_teacher, processor_side
+from cab_hf.run_text import load_teacher
+from cab_hf.stages import write_whole
+
+
+EVALUATION_NAME, RECIPE_NAME, REPORT_NAME = "evaluation.json", "recipe.yaml", "report.json"
+LENGTHS = (256, 512, 1024, 2048)
+GAPS = (16, 64, 256)
+BATCH_SIZES = (1, 4, 16)
+PROMPT_TOKENS = 32
+_DTYPES = ("float32", "bfloat16")
+_WHO = ("teacher", "student")
+_UNITS = {"prefill": "prefill tokens/s", "decode": "decode tokens/s", "peak_mib": "peak MiB", "images": "images/s"}
+# They say how a run computes on its hardware, and can be refused on other hardware, where only the card is made.
+_HARDWARE_OPTIONS = {"bf16", "bf16_full_eval", "deepspeed", "fp16", "fp16_full_eval", "fsdp", "tf32", "torch_compile"}
+
+
+def evaluate(
+    folder: str | Path,
+    teacher: str,
+    data: Sequence[str],
+    *,
+    output: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    max_tokens: int | None = 65536,
+    lengths: Sequence[int] = LENGTHS,
+    gaps: Sequence[int] = GAPS,
+    batch_size: int = 8,
+    block_size: int | None = None,
+    prompts: int = 16,
+    new_tokens: int = 64,
+    data_dir: str | Path | None = None,
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """Evaluates a saved student beside its teacher; what is measured is in `evaluation.json` and beside it in plots.
+
+    Data that the student's `recipe.yaml` names as training data are evaluated on the part that the recipe held out.
+
+    Args:
+        folder: folder or Hub id of the student.
+        teacher: Hub id or folder of its teacher, or "smollm2-demo".
+        data: sources of `load_documents` or, for an image student, of `load_images`; each as it is or "name=source".
+        output: folder to write; that of the student by default.
+        device: where both models run; the GPU by default where there is one.
+        dtype: of both models, "float32" or "bfloat16"; by default bfloat16 on a GPU, float32 elsewhere.
+        max_tokens: predicted tokens of each text, or images of each set, at most; None for all.
+        lengths: prompt lengths of the speed test; may be empty.
+        gaps: gaps of the recall tests, in tokens; may be empty.
+        batch_size: rows of a batch.
+        block_size: tokens a row; by default the recipe's, or 512.
+        prompts: held-out beginnings to continue, 0 for none.
+        new_tokens: tokens of a continuation.
+        data_dir: folder of the images, where their source needs one; the recipe's by default.
+        repeats: timed runs of each speed.
+
+    Returns:
+        What is in `evaluation.json`. Of a language student `texts` (name -> `compare`), `generation`, `recall` and
+        `speed`; of an image student `images` (name -> `compare_images`) and `speed`.
+
+    Raises:
+        ValueError: a folder without a student, a teacher of other tokens or labels, an option that can't be.
+        OSError: a teacher or data that are not there.
+    """
+    _check_options(data, lengths, gaps, batch_size, max_tokens, prompts, new_tokens, repeats)
+    if output is None and not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no folder here, so the report can't be written into it. Give output.")
+    place = _device(device)
+    dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}. It must be {' or '.join(_DTYPES)}.")
+    student = read_student(folder)
+    if student.dtype != getattr(torch, dtype):
+        # Unlike `.to`, loading leaves the transitions in float32.
+        student = type(student).from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    student.to(place)
+    recipe = read_recipe(Path(folder))
+    report: dict[str, Any] = {
+        "task": "image-classification" if isinstance(student, CABVisionMambaPreTrainedModel) else "text-generation",
+        "student": public_name(str(folder)),
+        "teacher": public_name(teacher),
+        "student_parameters": student.num_parameters(),
+        "dtype": dtype,
+        "hardware": torch.cuda.get_device_name(place) if place.type == "cuda" else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
+    }
+    if report["task"] == "image-classification":
+        settings = replace(recipe.images if recipe else ImageArguments())
+        settings.data_dir = settings.data_dir if data_dir is None else str(data_dir)
+        report |= _evaluate_images(student, folder, teacher, data, settings, batch_size, max_tokens, repeats)
+    else:
+        own = load_tokenizer(folder)
+        teacher_model, tokenizer = _load_teacher(load_teacher, teacher)
+        teacher_size = teacher_model.config.get_text_config().vocab_size
+        check_vocabularies(student.config.vocab_size, teacher_size, own, tokenizer if own else None)
+        teacher_model.to(place, getattr(torch, dtype)).eval()
+        models = {"teacher": teacher_model, "student": student}
+        texts = dict(_load_text(one, tokenizer, recipe, block_size) for one in data)
+        report["teacher_parameters"] = teacher_model.num_parameters()
+        report["texts"] = {
+            name: compare(student, teacher_model, blocks, batch_size, max_tokens=max_tokens)
+            for name, blocks in texts.items()
+        }
+        if prompts:
+            starts = _prompts(next(iter(texts.values())), prompts)
+            report["generation"] = {
+                "prompts": f"{len(starts)} of {starts.shape[1]} tokens, from {next(iter(texts))}",
+                **{who: generate(model, starts, new_tokens, batch_size) for who, model in models.items()},
+            }
+        if gaps:
+            report["recall"] = _recall(models, tokenizer, gaps, batch_size)
+        if lengths:
+            report["speed"] = _text_speed(models, sorted(lengths), repeats)
+    output = Path(folder if output is None else output)
+    output.mkdir(parents=True, exist_ok=True)
+    report["plots"] = _draw(report, output)
+    write_whole(output / EVALUATION_NAME, json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def text_speed(
+    model: PreTrainedModel, length: int, *, batch_size: int = 1, new_tokens: int = 16, repeats: int = 3
+) -> dict[str, float | None] | None:
+    """Speed and peak memory of a causal language model behind a prompt of random tokens.
+
+    Args:
+        model: Any causal language model, where it is and in its dtype.
+        length: Tokens of the prompt.
+        batch_size: Prompts.
+        new_tokens: Tokens that decoding is timed over.
+        repeats: Timed runs.
+
+    Returns:
+        `prefill`: tokens a second of one pass over the prompt. `decode`: new tokens a second after it, from the time
+        of `new_tokens` + 1 less that of one; None where the noise is larger than that. `peak_mib`: the weights and
+        what was allocated at once beside them while the prompt was read and continued. None altogether where the
+        model's positions end before `length`.
+    """
+    limit = model.config.get_text_config().to_dict().get("max_position_embeddings")
+    if limit is not None and length + new_tokens + 1 > limit:
+        return None
+    options = {"repeats": repeats, "warmup": 1}
+    prefill = throughput(model, length, batch_size, **options)["tokens_per_second"]
+    short = throughput(model, length, batch_size, "generate", new_tokens=1, **options)
+    long = throughput(model, length, batch_size, "generate", new_tokens=new_tokens + 1, **options)
+    first = batch_size / short["tokens_per_second"]
+    rest = batch_size * (new_tokens + 1) / long["tokens_per_second"] - first
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(model.device)
+
+    def read_and_continue() -> None:
+        model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=2,
+            min_new_tokens=2,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+    with _evaluating(model):
+        peak = _peak_bytes(model, read_and_continue)
+    return {
+        "prefill": prefill,
+        "decode": batch_size * new_tokens / rest if rest > 0 else None,
+        "peak_mib": None if peak is None else peak / 2**20,
+    }
+
+
+def image_speed(model: PreTrainedModel, size: int, batch_size: int, *, repeats: int = 3) -> dict[str, float | None]:
+    """Images a second (`images`, the median) and `peak_mib` of an image model on random pixels (b, c, size, size).
+
+    Args:
+        model: Any image model with `num_channels` in its config, where it is and in its dtype.
+        size: Height and width of the images.
+        batch_size: Images a forward pass.
+        repeats: Timed runs, after one that is not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(batch_size, model.config.num_channels, size, size, generator=generator)
+    pixels = pixels.to(model.device, model.dtype)
+    seconds = []
+    with _evaluating(model):
+        for index in range(1 + repeats):
+            start = time.perf_counter()
+            # Reading a number waits for a GPU to finish.
+            model(pixel_values=pixels)[0].sum().item()
+            if index:
+                seconds.append(time.perf_counter() - start)
+        peak = _peak_bytes(model, lambda: model(pixel_values=pixels))
+    return {"images": batch_size / statistics.median(seconds), "peak_mib": None if peak is None else peak / 2**20}
+
+
+def write_card_of(folder: str | Path, *, license: str | None = None, overwrite: bool = False) -> Path:
+    """Writes the card of a finished run again, from its `recipe.yaml`, `report.json` and, if there, `evaluation.json`.
+
+    Args:
+        folder: `output_dir` of the recipe.
+        license: licence of the student; by default the recipe's, or else the teacher's.
+        overwrite: replace an existing `README.md`.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+        ValueError: a card is there already, the licence is unknown, or a file is damaged.
+    """
+    folder = Path(folder)
+    path = folder / "README.md"
+    for name in (RECIPE_NAME, REPORT_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {name}, so nothing is known of its training. Name the output_dir of a finished "
+                "recipe, or make the card by cab_hf.hub.build_card."
+            )
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists and is left as it is. Pass overwrite (--overwrite) to replace it.")
+    recipe, report = read_recipe(folder), _read_json(folder / REPORT_NAME)
+    if recipe.model.finetune:
+        raise ValueError(f"{folder} holds a teacher that was finetuned; a card describes a student.")
+    if license is not None:
+        recipe.model.license = license
+    if (recipe.model.license or describe_teacher(recipe.model.teacher)["license"]) is None:
+        raise ValueError(
+            f"The licence of teacher {recipe.model.teacher!r} is unknown (no card says it). Give license (--license), "
+            "such as apache-2.0."
+        )
+    try:
+        if (folder / EVALUATION_NAME).is_file():
+            report = _merge(report, _read_json(folder / EVALUATION_NAME))
+        write_model_card(folder, recipe, report, overwrite=overwrite)
+    except KeyError as error:
+        raise ValueError(f"The files {REPORT_NAME} and {EVALUATION_NAME} of {folder} lack {error}.") from error
+    return path
+
+
+def read_recipe(folder: Path) -> Recipe | None:
+    """The recipe that made a student, readable also where its hardware is missing; None where there is none.
+
+    Args:
+        folder: the `output_dir` of the run.
+
+    Raises:
+        ValueError: the file is damaged, or no recipe.
+    """
+    path = folder / RECIPE_NAME
+    if not path.is_file():
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is damaged and can't be read ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of options to values.")
+
+    def anywhere(options: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in options.items() if name not in _HARDWARE_OPTIONS}
+        return kept | {
+            name: [anywhere(run) for run in kept[name]] for name in ("stages", "baselines") if kept.get(name)
+        }
+
+    return replace(build_recipe(anywhere(values) | {"use_cpu": True}), values=values)
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """The report of `evaluate` as a short table, for the terminal."""
+    lines = []
+    for name, one in report.get("texts", {}).items():
+        low, high = one["student_perplexity_ci95"]
+        lines += [
+            f"{name} ({one['n_tokens']:,} tokens)",
+            f"  perplexity: teacher {one['teacher_perplexity']:.2f}, student {one['student_perplexity']:.2f} "
+            f"({low:.2f} to {high:.2f})",
+            f"  KL to teacher {one['kl']:.3f} ({one['kl_ci95'][0]:.3f} to {one['kl_ci95'][1]:.3f}), top-1 agreement "
+            f"{one['agreement']:.3f} ({one['agreement_ci95'][0]:.3f} to {one['agreement_ci95'][1]:.3f})",
+        ]
+    for name, one in report.get("images", {}).items():
+        lines.append(f"{name} ({one['n_images']:,} images)")
+        for who in ("teacher", "student"):
+            if f"{who}_top1" in one:
+                low, high = one[f"{who}_top1_ci95"]
+                lines.append(f"  top-1 of the {who}: {one[f'{who}_top1']:.3f} ({low:.3f} to {high:.3f})")
+        if "kl" in one:
+            lines.append(f"  KL to teacher {one['kl']:.3f}, agreement {one['agreement']:.3f}")
+    if "generation" in report:
+        lines += ["", f"  {'generation':<22}{'repetition':>11}{'distinct-1':>11}{'-2':>7}{'-3':>7}"]
+        for way in ("greedy", "sampled"):
+            for who in ("teacher", "student"):
+                one = report["generation"][who][way]
+                numbers = "".join(
+                    f"{one[f'distinct_{size}']:>{width}.3f}" for size, width in ((1, 11), (2, 7), (3, 7))
+                )
+                lines.append(f"  {f'{who}, {way}':<22}{one['repetition_rate']:>11.3f}{numbers}")
+    if "recall" in report:
+        lines += ["", f"  {'recall':<14}{'gap':>6}{'teacher':>9}{'student':>9}{'95 % interval':>18}"]
+        for test, gaps in report["recall"].items():
+            for gap, one in gaps.items():
+                low, high = one["student"]["ci95"]
+                shares = f"{one['teacher']['recall']:>9.3f}{one['student']['recall']:>9.3f}"
+                lines.append(f"  {test:<14}{gap:>6}{shares}{f'{low:.3f} to {high:.3f}':>18}")
+    if "speed" in report:
+        lines += ["", *_speed_lines(report["speed"])]
+    return "\n".join([*lines, "", f"  {report['dtype']} on {report['hardware']}"])
+
+
+def _speed_lines(speed: Mapping[str, Any]) -> list[str]:
+    over = speed["over"]
+    names = [name for name in _UNITS if any(name in (row[who] or {}) for row in speed["rows"] for who in _WHO)]
+    lines = [f"  {over:<12}" + "".join(f"{f'{_UNITS[name]}':>26}" for name in names)]
+    lines.append(f"  {'':<12}" + f"{'teacher':>15}{'student':>11}" * len(names))
+    for row in speed["rows"]:
+        line = f"  {row[over]:<12}"
+        for name in names:
+            for who, width in (("teacher", 15), ("student", 11)):
+                value = (row[who] or {}).get(name)
+                line += f"{'-' if value is None else f'{value:,.1f}':>{width}}"
+        lines.append(line)
+    for name, crossing in speed["crossing"].items():
+        where = "not reached" if crossing is None else f"from about {crossing:,.0f} tokens on"
+        if crossing == speed["rows"][0][over]:
+            where = "at every length"
+        lines.append(f"  student ahead in {_UNITS[name]}: {where}")
+    return lines
+
+
+def _check_options(
+    data: Sequence[str],
+    lengths: Sequence[int],
+    gaps: Sequence[int],
+    batch_size: int,
+    max_tokens: int | None,
+    prompts: int,
+    new_tokens: int,
+    repeats: int,
+) -> None:
+    if isinstance(data, str) or not data:
+        raise ValueError(f"data is {data!r}. Give a list of at least one source, such as ['builtin'].")
+    at_least_one = {"batch_size": batch_size, "new_tokens": new_tokens, "repeats": repeats, "max_tokens": max_tokens}
+    at_least_one |= {"lengths": min(lengths, default=1)}
+    wrong = {name: value for name, value in at_least_one.items() if value is not None and value < 1}
+    wrong |= {name: value for name, value in (("prompts", prompts), ("gaps", min(gaps, default=0))) if value < 0}
+    if wrong:
+        name, value = next(iter(wrong.items()))
+        raise ValueError(f"{name} is {value}; it must be at least {1 if name in at_least_one else 0}.")
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} can't be used here ({reason}). Use cpu, or leave it out.") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged and can't be read ({error}). Make it again.") from error
+
+
+def _load_teacher(load: Callable[[str], tuple[PreTrainedModel, Any]], name: str) -> tuple[PreTrainedModel, Any]:
+    try:
+        return load(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The teacher {name!r} can't be loaded: {error} Name a Hub id, or the folder of a teacher that was saved "
+            "with its tokenizer or image processor."
+        ) from error
+
+
+def _named(source: str) -> tuple[str | None, str]:
+    name, separator, rest = source.partition("=")
+    return (name, rest) if separator and not Path(source).exists() else (None, source)
+
+
+def _load_text(
+    source: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None, block_size: int | None
+) -> tuple[str, Blocks]:
+    name, source = _named(source)
+    settings = recipe.data if recipe else DataArguments()
+    is_of_training = recipe is not None and source in settings.dataset and not settings.eval_dataset
+    documents = load_documents(
+        settings.dataset if is_of_training else source,
+        config_name=settings.dataset_config if is_of_training else None,
+        split=settings.dataset_split if is_of_training else None,
+        text_column=settings.text_column if is_of_training else None,
+    )
+    default = public_name(source)
+    if is_of_training:
+        documents = split_documents(documents, _holdout(settings.holdout), seed=recipe.stages[0][1].seed)[1]
+        default = f"held-out part of {', '.join(map(public_name, settings.dataset))}"
+    blocks = pack_documents(
+        documents, tokenizer, block_size or settings.block_size, isolate_documents=settings.isolate_documents
+    )
+    return name or default, blocks
+
+
+def _holdout(value: str) -> float | int | str:
+    number = yaml.safe_load(value)
+    return number if isinstance(number, int | float) else value
+
+
+def _prompts(blocks: Blocks, count: int) -> Tensor:
+    """The first tokens of up to `count` rows (n, PROMPT_TOKENS), spread over the text."""
+    rows = np.unique(np.linspace(0, len(blocks) - 1, min(count, len(blocks))).round().astype(int))
+    starts = [list(blocks[int(row)]["input_ids"])[:PROMPT_TOKENS] for row in rows]
+    return torch.tensor(starts)
+
+
+def _recall(
+    models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, gaps: Sequence[int], batch_size: int
+) -> dict[str, dict[str, dict[str, Any]]]:
+    rows = min(model.get_input_embeddings().weight.shape[0] for model in models.values())
+    tokens = sorted(set(range(min(len(tokenizer), rows))) - set(tokenizer.all_special_ids))
+    tests = {"copying": copying_recall, "associative": associative_recall}
+    return {
+        name: {
+            str(gap): {who: test(model, tokens, gap, batch_size=batch_size) for who, model in models.items()}
+            for gap in sorted(gaps)
+        }
+        for name, test in tests.items()
+    }
+
+
+def _text_speed(models: Mapping[str, PreTrainedModel], lengths: Sequence[int], repeats: int) -> dict[str, Any]:
+    rows = [
+        {"length": length, **{who: text_speed(model, length, repeats=repeats) for who, model in models.items()}}
+        for length in lengths
+    ]
+
+    def of(who: str, name: str) -> list[float | None]:
+        return [(row[who] or {}).get(name) for row in rows]
+
+    crossing = {
+        name: crossing_length(lengths, of("student", name), of("teacher", name)) for name in ("prefill", "decode")
+    }
+    # Less memory is ahead.
+    crossing["peak_mib"] = crossing_length(lengths, of("teacher", "peak_mib"), of("student", "peak_mib"))
+    return {"over": "length", "batch_size": 1, "repeats": repeats, "rows": rows, "crossing": crossing}
+
+
+def _peak_bytes(model: PreTrainedModel, run: Callable[[], Any]) -> int | None:
+    """Bytes of a model's weights and of all that was allocated at once beside them; None where nobody counts."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    if model.device.type == "cuda":
+        before = torch.cuda.memory_allocated(model.device)
+        torch.cuda.reset_peak_memory_stats(model.device)
+        run()
+        return weights + torch.cuda.max_memory_allocated(model.device) - before
+    if model.device.type != "cpu":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return weights + peak
+
+
+def _evaluate_images(
+    student: PreTrainedModel,
+    folder: str | Path,
+    teacher: str,
+    data: Sequence[str],
+    settings: ImageArguments,
+    batch_size: int,
+    max_images: int | None,
+    repeats: int,
+) -> dict[str, Any]:
+    model, teachers_processor = _load_teacher(load_image_teacher, teacher)
+    height, width = student.config.image_height_and_width
+    if height != width:
+        raise ValueError(f"The student's images are {height} x {width}; images of a data set are made square.")
+    teacher_size = processor_side(teachers_processor)
+    if model.base_model is not model and model.config.num_labels != student.config.num_labels:
+        raise ValueError(
+            f"The teacher has {model.config.num_labels} labels and the student {student.config.num_labels}. Name the "
+            "teacher that it was distilled from."
+        )
+    borrowed = Teacher(model.to(student.device, student.dtype))
+    mean, std = normalisation(load_image_processor(folder) or teachers_processor)
+    results = {}
+    for source in data:
+        name, source = _named(source)
+        rows = load_images(
+            source,
+            data_dir=settings.data_dir,
+            image_column=settings.image_column,
+            label_column=settings.label_column,
+        )
+        if isinstance(rows, DatasetDict):
+            split = settings.test_split or next((one for one in ("test", "validation") if one in rows), None)
+            if split not in rows:
+                raise ValueError(f"{source} has the splits {list(rows)} and none to test on: save one as 'test'.")
+            rows = rows[split]
+        labels = rows.features["label"].num_classes
+        if labels != student.config.num_labels:
+            raise ValueError(
+                f"The student has {student.config.num_labels} labels and {source} has {labels}. Use the data that it "
+                "was trained for."
+            )
+        if max_images is not None and max_images < len(rows):
+            # Sets are often sorted by class.
+            rows = rows.select(np.linspace(0, len(rows) - 1, max_images).round().astype(int))
+        images = ImageDataset(
+            rows,
+            settings.load_size or max(height, teacher_size),
+            transform=settings.test_crop,
+            crop_pct=settings.crop_pct,
+            num_channels=student.config.num_channels,
+        )
+        batches = _image_batches(images, batch_size, (height, teacher_size), (mean, std), student)
+        results[name or f"{Path(source).name} test images"] = compare_images(student, borrowed, batches)
+    teacher_model = borrowed.restore()
+    rows = [
+        {
+            "batch size": size,
+            "teacher": image_speed(teacher_model, teacher_size, size, repeats=repeats),
+            "student": image_speed(student, height, size, repeats=repeats),
+        }
+        for size in tqdm(BATCH_SIZES, desc="Speed")
+    ]
+    speed = {"over": "batch size", "repeats": repeats, "rows": rows, "crossing": {}}
+    return {"teacher_parameters": teacher_model.num_parameters(), "images": results, "speed": speed}
+
+
+def _image_batches(
+    images: ImageDataset,
+    batch_size: int,
+    sizes: tuple[int, int],
+    scale: tuple[Sequence[float], Sequence[float]],
+    student: PreTrainedModel,
+) -> Iterator[dict[str, Tensor]]:
+    mean, std = (torch.tensor(values, device=student.device).view(-1, 1, 1) for values in scale)
+    for batch in tqdm(DataLoader(images, batch_size, collate_fn=collate_images), desc="Comparing"):
+        pixels = (batch["pixel_values"].to(student.device).float() / 255 - mean) / std  # (b, c, height, width)
+        ours, theirs = (shown.to(student.dtype) for shown in two_sizes(pixels, *sizes))
+        yield {"pixel_values": ours, "teacher_pixel_values": theirs, "labels": batch["labels"]}
+
+
+def _draw(report: Mapping[str, Any], output: Path) -> list[str]:
+    """Names of the plots; none where matplotlib, which is optional, is missing."""
+    names = []
+    try:
+        if "recall" in report:
+            names.append(recall_curves(report["recall"], output / "recall.png").name)
+        if "speed" in report:
+            names.append(speed_curves(report["speed"], output / "speed.png").name)
+    except ImportError as error:
+        print(f"No plots are drawn: {error}")
+    return names
+
+
+def _merge(report: dict[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's report with the numbers of a later evaluation, which are the newer ones."""
+    after = dict(report["after"])
+    if evaluation["task"] == "image-classification":
+        # Baselines were measured on the run's own sets only.
+        newer = evaluation["images"]
+        after |= {name: one for name, one in newer.items() if name in after or not report["baselines"]}
+        return report | {"after": after}
+    if "recall" in evaluation:
+        after = {name: {key: value for key, value in one.items() if key != "recall"} for name, one in after.items()}
+    after |= evaluation["texts"]
+    if "recall" in evaluation:
+        first = next(iter(after))
+        after[first] = after[first] | {"recall": evaluation["recall"]["copying"]}
+    return report | {"after": after}

@@ -1,0 +1,265 @@
+"""The report and the card of a finished student: numbers against naive restatements, files, and one-line errors."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from tiny_images import tiny_image_student, tiny_image_teacher
+from tiny_models import random_ids, tiny_model
+
+from cab_hf.data import load_documents
+from cab_hf.demo import random_llama
+from cab_hf.evaluation import compare
+from cab_hf.images import load_images, make_image_processor
+from cab_hf.metrics import crossing_length
+from cab_hf.packing import pack_documents
+from cab_hf.report import (
+    describe,
+    evaluate,
+    image_speed,
+    read_recipe,
+    text_speed,
+    write_card_of,
+)
+
+
+TEXT = "It is a truth that a text of some length has many words, and that few of them are new. "
+QUICK = {"lengths": (8, 16), "gaps": (0, 5), "prompts": 3, "new_tokens": 6, "repeats": 1, "max_tokens": 200}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prose.txt"
+    path.write_text(TEXT * 12)
+    return path
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("students") / "tiny"
+    _, tokenizer = random_llama()
+    tiny_model(mixer_type="mamba2", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class TestCrossing:
+    def test_by_hand(self):
+        # The ratio goes from 1/2 to 2: halfway between the lengths, in logarithms.
+        assert crossing_length([100, 400], [5, 8], [10, 4]) == pytest.approx(200)
+        # From 1/2 to 8: a quarter of the way.
+        assert crossing_length([16, 256], [1, 8], [2, 1]) == pytest.approx(32)
+
+    def test_the_last_crossing_counts(self):
+        ratios = [2.0, 0.5, 0.5, 2.0]
+        assert crossing_length([1, 2, 4, 16], ratios, [1.0] * 4) == pytest.approx(8)
+
+    def test_never_and_always(self):
+        assert crossing_length([1, 2], [3, 1], [2, 2]) is None
+        assert crossing_length([4, 8], [3, 3], [2, 2]) == 4
+        assert crossing_length([], [], []) is None
+
+    def test_lengths_without_a_number_are_left_out(self):
+        assert crossing_length([100, 200, 400], [5, None, 8], [10, 7, 4]) == pytest.approx(200)
+        assert crossing_length([100, 200], [5, 5], [10, None]) is None
+
+
+def test_speed_and_memory_are_counted():
+    model = tiny_model(mixer_type="mamba2")
+    short, long = (text_speed(model, length, new_tokens=2, repeats=1) for length in (8, 256))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    assert long["prefill"] > 0
+    assert weights < short["peak_mib"] < long["peak_mib"]
+    # The logits of the prompt's last token alone, and states of 256 x 64 channels: far below 10 MiB.
+    assert long["peak_mib"] < weights + 10
+    assert text_speed(tiny_model(max_position_embeddings=40), 39, repeats=1) is None
+    pixels = image_speed(tiny_image_student(), 8, 2, repeats=1)
+    assert pixels["images"] > 0 and pixels["peak_mib"] > 0
+
+
+def test_a_report_on_text(student, text, tmp_path, capsys):
+    report = evaluate(
+        student, "random-llama", [f"prose={text}"], output=tmp_path, block_size=40, device="cpu", **QUICK
+    )
+    assert report == json.loads((tmp_path / "evaluation.json").read_text())
+    teacher, tokenizer = random_llama()
+    blocks = pack_documents(load_documents(text), tokenizer, 40)
+    own = tiny_model(mixer_type="mamba2", vocab_size=len(tokenizer))
+    expected = compare(own, teacher, blocks, max_tokens=200, progress=False)
+    assert all(report["texts"]["prose"][name] == pytest.approx(value) for name, value in expected.items())
+    assert report["generation"]["student"]["greedy"]["n_texts"] == 3
+    assert set(report["recall"]) == {"copying", "associative"}
+    for gaps in report["recall"].values():
+        assert list(gaps) == ["0", "5"]
+        assert all(0 <= one[who]["recall"] <= 1 for one in gaps.values() for who in ("teacher", "student"))
+    assert [row["length"] for row in report["speed"]["rows"]] == [8, 16]
+    assert set(report["speed"]["crossing"]) == {"prefill", "decode", "peak_mib"}
+    assert report["plots"] == ["recall.png", "speed.png"]
+    assert all((tmp_path / name).read_bytes()[1:4] == b"PNG" for name in report["plots"])
+    table = describe(report)
+    assert "prose" in table and f"{expected['kl']:.3f}" in table and "associative" in table
+    assert max(map(len, table.splitlines())) < 120 and str(tmp_path) not in json.dumps(report)
+
+
+def test_only_what_is_asked_for(student, text, tmp_path):
+    options = {**QUICK, "lengths": (), "gaps": (), "prompts": 0}
+    report = evaluate(student, "random-llama", [str(text)], output=tmp_path, block_size=40, **options)
+    assert "speed" not in report and "recall" not in report and "generation" not in report and not report["plots"]
+    assert list(report["texts"]) == ["prose.txt"]
+
+
+def test_a_report_on_images(tmp_path):
+    torch.manual_seed(0)
+    folder, teacher_folder = tmp_path / "student", tmp_path / "teacher"
+    student, teacher = tiny_image_student(num_labels=10), tiny_image_teacher(num_labels=10)
+    student.save_pretrained(folder)
+    teacher.save_pretrained(teacher_folder)
+    size = student.config.image_height_and_width[0]
+    processor = make_image_processor(size=size)
+    for place in (folder, teacher_folder):
+        processor.save_pretrained(place)
+    report = evaluate(folder, str(teacher_folder), ["digits"], max_tokens=50, repeats=1, device="cpu")
+    found = report["images"]["digits test images"]
+    rows = load_images("digits", split="test")
+    chosen = rows.select(np.linspace(0, len(rows) - 1, 50).round().astype(int))
+    pixels = processor([image.convert("RGB") for image in chosen["image"]], return_tensors="pt")["pixel_values"]
+    right, same = 0, 0
+    with torch.no_grad():
+        ours, theirs = student.eval()(pixels).logits, teacher.eval()(pixels).logits
+    for row, label in enumerate(chosen["label"]):
+        right += int(ours[row].argmax()) == label
+        same += int(ours[row].argmax()) == int(theirs[row].argmax())
+    assert found["n_images"] == 50
+    assert found["student_top1"] == pytest.approx(right / 50)
+    assert found["agreement"] == pytest.approx(same / 50)
+    assert [row["batch size"] for row in report["speed"]["rows"]] == [1, 4, 16]
+    assert (folder / "speed.png").is_file() and "digits test images (50 images)" in describe(report)
+    with pytest.raises(ValueError, match="teacher has 3 labels and the student 10"):
+        other = tmp_path / "other"
+        tiny_image_teacher(num_labels=3).save_pretrained(other)
+        processor.save_pretrained(other)
+        evaluate(folder, str(other), ["digits"], max_tokens=50)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"data": []}, "at least one source"),
+        ({"lengths": (0, 8)}, "lengths is 0"),
+        ({"gaps": (-1,)}, "gaps is -1"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"device": "abacus"}, "'abacus' can't be used here"),
+        ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"folder": "nobody/nothing", "output": None}, "Give output"),
+    ],
+)
+def test_wrong_options(student, text, tmp_path, options, message):
+    arguments = {"folder": student, "teacher": "random-llama", "data": [str(text)], "output": tmp_path} | options
+    with pytest.raises(ValueError, match=message):
+        evaluate(**arguments)
+
+
+def test_a_teacher_of_other_tokens(tmp_path, text):
+    tiny_model(mixer_type="mamba2", vocab_size=3000).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="vocab_size=3000"):
+        evaluate(tmp_path / "other", "random-llama", [str(text)])
+
+
+@pytest.fixture
+def run(student, text, tmp_path) -> Path:
+    """The folder of a finished run, without its card."""
+    folder = tmp_path / "run"
+    own = tiny_model(mixer_type="mamba2", vocab_size=257)
+    own.save_pretrained(folder)
+    random_llama()[1].save_pretrained(folder)
+    recipe = {
+        "teacher": "random-llama",
+        "dataset": [str(text)],
+        "holdout": "0.5",
+        "output_dir": "/somewhere/else",
+        "bf16": True,
+        "tf32": True,
+        "stages": [{"name": "alone", "max_steps": 3, "fp16": True, "bf16": False}],
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    blocks = random_ids(4, 20, vocab_size=257)
+    after = {"prose": compare(own, random_llama()[0], blocks, progress=False)}
+    report = {
+        "teacher": "random-llama",
+        "teacher_parameters": 1234567,
+        "train_tokens": 999,
+        "after": after,
+        "stages": [{"name": "alone", "steps": 3, "tokens": 999}],
+        "hardware": "an abacus",
+        "versions": {"torch": "2.13"},
+    }
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+class TestCard:
+    def test_from_the_files_of_a_run(self, run):
+        card = ModelCard.load(write_card_of(run, license="mit"))
+        assert card.data.license == "mit" and "an abacus" in card.text and "alone: 3 steps" in card.text
+        after = json.loads((run / "report.json").read_text())["after"]["prose"]
+        (result,) = card.data.eval_results
+        assert result.metric_value == pytest.approx(after["student_perplexity"], abs=1e-4)
+        assert "tf32: true" in card.text and "/somewhere" not in card.text
+
+    def test_an_evaluation_is_in_it(self, run):
+        numbers = json.loads((run / "report.json").read_text())["after"]["prose"]
+        newer = numbers | {"student_perplexity": 77.5}
+        one = {"recall": 0.625, "ci95": [0.5, 0.75], "n_tokens": 63}
+        evaluation = {
+            "task": "text-generation",
+            "texts": {"verse": newer},
+            "recall": {"copying": {"16": {"teacher": one, "student": one}}},
+        }
+        (run / "evaluation.json").write_text(json.dumps(evaluation))
+        card = ModelCard.load(write_card_of(run, license="mit"))
+        assert [result.dataset_name for result in card.data.eval_results] == ["prose", "verse"]
+        assert "77.50" in card.text and "| prose | teacher |" in card.text and "| 16 | 0.625" in card.text
+
+    def test_a_card_stays_unless_asked(self, run):
+        (run / "README.md").write_text("mine")
+        with pytest.raises(ValueError, match="overwrite"):
+            write_card_of(run, license="mit")
+        assert (run / "README.md").read_text() == "mine"
+        write_card_of(run, license="mit", overwrite=True)
+        assert "mine" != (run / "README.md").read_text()
+
+    def test_what_is_missing_is_named(self, run, student):
+        with pytest.raises(ValueError, match="licence of teacher 'random-llama' is unknown"):
+            write_card_of(run)
+        with pytest.raises(FileNotFoundError, match="no recipe.yaml"):
+            write_card_of(student)
+        report = json.loads((run / "report.json").read_text())
+        del report["hardware"]
+        (run / "report.json").write_text(json.dumps(report))
+        with pytest.raises(ValueError, match="lack 'hardware'"):
+            write_card_of(run, license="mit")
+        (run / "report.json").write_text("{")
+        with pytest.raises(ValueError, match="damaged"):
+            write_card_of(run, license="mit")
+        assert not (run / "README.md").exists()
+
+
+def test_what_a_student_was_trained_on_is_evaluated_on_the_held_out_part(run, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(8):
+        (texts / f"{number}.txt").write_text(f"{number} " + TEXT * 2)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | {"dataset": [str(texts)], "holdout": "2"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    options = {"lengths": (), "gaps": (), "prompts": 0, "block_size": 20, "max_tokens": None, "output": tmp_path}
+    part = evaluate(run, "random-llama", [str(texts)], **options)["texts"]
+    whole = evaluate(run, "random-llama", [f"all={texts / '*.txt'}"], **options)["texts"]
+    assert list(part) == ["held-out part of texts"]
+    assert part["held-out part of texts"]["n_blocks"] == math.floor(2 * (len(TEXT) * 2 + 3) / 20)
+    assert whole["all"]["n_blocks"] == math.floor(8 * (len(TEXT) * 2 + 3) / 20)
+    assert read_recipe(run).values == recipe
