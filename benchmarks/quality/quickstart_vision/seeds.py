@@ -93,9 +93,8 @@ def main() -> None:
     (HERE / "results_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(seeds, after["teacher_top1"], HERE / "top1_cpu.png")
     for name, row in result["summary"].items():
-        print(
-            f"{name:<14} top-1 {row['student_top1_mean']:.3f} +- {row['student_top1_std']:.3f}, KL {row['kl_mean']:.3f}"
-        )
+        mean, spread = row["student_top1_mean"], row["student_top1_std"]
+        print(f"{name:<14} top-1 {mean:.3f} +- {spread:.3f}, KL {row['kl_mean']:.3f}")
 
 
 if __name__ == "__main__":
