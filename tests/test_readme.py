@@ -65,6 +65,19 @@ def test_figures_of_the_transfer(start, text):
     assert f"{after['n_tokens']:,}" in README
 
 
+@pytest.mark.parametrize("method", ["from scratch", "soft KD", "CAB"])
+def test_figures_of_image_students(method):
+    report = result("quality/quickstart_vision/results_cpu.json")
+    numbers, others = report["summary"][method], [report["summary"][name] for name in ("from scratch", "soft KD")]
+    assert row(f"{method} |") == [
+        f"{numbers['student_top1_mean']:.3f} ± {numbers['student_top1_std']:.3f}",
+        f"{numbers['kl_mean']:.2f}",
+        f"{numbers['agreement_mean']:.2f}",
+    ]
+    assert row("ViT teacher")[0] == f"{report['teacher_top1']:.3f}" and len(report["seeds"]) == 5
+    assert report["summary"]["CAB"]["student_top1_mean"] > max(other["student_top1_mean"] for other in others)
+
+
 def test_figures_of_the_starts():
     results = result("quality/starts/starts_cpu.json")["results"]
     start = "copied, transparent, moving averages"

@@ -57,7 +57,7 @@ def draw(seeds: dict[int, dict[str, dict[str, float]]], teacher: float, path: Pa
         axes.bar(place, statistics.mean(values), width=0.6, color=f"C{place}", alpha=0.5)
         axes.plot([place] * len(values), values, "o", color=f"C{place}", markersize=5)
     axes.axhline(teacher, color="black", linestyle="--", linewidth=1)
-    axes.text(len(names) - 0.55, teacher, "teacher", va="bottom", ha="right")
+    axes.text(len(names) - 0.75, teacher, "teacher", va="bottom", ha="right")
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(0.8, 1.0)
     axes.set_ylabel("top-1 accuracy, 359 test images")
