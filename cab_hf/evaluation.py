@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import datasets
-import evaluate
 import numpy as np
 import torch
 from torch import nn
@@ -32,26 +31,24 @@ _Z95 = 1.959964
 _CHUNK = 512
 
 
-class Perplexity(evaluate.Metric):
-    """Perplexity from sums: `compute(nll=[...], tokens=[...])`, one entry a block, needs no model and no Hub."""
+def perplexity_of_sums(nll: Sequence[float], tokens: Sequence[int]) -> dict[str, float | int | list[float]]:
+    """Perplexity out of each block's sum: exp of the mean negative log-likelihood of a token.
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="exp of the mean negative log-likelihood of a token, with a 95 % interval over blocks.",
-            citation="",
-            inputs_description="nll: summed negative log-likelihood of a block in nats; tokens: how many tokens.",
-            features=datasets.Features({"nll": datasets.Value("float64"), "tokens": datasets.Value("int64")}),
-        )
+    Args:
+        nll: summed negative log-likelihood of each block, in nats.
+        tokens: how many tokens each sum is over.
 
-    def _compute(self, nll: Sequence[float], tokens: Sequence[int]) -> dict[str, float | int | list[float]]:
-        mean, low, high = ratio_interval(nll, tokens)
-        return {
-            "perplexity": _exp(mean),
-            "ci95": [_exp(low), _exp(high)],
-            "nll": mean,
-            "n_tokens": int(np.sum(tokens)),
-            "n_blocks": int(np.count_nonzero(tokens)),
-        }
+    Returns:
+        `perplexity`, `ci95` (over blocks), `nll` in nats per token, `n_tokens`, `n_blocks`.
+    """
+    mean, low, high = ratio_interval(nll, tokens)
+    return {
+        "perplexity": _exp(mean),
+        "ci95": [_exp(low), _exp(high)],
+        "nll": mean,
+        "n_tokens": int(np.sum(tokens)),
+        "n_blocks": int(np.count_nonzero(tokens)),
+    }
 
 
 def perplexity(
@@ -96,7 +93,7 @@ def perplexity(
                 per_row.index_add_(0, rows, nll.double())
             sums += per_row.tolist()
             counts += (targets != IGNORE_INDEX).sum(1).tolist()
-    return Perplexity(keep_in_memory=True).compute(nll=sums, tokens=counts)
+    return perplexity_of_sums(sums, counts)
 
 
 def compare(

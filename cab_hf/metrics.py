@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel
 
 from cab_hf.data import IGNORE_INDEX
-from cab_hf.evaluation import Perplexity as PerplexityOfSums
-from cab_hf.evaluation import _batches, _effective_count, _evaluating, _logits
+from cab_hf.evaluation import _batches, _effective_count, _evaluating, _logits, perplexity_of_sums
 
 
 _Z95 = 1.959964
@@ -81,7 +80,7 @@ class Perplexity(evaluate.Metric):
         if np.ndim(references[0]):
             pairs = [log_likelihood(np.asarray(one), np.asarray(own)) for one, own in zip(predictions, references)]
             sums, counts = zip(*pairs)
-        return PerplexityOfSums(keep_in_memory=True).compute(nll=[-one for one in sums], tokens=counts)
+        return perplexity_of_sums([-one for one in sums], counts)
 
 
 class Recall(evaluate.Metric):
