@@ -68,7 +68,7 @@ def learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, 
             axes.plot(*held_out, "D", label=f"{_LABELS[name]}, held out", color=style["color"], markersize=7)
     axes.set_yscale("log")
     axes.set_xlabel("step", fontsize=13)
-    axes.set_ylabel("loss per token", fontsize=13)
+    axes.set_ylabel("loss", fontsize=13)
     axes.tick_params(labelsize=12)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=12, loc="upper left", bbox_to_anchor=(1.01, 1.0))
