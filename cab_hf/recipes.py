@@ -78,6 +78,10 @@ class ModelArguments:
     license: str | None = field(
         default=None, metadata={"help": "Licence of the student, for its card; the teacher's if known."}
     )
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={"help": "Threads of torch on a CPU: `accelerate launch` gives one if not told otherwise."},
+    )
     method: str = field(default="student", metadata={"help": "What the result table calls this run's student."})
 
     @property

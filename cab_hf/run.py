@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from cab_hf import run_images, run_text
@@ -33,6 +34,7 @@ FREE_OPTIONS = {
     "hub_private_repo",
     "hub_revision",
     "hub_strategy",
+    "cpu_threads",
 }
 WITHOUT_PACKAGE = """
 import sys
@@ -56,6 +58,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         ConnectionError: with `push_to_hub`, the Hub can't be reached.
     """
     folder, args = recipe.output_dir, recipe.stages[-1][1]
+    if recipe.model.cpu_threads is not None:
+        torch.set_num_threads(recipe.model.cpu_threads)
     pushes = args.push_to_hub and recipe.is_main_process
     if pushes:  # before a long training, not after it
         check_access(args.hub_model_id or folder.name, token=args.hub_token, private=args.hub_private_repo)
@@ -101,7 +105,7 @@ def _make_teacher(recipe: Recipe) -> None:
     print(f"The teacher {model.teacher} does not exist yet: {model.teacher_recipe} makes it.")
     shared = [
         option
-        for name in ("use_cpu", "disable_tqdm", "data_dir", "bf16")
+        for name in ("use_cpu", "cpu_threads", "disable_tqdm", "data_dir", "bf16")
         if name in recipe.values
         for option in (f"--{name}", str(recipe.values[name]))
     ]
