@@ -198,4 +198,6 @@ if __name__ == "__main__":
     found = everything(Path(sys.argv[1]), 2)
     if os.environ["RANK"] == "0":
         torch.save(found, Path(sys.argv[1]) / "results.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()  # all is saved
+    sys.stdout.flush()
+    os._exit(0)  # a thread of the backend that is still alive may abort the interpreter's own end
