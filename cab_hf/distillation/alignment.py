@@ -3,6 +3,7 @@
 Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
 """
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -186,13 +187,13 @@ def align_tokens(x: Tensor, token_dim: int, source: TokenLayout, target: TokenLa
             f"The student has {target.registers} register tokens and the teacher {source.registers}: use "
             f"num_register_tokens={source.registers} or 0."
         )
-    kept = source.order[: target.extra] + source.order[source.extra :]
-    x = x.index_select(token_dim, _indices(kept, x.device))
-    if source.grid != target.grid:
-        special, patches = x.split([target.extra, x.shape[token_dim] - target.extra], dim=token_dim)
-        x = torch.cat([special, _resize(patches, token_dim, source.grid, target.grid)], dim=token_dim)
-    places = sorted(range(target.num_tokens), key=target.order.__getitem__)
-    return x.index_select(token_dim, _indices(places, x.device))
+    kept, places = _indices(source, target, x.device)
+    if source.grid == target.grid:
+        return x.index_select(token_dim, kept[places])
+    x = x.index_select(token_dim, kept)
+    special, patches = x.split([target.extra, x.shape[token_dim] - target.extra], dim=token_dim)
+    x = torch.cat([special, _resize(patches, token_dim, source.grid, target.grid)], dim=token_dim)
+    return x.index_select(token_dim, places)
 
 
 def align_targets(
@@ -245,15 +246,16 @@ def _resize(patches: Tensor, token_dim: int, source: tuple[int, int], target: tu
     return resized.view(*moved.shape[:-1], -1).movedim(-1, token_dim).to(patches.dtype)
 
 
-_CACHE: dict[tuple, Tensor] = {}
+@functools.cache
+def _indices(source: TokenLayout, target: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The source's tokens that are kept, special ones first; and of these, resized, each place's in the target.
 
-
-def _indices(places: list[int], device: torch.device) -> Tensor:
-    """The places as a tensor, copied to a device once: a copy at every step would wait for it."""
-    key = (tuple(places), device)
-    if key not in _CACHE:
-        _CACHE[key] = torch.tensor(places, device=device)
-    return _CACHE[key]
+    Made and copied to a device once for all layers and steps: a copy would wait for the device.
+    """
+    kept = source.order[: target.extra] + source.order[source.extra :]
+    order = target.order
+    places = sorted(range(target.num_tokens), key=order.__getitem__)
+    return torch.tensor(kept, device=device), torch.tensor(places, device=device)
 
 
 __all__ = [
