@@ -6,7 +6,6 @@ Shapes: `b` batch, `t` token, `V` vocabulary, `n` rows (blocks or sequences).
 """
 
 import inspect
-import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,33 +21,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.data import IGNORE_INDEX, LanguageCollator, shift_labels
 from cab_hf.distillation.teacher import check_vocabularies
+from cab_hf.metrics import (
+    distinct_n,
+    perplexity_of_sums,
+    ratio_interval,
+    recall_of_counts,
+    repetition_rate,
+    safe_exp,
+)
 
 
 # Dataset of rows, or (n, t) token ids, or rows as dicts or lists of token ids.
 Blocks = datasets.Dataset | datasets.IterableDataset | torch.Tensor | Sequence[dict | Sequence[int]]
 
-_Z95 = 1.959964
 _CHUNK = 512
-
-
-def perplexity_of_sums(nll: Sequence[float], tokens: Sequence[int]) -> dict[str, float | int | list[float]]:
-    """Perplexity out of each block's sum: exp of the mean negative log-likelihood of a token.
-
-    Args:
-        nll: summed negative log-likelihood of each block, in nats.
-        tokens: how many tokens each sum is over.
-
-    Returns:
-        `perplexity`, `ci95` (over blocks), `nll` in nats per token, `n_tokens`, `n_blocks`.
-    """
-    mean, low, high = ratio_interval(nll, tokens)
-    return {
-        "perplexity": _exp(mean),
-        "ci95": [_exp(low), _exp(high)],
-        "nll": mean,
-        "n_tokens": int(np.sum(tokens)),
-        "n_blocks": int(np.count_nonzero(tokens)),
-    }
 
 
 def perplexity(
@@ -157,7 +143,7 @@ def compare(
         ("perplexity_ratio", student_nll - teacher_nll),
     ):
         numbers = ratio_interval(sums, tokens)
-        report[name], low, high = map(_exp, numbers) if "perplexity" in name else numbers
+        report[name], low, high = map(safe_exp, numbers) if "perplexity" in name else numbers
         report[f"{name}_ci95"] = [max(low, 0.0), min(high, 1.0) if name == "agreement" else high]
     return report | {"n_tokens": int(tokens.sum()), "n_blocks": int(np.count_nonzero(tokens))}
 
@@ -213,23 +199,146 @@ def copying_recall(
         copied, others = shuffled[:length], shuffled[length:]
         filler = generator.choice(others, gap) if gap else others[:0]
         sequences.append(np.concatenate([copied, filler, copied]))
-    tokens = torch.from_numpy(np.stack(sequences))
+    asked, answers = slice(-length, -1), slice(1 - length, None)
+    found = _recall(model, sequences, asked, answers, f"Recall over a gap of {gap}", batch_size, device, progress)
+    return found | {"gap": gap, "length": length}
 
+
+def associative_recall(
+    model: PreTrainedModel,
+    vocabulary: int | Sequence[int],
+    gap: int,
+    *,
+    pairs: int = 16,
+    n: int = 32,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> dict[str, float | int | list[float]]:
+    """Share of values that a model finds by their keys, shown earlier in its context.
+
+    A sequence is `pairs` of a key and its value, all of them different random tokens, then `gap` random other tokens,
+    then the pairs once more in another order. Counted are the values of the second showing, each right when it is the
+    most likely token after its key. Unlike `copying_recall` the order does not help.
+
+    Args:
+        model: Any causal language model.
+        vocabulary: Size of the vocabulary, or the token ids to draw from.
+        gap: Tokens between the last pair and the first query.
+        pairs: Keys, each with its value.
+        n: Sequences.
+        seed: Picks the tokens.
+        batch_size: Sequences a forward pass.
+        device: Where to move the model first; by default it stays where it is.
+        progress: Show a progress bar.
+
+    Returns:
+        `recall`, its 95 % interval `ci95` as in `Recall`, `n_tokens` counted, `n_sequences`, `gap`, `pairs`.
+
+    Raises:
+        ValueError: `vocabulary` has not enough tokens, `pairs` or `n` is below 1, or `gap` is negative.
+
+    Source: the task of Arora et al. (2023), "Zoology", there with queries at random distances.
+    """
+    pool = np.arange(vocabulary) if isinstance(vocabulary, int) else np.unique(np.asarray(vocabulary))
+    if pairs < 1 or gap < 0 or n < 1:
+        raise ValueError(f"pairs is {pairs}, gap {gap} and n {n}. They must be at least 1, 0 and 1.")
+    needed = 2 * pairs + (gap > 0)
+    if len(pool) < needed:
+        raise ValueError(
+            f"vocabulary has {len(pool)} tokens, fewer than the {needed} that {pairs} pairs and gap {gap} take. Use "
+            "fewer pairs or more tokens."
+        )
+    generator = np.random.default_rng(seed)
+    sequences = []
+    for _ in range(n):
+        shuffled = generator.permutation(pool)
+        shown, others = shuffled[: 2 * pairs].reshape(pairs, 2), shuffled[2 * pairs :]
+        filler = generator.choice(others, gap) if gap else others[:0]
+        sequences.append(np.concatenate([shown.ravel(), filler, generator.permutation(shown).ravel()]))
+    keys, values = slice(-2 * pairs, None, 2), slice(1 - 2 * pairs, None, 2)
+    title = f"Associative recall over a gap of {gap}"
+    found = _recall(model, sequences, keys, values, title, batch_size, device, progress)
+    return found | {"gap": gap, "pairs": pairs}
+
+
+def generate(
+    model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, batch_size: int = 8, seed: int = 0
+) -> dict[str, dict[str, float | int]]:
+    """How much a model repeats itself, greedily and sampled at temperature 1.
+
+    Args:
+        model: Any causal language model.
+        prompts: Token ids (n, t), all real ones.
+        new_tokens: Tokens of a continuation at most; one ends early where the model ends it.
+        batch_size: Prompts at a time.
+        seed: Of the random draws; the global random state is left alone.
+
+    Returns:
+        Under `greedy` and `sampled`: `repetition_rate` of 4-grams, `distinct_1`, `distinct_2`, `distinct_3`,
+        `n_tokens` made and `n_texts`.
+    """
+    # Always given: a teacher's own generation config may penalise repetition or sample.
+    ways = {
+        "greedy": {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
+        "sampled": {
+            "do_sample": True,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+        },
+    }
+    ends = np.atleast_1d(model.generation_config.eos_token_id or [])
+    devices = [model.device] if model.device.type == "cuda" else []
+    report = {}
+    for way, options in ways.items():
+        texts = []
+        with _evaluating(model), torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            for start in tqdm(range(0, len(prompts), batch_size), desc=f"Generating ({way})"):
+                batch = prompts[start : start + batch_size].to(model.device)
+                out = model.generate(
+                    batch,
+                    attention_mask=torch.ones_like(batch),
+                    max_new_tokens=new_tokens,
+                    pad_token_id=int(ends[0]) if len(ends) else 0,
+                    **options,
+                )
+                texts += [_before_end(row, ends) for row in out[:, batch.shape[1] :].tolist()]
+        report[way] = {
+            "repetition_rate": repetition_rate(texts),
+            **{f"distinct_{size}": distinct_n(texts, size) for size in (1, 2, 3)},
+            "n_tokens": sum(map(len, texts)),
+            "n_texts": len(texts),
+        }
+    return report
+
+
+def _recall(
+    model: PreTrainedModel,
+    sequences: Sequence[np.ndarray],
+    asked: slice,
+    answers: slice,
+    title: str,
+    batch_size: int,
+    device: str | torch.device | None,
+    progress: bool,
+) -> dict[str, float | int | list[float]]:
+    """How often the likeliest token after those at `asked` is the one at `answers`, in sequences of one length."""
+    tokens = torch.from_numpy(np.stack(sequences))
     right = []
     with _evaluating(model, device=device):
-        for batch in _batches(model, tokens, batch_size, None, "right", progress, f"Recall over a gap of {gap}"):
-            predicted = _logits(model, batch)[:, -length:-1].argmax(-1)
-            right += (predicted == batch["input_ids"][:, 1 - length :].to(predicted.device)).sum(1).tolist()
-    counts = [length - 1] * n
-    recall = sum(right) / sum(counts)
-    return {
-        "recall": recall,
-        "ci95": list(wilson_interval(recall, _effective_count(right, counts))),
-        "n_tokens": sum(counts),
-        "n_sequences": n,
-        "gap": gap,
-        "length": length,
-    }
+        for batch in _batches(model, tokens, batch_size, None, "right", progress, title):
+            predicted = _logits(model, batch)[:, asked].argmax(-1)
+            right += (predicted == batch["input_ids"][:, answers].to(predicted.device)).sum(1).tolist()
+    return recall_of_counts(right, [tokens[0, answers].numel()] * len(tokens))
+
+
+def _before_end(row: list[int], ends: Sequence[int]) -> list[int]:
+    return row[: next((place for place, token in enumerate(row) if token in ends), len(row))]
 
 
 def throughput(
@@ -345,48 +454,6 @@ def sample(
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def ratio_interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float, float]:
-    """Mean per token and its 95 % interval, taking rows, whose tokens hang together, as the independent unit.
-
-    Args:
-        sums: (n,) sum of a quantity over each row's tokens.
-        counts: (n,) tokens of each row; rows without any do not count.
-
-    Returns:
-        (mean, low, high), by the normal approximation of a ratio of sums; infinitely wide for a single row.
-
-    Raises:
-        ValueError: There is no token.
-    """
-    sums, counts = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    rows = len(counts)
-    if not rows:
-        raise ValueError("There is no token to predict. Give rows of two tokens or more, with labels beside -100.")
-    mean = sums.sum() / counts.sum()
-    if rows == 1:
-        return float(mean), -math.inf, math.inf
-    error = math.sqrt(rows / (rows - 1) * np.square(sums - mean * counts).sum()) / counts.sum()
-    return float(mean), float(mean - _Z95 * error), float(mean + _Z95 * error)
-
-
-def wilson_interval(share: float, n: float) -> tuple[float, float]:
-    """95 % interval of a share seen in `n` independent trials, sensible also at 0 and 1 (Wilson 1927)."""
-    centre = share + _Z95**2 / (2 * n)
-    spread = _Z95 * math.sqrt(share * (1 - share) / n + _Z95**2 / (4 * n**2))
-    scale = 1 + _Z95**2 / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-def _effective_count(right: Sequence[int], counts: Sequence[int]) -> float:
-    """Independent trials that would spread as much as the rows do: at least the rows, at most the tokens."""
-    share, low, high = ratio_interval(right, counts)
-    error = (high - low) / (2 * _Z95)
-    if error == 0 or math.isinf(error):
-        return len(counts)
-    return float(np.clip(share * (1 - share) / error**2, len(counts), sum(counts)))
-
-
 @contextmanager
 def _evaluating(*models: nn.Module, device: str | torch.device | None = None) -> Iterator[None]:
     if device is not None:
@@ -483,11 +550,6 @@ def _token_chunks(targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.T
     for start in range(0, len(rows), _CHUNK):
         place = rows[start : start + _CHUNK], columns[start : start + _CHUNK]
         yield *place, targets[place]
-
-
-def _exp(value: float) -> float:
-    """exp that overflows to infinity, as a diverged model's perplexity does."""
-    return math.exp(value) if value < 700 else math.inf
 
 
 def _synchronise(device: torch.device) -> None:

@@ -25,11 +25,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cab_hf.augmentation import two_sizes
 from cab_hf.data import load_documents, split_documents
 from cab_hf.distillation.teacher import Teacher, check_vocabularies
-from cab_hf.evaluation import Blocks, _evaluating, compare, copying_recall, throughput
+from cab_hf.evaluation import (
+    Blocks,
+    _evaluating,
+    associative_recall,
+    compare,
+    copying_recall,
+    generate,
+    throughput,
+)
 from cab_hf.export import load_image_processor, load_tokenizer, read_student
 from cab_hf.hub import describe_teacher, public_name, write_model_card
 from cab_hf.images import ImageDataset, collate_images, load_images, normalisation
-from cab_hf.metrics import associative_recall, crossing_length, generate
+from cab_hf.metrics import crossing_length
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
 from cab_hf.packing import pack_documents
 from cab_hf.plots import recall_curves, speed_curves

@@ -24,12 +24,10 @@ from cab_hf.evaluation import (
     compare,
     copying_recall,
     perplexity,
-    perplexity_of_sums,
-    ratio_interval,
     sample,
     throughput,
-    wilson_interval,
 )
+from cab_hf.metrics import perplexity_of_sums, ratio_interval, wilson_interval
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 
 

@@ -17,14 +17,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from cab_hf.evaluation import perplexity
+from cab_hf.evaluation import associative_recall, generate, perplexity
 from cab_hf.metrics import (
     Perplexity,
     Recall,
     TopKAccuracy,
-    associative_recall,
     distinct_n,
-    generate,
     image_metrics,
     log_likelihood,
     repetition_rate,
@@ -87,7 +85,7 @@ def test_broken_logits_never_count_as_right():
     [(5, 10, 0.2366, 0.7634), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)],
 )
 def test_wilson(right, n, low, high):
-    assert wilson_interval(right, n) == pytest.approx((low, high), abs=1e-4)
+    assert wilson_interval(right / n, n) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +198,7 @@ class TestRecall:
         found = Recall(keep_in_memory=True).compute(predictions=predictions, references=references)
         assert found["recall"] == pytest.approx(4 / 8) and found["n_tokens"] == 8 and found["n_sequences"] == 3
         # Rows that are right or wrong as a whole speak for fewer trials than tokens.
-        assert wilson_interval(4, 8)[1] <= found["ci95"][1] <= wilson_interval(1.5, 3)[1]
+        assert wilson_interval(4 / 8, 8)[1] <= found["ci95"][1] <= wilson_interval(1.5 / 3, 3)[1]
 
     def test_what_does_not_fit_raises(self):
         with pytest.raises(ValueError, match="all -100"):
