@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from datasets import ClassLabel, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -69,7 +69,6 @@ class ImageSets(NamedTuple):
         test: images of the report.
         num_available: training images before the share was taken.
         names: of the labels.
-        test_rows: the test images as they were loaded.
     """
 
     train: ImageDataset
@@ -77,7 +76,6 @@ class ImageSets(NamedTuple):
     test: ImageDataset
     num_available: int
     names: list[str]
-    test_rows: Any
 
 
 class BatchTransform:
@@ -94,6 +92,15 @@ class BatchTransform:
         student_images, teacher_images = two_sizes(images, self.student_size, self.teacher_size)
         shown = {"pixel_values": student_images, "labels": labels}
         return shown if self.student_size == self.teacher_size else shown | {"teacher_pixel_values": teacher_images}
+
+
+def make_transform(
+    recipe: Recipe, processor: BaseImageProcessor, names: list[str], student_size: int, teacher_size: int
+) -> BatchTransform:
+    """The recipe's augmentation, then the normalisation of a processor."""
+    mean, std = normalisation(processor)
+    augmentation = ImageAugmentation(recipe.augmentation, mean=mean, std=std, num_labels=len(names))
+    return BatchTransform(augmentation, student_size, teacher_size)
 
 
 class ImageTrainer(Trainer):
@@ -126,16 +133,16 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
     with args.main_process_first(desc="data"):
         sets = load_sets(recipe, recipe.images.load_size or max(size, teacher_size))
     _check_labels(teacher_model, sets.names)
-    mean, std = normalisation(teacher_processor)
-    augmentation = ImageAugmentation(recipe.augmentation, mean=mean, std=std, num_labels=len(sets.names))
-    transform = BatchTransform(augmentation, size, teacher_size)
-    teacher_model.to(args.teacher_device or args.device)
+    transform = make_transform(recipe, teacher_processor, sets.names, size, teacher_size)
     teacher = make_teacher(teacher_model, args)
+    set_seed(args.seed)  # the start does not depend on what was read before it
+    start = build_image_student(recipe, teacher_model, sets, size, transform).to(args.device)
+    before = _evaluate(recipe, start, teacher, sets, transform)
+    crop_pct = recipe.images.crop_pct if recipe.images.test_crop == "center_crop" else None
+    processor = make_image_processor(teacher_processor, size, crop_pct=crop_pct)
 
     def train(runs: list[tuple[str, DistillationTrainingArguments]]) -> tuple[PreTrainedModel, dict[str, Any]]:
-        set_seed(args.seed)  # every method starts from the same student
-        student = build_image_student(recipe, teacher_model, sets, size, transform).to(args.device)
-        before = _evaluate(recipe, student, teacher, sets, transform)
+        student = copy.deepcopy(start)
         histories = [
             run_stage(
                 name,
@@ -154,8 +161,6 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
         after = _evaluate(recipe, student, teacher, sets, transform)
         return student, {"before": before, "after": after, "stages": histories}
 
-    crop_pct = recipe.images.crop_pct if recipe.images.test_crop == "center_crop" else None
-    processor = make_image_processor(teacher_processor, size, crop_pct=crop_pct)
     baselines = {name: train([(name, baseline_args)])[1] for name, baseline_args in recipe.baselines}
     student, result = train(recipe.stages)
     report = {
@@ -197,9 +202,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     with args.main_process_first(desc="data"):
         sets = load_sets(recipe, recipe.images.load_size or size)
     model, processor = new_image_teacher(recipe, size, sets.names)
-    mean, std = normalisation(processor)
-    augmentation = ImageAugmentation(recipe.augmentation, mean=mean, std=std, num_labels=len(sets.names))
-    transform = BatchTransform(augmentation, size, size)
+    transform = make_transform(recipe, processor, sets.names, size, size)
     history = read_history(name, args, model)
     if history is None:
         trainer = ImageTrainer(
@@ -249,7 +252,7 @@ def load_image_teacher(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
 def new_image_teacher(recipe: Recipe, size: int, names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The model that `finetune` starts from: new from `teacher_config`, or pretrained with a new classifier."""
     settings = dict(recipe.model.teacher_config)
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    labels = _label_fields(names)
     if "model_type" in settings:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings, **labels)
         return AutoModelForImageClassification.from_config(config), make_image_processor(size=size)
@@ -259,9 +262,9 @@ def new_image_teacher(recipe: Recipe, size: int, names: list[str]) -> tuple[PreT
     return model, make_image_processor(AutoImageProcessor.from_pretrained(recipe.model.teacher), size)
 
 
-def load_sets(recipe: Recipe, size: int) -> ImageSets:
-    """The images of a run at one size; the shares are drawn by the seed."""
-    data, images, seed = recipe.data, recipe.images, recipe.stages[0][1].seed
+def load_rows(recipe: Recipe) -> tuple[Dataset, Dataset]:
+    """All training images and the test images of a run, not decoded yet."""
+    data, images = recipe.data, recipe.images
     if len(data.dataset) != 1:
         raise ValueError(f"`dataset` names {len(data.dataset)} sets of images, {data.dataset}; name one.")
     loaded = load_images(
@@ -276,7 +279,13 @@ def load_sets(recipe: Recipe, size: int) -> ImageSets:
     for argument, name in (("dataset_split", train_name), ("test_split", test_name)):
         if name not in splits:
             raise ValueError(f"`{argument}` is {name!r}, but {data.dataset[0]} has the splits {list(splits)}.")
-    rows = splits[train_name]
+    return splits[train_name], splits[test_name]
+
+
+def load_sets(recipe: Recipe, size: int) -> ImageSets:
+    """The images of a run at one size; the shares are drawn by the seed."""
+    images, seed = recipe.images, recipe.stages[0][1].seed
+    rows, test_rows = load_rows(recipe)
     available, validation = rows, None
     if images.validation_fraction > 0:
         kept, held = split_validation(rows["label"], images.validation_fraction, seed=seed)
@@ -291,10 +300,9 @@ def load_sets(recipe: Recipe, size: int) -> ImageSets:
     return ImageSets(
         train=ImageDataset(train, size, transform=images.train_crop),
         validation=None if validation is None else at_rest(validation),
-        test=at_rest(splits[test_name]),
+        test=at_rest(test_rows),
         num_available=len(rows),
         names=list(label.names),
-        test_rows=splits[test_name],
     )
 
 
@@ -308,7 +316,7 @@ def build_image_student(
     config = {"image_size": size} | model.student_config
     if model.num_hidden_layers is not None:
         config["num_hidden_layers"] = model.num_hidden_layers
-    labels = {"id2label": dict(enumerate(sets.names)), "label2id": {n: i for i, n in enumerate(sets.names)}}
+    labels = _label_fields(sets.names)
     if model.student_from == "config":
         return CABVisionMambaForImageClassification(
             CABVisionMambaConfig(**{"mixer_type": model.mixer_type} | labels | config)
@@ -330,6 +338,11 @@ def build_image_student(
     if calibrates and model.calibration == "fit" and model.copy_attention:
         fit_output_projection(student, teacher, batches, layer_map)
     return student
+
+
+def _label_fields(names: list[str]) -> dict[str, dict]:
+    """The fields of a config that name its labels."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
 def _calibration_batches(
@@ -465,7 +478,7 @@ def _side(size: int | list[int] | tuple[int, ...]) -> int:
 def write_test_image(recipe: Recipe, folder: Path) -> str:
     """Saves the first test image as a file and returns its path."""
     path = folder / "image.png"
-    load_sets(recipe, 8).test_rows[0]["image"].save(path)
+    load_rows(recipe)[1][0]["image"].save(path)
     return str(path)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from cab_hf.images import images_to_dataset, make_image_processor
 from cab_hf.recipes import parse_recipe
 from cab_hf.run import run_recipe
-from cab_hf.run_images import compare_images, load_sets, processor_side
+from cab_hf.run_images import compare_images, load_rows, processor_side
 
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def test_the_report_is_what_the_saved_student_does(folder, tmp_path):
     (after,) = run_recipe(run)["after"].values()
     model = AutoModelForImageClassification.from_pretrained(run.output_dir).eval()
     processor = AutoImageProcessor.from_pretrained(run.output_dir)
-    rows = load_sets(run, 8).test_rows
+    _, rows = load_rows(run)
     with torch.no_grad():
         logits = model(**processor([row["image"] for row in rows], return_tensors="pt")).logits
     right = (logits.argmax(-1) == torch.tensor(rows["label"][:])).sum().item()
