@@ -7,8 +7,7 @@ import torch
 from tiny_distillation import make_arguments, tiny_student, tiny_teacher
 
 from cab_hf import Teacher
-from cab_hf.distillation.bridge import ROLES, AttentionBridge, bridge_targets
-from cab_hf.distillation.losses import bridge_loss
+from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair, bridge_targets
 from cab_hf.distillation.modeling_distillation import DistillationModel
 from cab_hf.models import mixers
 
@@ -122,11 +121,11 @@ def paper_loss(bridge: AttentionBridge, Bs, Cs, attentions) -> torch.Tensor:
 
 
 def our_loss(bridge: AttentionBridge, Bs, Cs, attentions) -> torch.Tensor:
-    total = 0.0
+    pairs = []
     for layer, (B, C, attention) in enumerate(zip(Bs, Cs, attentions)):
         query, key = bridge_targets(attention)
-        total = total + bridge_loss(bridge(layer, "key", B), key) + bridge_loss(bridge(layer, "query", C), query)
-    return total / (len(Bs) * Bs[0].shape[0] * Bs[0].shape[1])
+        pairs += [BridgePair(layer, "key", [B], key), BridgePair(layer, "query", [C], query)]
+    return bridge.loss(pairs) / (len(Bs) * Bs[0].shape[0] * Bs[0].shape[1])
 
 
 def make_problem(layers=3, dtype=torch.float32):
@@ -143,6 +142,67 @@ def test_loss_is_the_papers():
     inputs = [*problem[0].parameters(), *problem[1], *problem[2]]
     for mine, theirs in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(paper, inputs)):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
+
+
+def naive_error(bridge: AttentionBridge, pairs: list[BridgePair], mask: torch.Tensor) -> torch.Tensor:
+    """One row at a time, by the forward pass; the backward scan reads the tokens in reverse."""
+    total = 0.0
+    for layer, role, projections, target, scale in pairs:
+        batch, tokens, features = target.shape
+        for direction, projection in enumerate(projections):
+            predicted = bridge(layer, role, projection, direction)
+            for b, t in mask.nonzero().tolist():
+                error = predicted[b, tokens - 1 - t if direction else t] - target[b, t]
+                total = total + error.square().sum() / features / (1.0 if scale is None else scale)
+    return total
+
+
+@pytest.mark.parametrize("shared_roles", [False, True])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("relative", [False, True])
+def test_loss_of_unlike_layers_masks_and_scales_equals_naive(shared_roles, directions, relative):
+    torch.manual_seed(0)
+    keys, queries, inputs = [6, 6, 6, 4], [6, 12, 12, 4], [8, 8, 8, 4]
+    bridge = AttentionBridge(inputs, keys, queries, 5, shared_roles, directions).double()
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    pairs = []
+    for layer, (n, *sizes) in enumerate(zip(inputs, keys, queries)):
+        for role, size in zip(ROLES, sizes):
+            shown = [torch.randn(2, 4, 2, n // 2, dtype=torch.float64, requires_grad=True) for _ in range(directions)]
+            target = torch.randn(2, 4, size, dtype=torch.float64).masked_fill(mask[..., None] == 0, torch.nan)
+            scale = torch.rand((), dtype=torch.float64) + 0.5 if relative else None
+            pairs.append(BridgePair(layer, role, shown, target, scale))
+    ours, naive = bridge.loss(pairs, mask), naive_error(bridge, pairs, mask)
+    torch.testing.assert_close(ours, naive, rtol=1e-12, atol=0)
+    wanted = [*bridge.parameters(), *(x for pair in pairs for x in pair.projections)]
+    # An upstream factor, as a loss weight is one.
+    for mine, theirs in zip(torch.autograd.grad(3 * ours, wanted), torch.autograd.grad(3 * naive, wanted)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(bridge.loss(pairs, mask), ours, rtol=1e-12, atol=0)
+
+
+def test_loss_under_autocast_is_near_float32_and_summed_in_float32():
+    bridge, Bs, Cs, attentions = make_problem(layers=2)
+    truth = our_loss(bridge, Bs, Cs, attentions)
+    wanted = [*bridge.parameters(), *Bs, *Cs]
+    expected = torch.autograd.grad(truth, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = our_loss(bridge, Bs, Cs, attentions)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, truth, rtol=0.02, atol=0)
+    for mine, theirs in zip(torch.autograd.grad(loss, wanted), expected):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).norm() < 0.03 * theirs.norm()
+
+
+def test_a_target_of_another_shape_is_an_error():
+    bridge = AttentionBridge([8], [6], [12])
+    shown = [torch.zeros(2, 5, 8)]
+    with pytest.raises(ValueError, match=r"keys' target of layer 0 is \(2, 5, 7\).*predicts \(2, 5, 6\)"):
+        bridge.loss([BridgePair(0, "key", shown, torch.zeros(2, 5, 7))])
+    with pytest.raises(ValueError, match=r"mask is \(2, 4\), but the projections cover \(2, 5\)"):
+        bridge.loss([BridgePair(0, "key", shown, torch.zeros(2, 5, 6))], torch.ones(2, 4))
 
 
 def test_bridge_learns():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cab_hf.distillation.losses import attention_loss, bridge_loss, chunked_kl_ce, target_map
+from cab_hf.distillation.losses import attention_loss, chunked_kl_ce, hidden_loss, target_map
 
 
 class WrappedLinear(nn.Module):
@@ -461,7 +461,7 @@ def test_losses_run_in_a_cuda_graph(autocast):
                 chunk_size=4,
             )
         target = target_map(states.flatten(2), "softmax", "key", mask)
-        total = result.total + bridge_loss(hidden.repeat(1, 1, 4), target, mask, relative=True)
+        total = result.total + hidden_loss(hidden.repeat(1, 1, 4), target, mask, relative=True)
         heads = states.transpose(1, 2)
         maps = hidden.sum(-1)[:, None, :, None].expand(3, 4, 7, 7)
         total = total + attention_loss(maps, heads, heads[:, :2], mask)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from cab_hf.distillation.losses import (
     attention_loss,
-    bridge_loss,
     hidden_loss,
     loss_weight,
     mean_square,
@@ -21,7 +20,7 @@ def gradients(loss, inputs):
     return torch.autograd.grad(loss, inputs)
 
 
-squared_losses = [bridge_loss, hidden_loss, output_loss]
+squared_losses = [hidden_loss, output_loss]
 
 
 @pytest.mark.parametrize("loss", squared_losses)
@@ -78,11 +77,11 @@ def test_squared_error_ignores_masked_tokens(loss, relative, garbage):
 def test_squared_error_per_token_depends_on_no_size(relative):
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
-    value = bridge_loss(student, teacher, relative=relative) / 10
+    value = hidden_loss(student, teacher, relative=relative) / 10
     for repeats in ((3, 1, 1), (1, 3, 1), (1, 1, 3)):
         wide_student, wide_teacher = student.repeat(repeats), teacher.repeat(repeats)
         tokens = wide_student.shape[0] * wide_student.shape[1]
-        torch.testing.assert_close(bridge_loss(wide_student, wide_teacher, relative=relative) / tokens, value)
+        torch.testing.assert_close(hidden_loss(wide_student, wide_teacher, relative=relative) / tokens, value)
 
 
 def test_fixed_scale_makes_relative_loss_independent_of_accumulation():
@@ -90,10 +89,10 @@ def test_fixed_scale_makes_relative_loss_independent_of_accumulation():
     student, teacher = torch.randn(8, 5, 6), torch.randn(8, 5, 6) * torch.arange(1, 9)[:, None, None]
     mask = (torch.arange(5) < torch.tensor([5, 1, 3, 2, 5, 4, 1, 2])[:, None]).long()
     scale = mean_square(teacher, mask)
-    whole = bridge_loss(student, teacher, mask, relative=True)
+    whole = hidden_loss(student, teacher, mask, relative=True)
     for rows in (1, 2, 4):
         parts = [
-            bridge_loss(*(x[i : i + rows] for x in (student, teacher, mask)), relative=scale)
+            hidden_loss(*(x[i : i + rows] for x in (student, teacher, mask)), relative=scale)
             for i in range(0, 8, rows)
         ]
         torch.testing.assert_close(torch.stack(parts).sum(), whole)
@@ -114,14 +113,14 @@ def test_squared_error_finite_differences():
     teacher = torch.randn(2, 3, 4, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     for relative in (False, True):
-        assert torch.autograd.gradcheck(lambda x, r=relative: bridge_loss(x, teacher, mask, relative=r), [student])
+        assert torch.autograd.gradcheck(lambda x, r=relative: hidden_loss(x, teacher, mask, relative=r), [student])
 
 
 def test_squared_error_of_bfloat16_sums_in_float32():
     torch.manual_seed(0)
     student = torch.randn(4, 300, 32).bfloat16().requires_grad_()
     teacher = torch.randn(4, 300, 32).bfloat16()
-    value = bridge_loss(student, teacher)
+    value = hidden_loss(student, teacher, relative=False)
     truth = ((student.double() - teacher.double()) ** 2).mean(-1).sum()
     assert value.dtype == torch.float32
     assert abs(value.item() / truth.item() - 1) < 1e-3
@@ -140,8 +139,8 @@ def test_targets_get_no_gradient():
 def test_squared_error_names_sizes_that_differ():
     with pytest.raises(ValueError, match=r"student_output is \(2, 3, 4\) and teacher_output is \(2, 3, 6\)"):
         output_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 2, 3))
-    with pytest.raises(ValueError, match=r"prediction is \(2, 3, 4\) and target is \(2, 1, 4\)"):
-        bridge_loss(torch.zeros(2, 3, 4), torch.zeros(2, 1, 4))
+    with pytest.raises(ValueError, match=r"student is \(2, 3, 4\) and teacher is \(2, 1, 4\)"):
+        hidden_loss(torch.zeros(2, 3, 4), torch.zeros(2, 1, 4))
     with pytest.raises(ValueError, match=r"mask is \(2, 4\), but student covers \(2, 3\)"):
         hidden_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.ones(2, 4))
 

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cab_hf import DistillationTrainer, Teacher
 from cab_hf.distillation import modeling_distillation
+from cab_hf.distillation.bridge import AttentionBridge
 from cab_hf.distillation.cuda_graph import GraphedStep
 from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.training_args import LOSSES
@@ -42,7 +43,7 @@ MIXERS = ("mamba", "mamba2")
 
 def test_weights_follow_their_end_and_decay(tmp_path, monkeypatch):
     steps, seen, bridges = 8, [], []
-    distil, bridge_loss = DistillationTrainer._distil, modeling_distillation.bridge_loss
+    distil, bridge_loss = DistillationTrainer._distil, AttentionBridge.loss
 
     def record(self, model, inputs, weights, active, counts, **kwargs):
         seen.append((dict(zip(LOSSES, weights.tolist())), set(active)))
@@ -56,7 +57,7 @@ def test_weights_follow_their_end_and_decay(tmp_path, monkeypatch):
         raise AssertionError("a loss of weight 0 was computed")
 
     monkeypatch.setattr(DistillationTrainer, "_distil", record)
-    monkeypatch.setattr(modeling_distillation, "bridge_loss", count_bridge)
+    monkeypatch.setattr(AttentionBridge, "loss", count_bridge)
     for name in ("attention_loss", "output_loss"):
         monkeypatch.setattr(modeling_distillation, name, never)
     trainer, recorder = make_trainer(

@@ -1,17 +1,40 @@
 """The attention bridge: small MLPs that predict a teacher's keys and queries from a student's B and C.
 
-Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group.
+Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group; `m` MLPs, `r` rows, `k` hidden
+width, `f` features.
 """
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from cab_hf.distillation.chunked_kl import accumulation_dtype
+from cab_hf.distillation.losses import SMALLEST_MEAN_SQUARE
 
 
 Role = Literal["key", "query"]
 ROLES: tuple[Role, Role] = ("key", "query")
+
+
+class BridgePair(NamedTuple):
+    """What one layer and role of the student shows, and what its bridge shall make of it.
+
+    Attributes:
+        layer, role: of the student.
+        projections: B or C `(b, t, g, n)` of each direction, in the token order of that direction's scan.
+        target: `(b, t, f)`, in the forward order; receives no gradient.
+        scale: 0-dim, what the squared error is divided by (the target's mean square); None for 1.
+    """
+
+    layer: int
+    role: Role
+    projections: Sequence[Tensor]
+    target: Tensor
+    scale: Tensor | None = None
 
 
 class AttentionBridge(nn.Module):
@@ -87,6 +110,126 @@ class AttentionBridge(nn.Module):
                 f"direction is {direction}, but the bridge was built with num_directions={self.num_directions}."
             )
         return self.layers[layer][direction](role, projection.flatten(2))
+
+    # Where kernel calls break torch.compile's graph, layers would be constants of it: only the products are compiled.
+    @partial(torch.compiler.disable, recursive=False)
+    def loss(self, pairs: Sequence[BridgePair], mask: Tensor | None = None) -> Tensor:
+        """Squared error of the predictions: mean over features, summed over pairs, directions and real tokens.
+
+        MLPs of equal sizes run as one product, and a training step has their gradients before it comes back, so that
+        no prediction outlives this call.
+
+        Args:
+            pairs: what to predict; all targets cover the same batch and tokens.
+            mask: `(b, t)`, non-zero at real tokens; None if all are real. A masked token counts for nothing, whatever
+                its target holds.
+
+        Returns:
+            0-dim float32 (float64 for a float64 bridge).
+
+        Raises:
+            ValueError: a target or mask of another shape than the MLPs or the projections have.
+
+        Source: arXiv 2510.19266, section "Method": the backward scan learns from reversed keys and queries, here in
+            its projections' reversed order, which is the same sum; the relative form: LoLCATs, arXiv 2410.10254.
+        """
+        groups: dict[tuple[int, int], list[BridgePair]] = {}
+        for pair in pairs:
+            tokens, width = pair.projections[0].shape[:2], pair.projections[0].shape[2:].numel()
+            mlps = self.layers[pair.layer][0]
+            expected = (*tokens, mlps.down[mlps.down_names[pair.role]].out_features)
+            if pair.target.shape != expected:
+                raise ValueError(
+                    f"the {pair.role}s' target of layer {pair.layer} is {tuple(pair.target.shape)}, but its bridge "
+                    f"predicts {tuple(expected)}: pass the teacher layer that the bridge was built for, and the same "
+                    "tokens."
+                )
+            if mask is not None and mask.shape != tokens:
+                raise ValueError(f"mask is {tuple(mask.shape)}, but the projections cover {tuple(tokens)} (b, t).")
+            groups.setdefault((width, expected[-1]), []).append(pair)
+        return _bridge_errors([self._stacked(group, mask) for group in groups.values()], torch.is_grad_enabled())
+
+    @partial(torch.compiler.disable, recursive=False)
+    def _stacked(self, pairs: list[BridgePair], mask: Tensor | None) -> tuple[Tensor | torch.dtype | None, ...]:
+        shown = []
+        for direction in range(self.num_directions):
+            x = torch.stack([pair.projections[direction].flatten(2) for pair in pairs])  # (m, b, t, n)
+            shown.append(x.flip(2) if direction else x)
+        mlps = [
+            (self.layers[pair.layer][direction], pair.role)
+            for direction in range(self.num_directions)
+            for pair in pairs
+        ]
+        ups = [mlp.up[mlp.up_names[role]] for mlp, role in mlps]
+        downs = [mlp.down[mlp.down_names[role]] for mlp, role in mlps]
+        target = torch.stack([pair.target for pair in pairs]).flatten(1, 2)  # (m, r, f)
+        features = target.shape[-1]
+        dtype = accumulation_dtype(target.dtype)
+        scales = [target.new_ones((), dtype=dtype) if pair.scale is None else pair.scale.to(dtype) for pair in pairs]
+        device = target.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ups[0].weight.dtype
+        return (
+            torch.cat(shown).flatten(1, 2),  # (directions * m, r, n)
+            *(torch.stack([getattr(linear, name) for linear in ups]) for name in ("weight", "bias")),
+            *(torch.stack([getattr(linear, name) for linear in downs]) for name in ("weight", "bias")),
+            target,
+            1 / (features * torch.stack(scales).clamp(min=SMALLEST_MEAN_SQUARE)),
+            None if mask is None else (mask != 0).flatten(),
+            autocast,
+        )
+
+
+def _bridge_errors(groups: list[tuple[Tensor | torch.dtype | None, ...]], is_trained: bool) -> Tensor:
+    return sum((_BridgeError.apply(*group, is_trained) for group in groups), start=0.0)
+
+
+class _BridgeError(torch.autograd.Function):
+    """Squared error of `m` MLPs side by side, with the gradients made in the forward pass: only they are kept."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,  # (directions * m, r, n)
+        up_weight: Tensor,
+        up_bias: Tensor,
+        down_weight: Tensor,
+        down_bias: Tensor,
+        target: Tensor,  # (m, r, f)
+        factors: Tensor,  # (m,)
+        real: Tensor | None,  # (r,)
+        dtype: torch.dtype,
+        is_trained: bool,
+    ) -> Tensor:
+        ctx.dtypes = [tensor.dtype for tensor in (x, up_weight, up_bias, down_weight, down_bias)]
+        with torch.autocast(x.device.type, enabled=False):
+            x, up_weight, up_bias, down_weight, down_bias, target = (
+                tensor.to(dtype) for tensor in (x, up_weight, up_bias, down_weight, down_bias, target)
+            )
+            before = torch.baddbmm(up_bias.unsqueeze(1), x, up_weight.transpose(1, 2))  # (directions * m, r, k)
+            hidden = nn.functional.silu(before)
+            predicted = torch.baddbmm(down_bias.unsqueeze(1), hidden, down_weight.transpose(1, 2))
+            error = (predicted.unflatten(0, (-1, len(target))) - target).flatten(0, 1)  # (directions * m, r, f)
+            if real is not None:
+                error = error.masked_fill(~real.unsqueeze(-1), 0)
+            factors = factors.repeat(len(x) // len(target))
+            norms = torch.linalg.vector_norm(error, dim=(1, 2), dtype=factors.dtype)
+            if is_trained:
+                error = error * (2 * factors).to(dtype)[:, None, None]
+                grad_before = torch.ops.aten.silu_backward(error @ down_weight, before)
+                ctx.save_for_backward(
+                    grad_before @ up_weight,
+                    grad_before.transpose(1, 2) @ x,
+                    grad_before.sum(1),
+                    error.transpose(1, 2) @ hidden,
+                    error.sum(1),
+                )
+        return (norms.square() * factors).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (saved.to(dtype) * gradient.to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return *gradients, None, None, None, None, None
 
 
 class _RoleMLPs(nn.Module):

@@ -22,7 +22,6 @@ from cab_hf.distillation.chunked_kl import LogitsLoss, accumulation_dtype, chunk
 __all__ = [
     "LogitsLoss",
     "attention_loss",
-    "bridge_loss",
     "chunked_kl_ce",
     "classification_loss",
     "hidden_loss",
@@ -39,30 +38,6 @@ TargetMap = Literal["none", "softmax", "relu", "exp", "elu1"]
 Decay = Literal["none", "linear", "cosine"]
 
 
-def bridge_loss(
-    prediction: Tensor, target: Tensor, mask: Tensor | None = None, relative: bool | Tensor = False
-) -> Tensor:
-    """Squared error between a bridge's prediction and the teacher's keys or queries.
-
-    Args:
-        prediction: `(b, t, ...)`.
-        target: the same shape; receives no gradient.
-        mask: `(b, t)`, non-zero at real tokens; None if all are real.
-        relative: divide by the target's mean square. True measures it on this call's real tokens; a 0-dim tensor
-            (`mean_square` of a calibration batch) is used as it is, which keeps the loss independent of how a batch is
-            cut into accumulation steps.
-
-    Returns:
-        0-dim float32 (float64 for float64 inputs): the mean over features, summed over real tokens.
-
-    Raises:
-        ValueError: shapes that differ.
-
-    Source: arXiv 2510.19266, section "Method"; the relative form: LoLCATs, arXiv 2410.10254.
-    """
-    return _squared_error("prediction", prediction, "target", target, mask, relative)
-
-
 def output_loss(
     student_output: Tensor, teacher_output: Tensor, mask: Tensor | None = None, relative: bool | Tensor = True
 ) -> Tensor:
@@ -72,7 +47,9 @@ def output_loss(
         student_output: `(b, t, d)`.
         teacher_output: `(b, t, h, p)` with `h * p = d`, or `(b, t, d)`; receives no gradient.
         mask: `(b, t)`, non-zero at real tokens; None if all are real.
-        relative: as in `bridge_loss`. On by default: unscaled errors differ by 10^3 between layers.
+        relative: divide by the target's mean square: unscaled errors differ by 10^3 between layers. True measures it
+            on this call's real tokens; a 0-dim tensor (`mean_square` of a calibration batch) is used as it is, which
+            keeps the loss independent of how a batch is cut into accumulation steps.
 
     Returns:
         0-dim float32 (float64 for float64 inputs): the mean over features, summed over real tokens.
@@ -96,7 +73,7 @@ def hidden_loss(
         student: `(b, t, d)`.
         teacher: `(b, t, d)`; receives no gradient.
         mask: `(b, t)`, non-zero at real tokens; None if all are real.
-        relative: as in `bridge_loss`.
+        relative: as in `output_loss`.
 
     Returns:
         0-dim float32 (float64 for float64 inputs): the mean over features, summed over real tokens.

@@ -12,13 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cab_hf.distillation.alignment import layer_map, reverse_tokens
-from cab_hf.distillation.bridge import ROLES, AttentionBridge, Role, bridge_targets
+from cab_hf.distillation.alignment import layer_map
+from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair, Role, bridge_targets
 from cab_hf.distillation.losses import (
     LogitsLoss,
     TargetMap,
     attention_loss,
-    bridge_loss,
     chunked_kl_ce,
     classification_loss,
     hidden_loss,
@@ -34,6 +33,8 @@ from cab_hf.packing import shift_labels
 
 ALIGNMENT_LOSSES = ("bridge", "output", "hidden", "attention")
 SCALED_TARGETS = (*ROLES, "output", "hidden")
+BRIDGED_TOGETHER = 2**26
+"""Numbers that the bridges of neighbouring layers predict at once: more would cost memory and save no time."""
 
 
 @dataclass
@@ -166,11 +167,15 @@ class DistillationModel(nn.Module):
         # An optimizer step without any real token has a loss of zero, not 0 / 0.
         num_tokens, num_labels = num_tokens.clamp(min=1), num_labels.clamp(min=1)
         sums = dict.fromkeys(ALIGNMENT_LOSSES, 0.0)
+        pairs: list[BridgePair] = []
+        bridge_sums: list[Tensor] = []
 
+        @partial(torch.compiler.disable, recursive=False)
         def align(layer: int, projections: SSMProjections) -> None:
-            for name in sums:
-                if name in active and name != "hidden":
-                    sums[name] = sums[name] + self._projections_loss(name, layer, projections, targets, mask)
+            if "bridge" in active:
+                self._bridge(layer, projections, targets, mask, pairs, bridge_sums)
+            for name in active & {"output", "attention"}:
+                sums[name] = sums[name] + self._projections_loss(name, layer, projections, targets, mask)
 
         outputs = self.core.base_model(
             **inputs,
@@ -178,6 +183,7 @@ class DistillationModel(nn.Module):
             projections_callback=align if active & {"bridge", "output", "attention"} else None,
             output_hidden_states="hidden" in active,
         )
+        sums["bridge"] = sum(bridge_sums)
         if "hidden" in active:
             for layer in range(len(self.layer_map)):
                 student, teacher = self._hidden_pair(outputs.hidden_states, targets, layer)
@@ -271,15 +277,30 @@ class DistillationModel(nn.Module):
         scales = self.target_scales[:, layer].unbind() if self.args.relative_loss else [False] * len(SCALED_TARGETS)
         if name == "output":
             return output_loss(projections.output, attention.output, mask, scales[2])
-        # Made again in the backward pass, so that one layer's predictions or maps exist at a time.
+        # Made again in the backward pass, so that one layer's maps exist at a time.
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # a CUDA graph can't read its state
-        if name == "attention":
-            mixer, scaling = self.core.base_model.layers[layer].mixer, self.teacher_scalings[layer]
-            return again(_map_loss, mixer, _scans(projections), attention, mask, scaling, not self.reads_images)
-        directions = [scan[:2] for scan in _scans(projections)]
-        return again(
-            _bridge_loss, self.bridge.layers[layer], directions, attention, mask, self.args.target_map, scales[:2]
-        )
+        mixer, scaling = self.core.base_model.layers[layer].mixer, self.teacher_scalings[layer]
+        return again(_map_loss, mixer, _scans(projections), attention, mask, scaling, not self.reads_images)
+
+    @partial(torch.compiler.disable, recursive=False)
+    def _bridge(
+        self,
+        layer: int,
+        projections: SSMProjections,
+        targets: TeacherOutput,
+        mask: Tensor | None,
+        pairs: list[BridgePair],
+        sums: list[Tensor],
+    ) -> None:
+        """Adds a layer to `pairs`; bridges all of them, into `sums`, once they are enough."""
+        mapped = _bridge_targets(targets.attentions[self.layer_map[layer]], self.args.target_map, mask)
+        shown = dict(zip(ROLES, zip(*(scan[:2] for scan in _scans(projections)))))
+        scales = self.target_scales[:, layer].unbind() if self.args.relative_loss else [None] * len(ROLES)
+        pairs += (BridgePair(layer, role, shown[role], mapped[role], scale) for role, scale in zip(ROLES, scales))
+        predicted = sum(pair.target.numel() * len(pair.projections) for pair in pairs)
+        if predicted >= BRIDGED_TOGETHER or layer == len(self.layer_map) - 1:
+            sums.append(self.bridge.loss(pairs, mask))
+            pairs.clear()
 
     def _hidden_pair(
         self, hidden_states: tuple[Tensor, ...] | None, targets: TeacherOutput, layer: int
@@ -312,23 +333,6 @@ def _scans(projections: SSMProjections | BidirectionalProjections) -> list[tuple
     if isinstance(projections, BidirectionalProjections):
         scans.append((projections.backward_B, projections.backward_C, projections.backward_time_step))
     return scans
-
-
-def _bridge_loss(
-    directions: nn.ModuleList,
-    projections: list[tuple[Tensor, Tensor]],
-    attention: TeacherAttention,
-    mask: Tensor | None,
-    kind: TargetMap,
-    scales: list[Tensor | bool],
-) -> Tensor:
-    targets = _bridge_targets(attention, kind, mask)
-    total = 0.0
-    for backward, (mlps, pair) in enumerate(zip(directions, projections, strict=True)):
-        for role, projection, scale in zip(ROLES, pair, scales, strict=True):
-            target = reverse_tokens(targets[role], 1) if backward else targets[role]
-            total = total + bridge_loss(mlps(role, projection.flatten(2)), target, mask, scale)
-    return total
 
 
 def _map_loss(
