@@ -9,6 +9,7 @@ from tiny_distillation import make_arguments, tiny_student, tiny_teacher
 from cab_hf import Teacher
 from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair, bridge_targets
 from cab_hf.distillation.modeling_distillation import DistillationModel
+from cab_hf.distillation.training_args import LOSSES
 from cab_hf.models import mixers
 
 
@@ -224,24 +225,39 @@ def test_bridge_learns():
 
 
 def test_compiles_once_for_all_layers_where_kernels_break_the_graph(tmp_path, monkeypatch):
-    # A GPU's scan kernels are outside the graph, so each layer is compiled alone; its number must be no constant.
+    # Where a scan's kernel is outside the graph, each layer is compiled alone; its number must be no constant.
     monkeypatch.setattr(mixers, "ssd_scan", torch.compiler.disable(mixers.ssd_scan))
-    teacher = Teacher(tiny_teacher(num_hidden_layers=3))
-    args = make_arguments(tmp_path, bridge_weight=1.0, output_weight=1.0)
-    model = DistillationModel(tiny_student(num_hidden_layers=3), teacher, args)
-    inputs = {"input_ids": torch.arange(12).view(2, 6)}
-    keywords = {
-        "targets": teacher(inputs, attentions=True),
-        "teacher_head": teacher.head,
-        "weights": torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0]),
-        "active": frozenset({"kl", "bridge", "output"}),
-        "num_tokens": torch.tensor(12),
-        "num_labels": torch.tensor(0),
-        **inputs,
-    }
+    model, keywords = make_step(tmp_path)
     expected = model(**keywords).parts
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         parts = torch.compile(model, backend="eager")(**keywords).parts
     torch.testing.assert_close(parts, expected)
     assert parts[2] > 0 and parts[3] > 0
+
+
+def test_a_whole_step_is_one_graph(tmp_path):
+    model, keywords = make_step(tmp_path, attention_weight=1.0, hidden_weight=1.0)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)(**keywords)
+    torch.testing.assert_close(compiled.parts, model(**keywords).parts)
+    assert (compiled.parts[[0, 2, 3, 4, 5]] > 0).all()
+
+
+def make_step(tmp_path, **weights: float) -> tuple[DistillationModel, dict]:
+    """A model of three layers, and what its forward pass takes."""
+    teacher = Teacher(tiny_teacher(num_hidden_layers=3))
+    weights = {"kl_weight": 1.0, "bridge_weight": 1.0, "output_weight": 1.0} | weights
+    args = make_arguments(tmp_path, **weights)
+    model = DistillationModel(tiny_student(num_hidden_layers=3), teacher, args)
+    inputs = {"input_ids": torch.arange(12).view(2, 6)}
+    active = frozenset(name.removesuffix("_weight") for name in weights)
+    return model, {
+        "targets": teacher(inputs, attentions=True, hidden_states="hidden" in active),
+        "teacher_head": teacher.head,
+        "weights": torch.tensor([float(name in active) for name in LOSSES]),
+        "active": active,
+        "num_tokens": torch.tensor(12),
+        "num_labels": torch.tensor(0),
+        **inputs,
+    }

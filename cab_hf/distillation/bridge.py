@@ -5,7 +5,6 @@ width, `f` features.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -111,8 +110,6 @@ class AttentionBridge(nn.Module):
             )
         return self.layers[layer][direction](role, projection.flatten(2))
 
-    # Where kernel calls break torch.compile's graph, layers would be constants of it: only the products are compiled.
-    @partial(torch.compiler.disable, recursive=False)
     def loss(self, pairs: Sequence[BridgePair], mask: Tensor | None = None) -> Tensor:
         """Squared error of the predictions: mean over features, summed over pairs, directions and real tokens.
 
@@ -147,10 +144,9 @@ class AttentionBridge(nn.Module):
             if mask is not None and mask.shape != tokens:
                 raise ValueError(f"mask is {tuple(mask.shape)}, but the projections cover {tuple(tokens)} (b, t).")
             groups.setdefault((width, expected[-1]), []).append(pair)
-        return _bridge_errors([self._stacked(group, mask) for group in groups.values()], torch.is_grad_enabled())
+        return sum((self._group_loss(group, mask) for group in groups.values()), start=0.0)
 
-    @partial(torch.compiler.disable, recursive=False)
-    def _stacked(self, pairs: list[BridgePair], mask: Tensor | None) -> tuple[Tensor | torch.dtype | None, ...]:
+    def _group_loss(self, pairs: list[BridgePair], mask: Tensor | None) -> Tensor:
         shown = []
         for direction in range(self.num_directions):
             x = torch.stack([pair.projections[direction].flatten(2) for pair in pairs])  # (m, b, t, n)
@@ -168,7 +164,7 @@ class AttentionBridge(nn.Module):
         scales = [target.new_ones((), dtype=dtype) if pair.scale is None else pair.scale.to(dtype) for pair in pairs]
         device = target.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ups[0].weight.dtype
-        return (
+        return _BridgeError.apply(
             torch.cat(shown).flatten(1, 2),  # (directions * m, r, n)
             *(torch.stack([getattr(linear, name) for linear in ups]) for name in ("weight", "bias")),
             *(torch.stack([getattr(linear, name) for linear in downs]) for name in ("weight", "bias")),
@@ -176,11 +172,8 @@ class AttentionBridge(nn.Module):
             1 / (features * torch.stack(scales).clamp(min=SMALLEST_MEAN_SQUARE)),
             None if mask is None else (mask != 0).flatten(),
             autocast,
+            torch.is_grad_enabled(),
         )
-
-
-def _bridge_errors(groups: list[tuple[Tensor | torch.dtype | None, ...]], is_trained: bool) -> Tensor:
-    return sum((_BridgeError.apply(*group, is_trained) for group in groups), start=0.0)
 
 
 class _BridgeError(torch.autograd.Function):

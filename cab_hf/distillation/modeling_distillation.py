@@ -4,7 +4,7 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,18 @@ class DistillationOutput(ModelOutput):
     parts: Tensor | None = None
     agreement: Tensor | None = None
     logits: Tensor | None = None
+
+
+class LayerShows(NamedTuple):
+    """What the losses read of one student layer.
+
+    Attributes:
+        scans: B, C and time step of each direction, in the order in which its scan reads the tokens.
+        output: the mixer's, before its output projection; None where no loss reads it.
+    """
+
+    scans: list[tuple[Tensor, Tensor, Tensor]]
+    output: Tensor | None
 
 
 class DistillationModel(nn.Module):
@@ -167,23 +179,26 @@ class DistillationModel(nn.Module):
         # An optimizer step without any real token has a loss of zero, not 0 / 0.
         num_tokens, num_labels = num_tokens.clamp(min=1), num_labels.clamp(min=1)
         sums = dict.fromkeys(ALIGNMENT_LOSSES, 0.0)
-        pairs: list[BridgePair] = []
-        bridge_sums: list[Tensor] = []
+        shown: list[LayerShows] = []
 
-        @partial(torch.compiler.disable, recursive=False)
-        def align(layer: int, projections: SSMProjections) -> None:
-            if "bridge" in active:
-                self._bridge(layer, projections, targets, mask, pairs, bridge_sums)
-            for name in active & {"output", "attention"}:
-                sums[name] = sums[name] + self._projections_loss(name, layer, projections, targets, mask)
+        def collect(_: int, projections: SSMProjections | BidirectionalProjections) -> None:
+            shown.append(LayerShows(_scans(projections), projections.output if "output" in active else None))
 
         outputs = self.core.base_model(
             **inputs,
             use_cache=False,
-            projections_callback=align if active & {"bridge", "output", "attention"} else None,
+            projections_callback=collect if active & {"bridge", "output", "attention"} else None,
             output_hidden_states="hidden" in active,
         )
-        sums["bridge"] = sum(bridge_sums)
+        if "bridge" in active:
+            sums["bridge"] = self._bridge_loss(shown, targets, mask)
+        for layer, one in enumerate(shown):
+            attention = targets.attentions[self.layer_map[layer]]
+            if "output" in active:
+                scale = self.target_scales[2, layer] if self.args.relative_loss else False
+                sums["output"] = sums["output"] + output_loss(one.output, attention.output, mask, scale)
+            if "attention" in active:
+                sums["attention"] = sums["attention"] + self._map_loss(layer, one.scans, attention, mask)
         if "hidden" in active:
             for layer in range(len(self.layer_map)):
                 student, teacher = self._hidden_pair(outputs.hidden_states, targets, layer)
@@ -268,39 +283,35 @@ class DistillationModel(nn.Module):
         )
         return sum((0.0 * parameter.flatten()[:1].sum() for parameter in parameters), start=0.0)
 
-    # Compiled layer by layer, where kernel calls break the graph; the layer's number would be a constant of each.
-    @partial(torch.compiler.disable, recursive=False)
-    def _projections_loss(
-        self, name: str, layer: int, projections: SSMProjections, targets: TeacherOutput, mask: Tensor | None
-    ) -> Tensor:
-        attention = targets.attentions[self.layer_map[layer]]
-        scales = self.target_scales[:, layer].unbind() if self.args.relative_loss else [False] * len(SCALED_TARGETS)
-        if name == "output":
-            return output_loss(projections.output, attention.output, mask, scales[2])
-        # Made again in the backward pass, so that one layer's maps exist at a time.
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # a CUDA graph can't read its state
-        mixer, scaling = self.core.base_model.layers[layer].mixer, self.teacher_scalings[layer]
-        return again(_map_loss, mixer, _scans(projections), attention, mask, scaling, not self.reads_images)
+    def _bridge_loss(self, shown: list[LayerShows], targets: TeacherOutput, mask: Tensor | None) -> Tensor:
+        """The sum over all layers, some at a time."""
+        total, pairs = 0.0, []
+        for layer, one in enumerate(shown):
+            mapped = _bridge_targets(targets.attentions[self.layer_map[layer]], self.args.target_map, mask)
+            for row, role in enumerate(ROLES):
+                scale = self.target_scales[row, layer] if self.args.relative_loss else None
+                pairs.append(BridgePair(layer, role, [scan[row] for scan in one.scans], mapped[role], scale))
+            predicted = sum(pair.target.numel() * len(pair.projections) for pair in pairs)
+            if predicted >= BRIDGED_TOGETHER or layer == len(shown) - 1:
+                total, pairs = total + self.bridge.loss(pairs, mask), []
+        return total
 
-    @partial(torch.compiler.disable, recursive=False)
-    def _bridge(
-        self,
-        layer: int,
-        projections: SSMProjections,
-        targets: TeacherOutput,
-        mask: Tensor | None,
-        pairs: list[BridgePair],
-        sums: list[Tensor],
-    ) -> None:
-        """Adds a layer to `pairs`; bridges all of them, into `sums`, once they are enough."""
-        mapped = _bridge_targets(targets.attentions[self.layer_map[layer]], self.args.target_map, mask)
-        shown = dict(zip(ROLES, zip(*(scan[:2] for scan in _scans(projections)))))
-        scales = self.target_scales[:, layer].unbind() if self.args.relative_loss else [None] * len(ROLES)
-        pairs += (BridgePair(layer, role, shown[role], mapped[role], scale) for role, scale in zip(ROLES, scales))
-        predicted = sum(pair.target.numel() * len(pair.projections) for pair in pairs)
-        if predicted >= BRIDGED_TOGETHER or layer == len(self.layer_map) - 1:
-            sums.append(self.bridge.loss(pairs, mask))
-            pairs.clear()
+    def _map_loss(
+        self, layer: int, scans: list[tuple[Tensor, ...]], attention: TeacherAttention, mask: Tensor | None
+    ) -> Tensor:
+        mixer, scaling = self.core.base_model.layers[layer].mixer, self.teacher_scalings[layer]
+
+        def compare(*scans: Tensor) -> Tensor:
+            student_map = mixer.attention_map(*scans)
+            return attention_loss(
+                student_map, attention.query, attention.key, mask, scaling, causal=not self.reads_images
+            )
+
+        # Made again in the backward pass, so that one layer's maps exist at a time. A CUDA graph can't read the
+        # random state.
+        return checkpoint(
+            compare, *(tensor for scan in scans for tensor in scan), use_reentrant=False, preserve_rng_state=False
+        )
 
     def _hidden_pair(
         self, hidden_states: tuple[Tensor, ...] | None, targets: TeacherOutput, layer: int
@@ -328,23 +339,10 @@ def _bridge_targets(attention: TeacherAttention, kind: TargetMap, mask: Tensor |
 
 
 def _scans(projections: SSMProjections | BidirectionalProjections) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """B, C and time step of each direction, in the order in which its scan reads the tokens."""
     scans = [projections[:3]]
     if isinstance(projections, BidirectionalProjections):
         scans.append((projections.backward_B, projections.backward_C, projections.backward_time_step))
     return scans
-
-
-def _map_loss(
-    mixer: nn.Module,
-    scans: list[tuple[Tensor, Tensor, Tensor]],
-    attention: TeacherAttention,
-    mask: Tensor | None,
-    scaling: float,
-    causal: bool,
-) -> Tensor:
-    student_map = mixer.attention_map(*(tensor for scan in scans for tensor in scan))
-    return attention_loss(student_map, attention.query, attention.key, mask, scaling, causal=causal)
 
 
 def parse_layer_map(text: str) -> str | list[int]:
