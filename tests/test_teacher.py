@@ -5,17 +5,23 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_distillation import NO_LOSS
+from tiny_images import image_rows, make_image_trainer, stacked, tiny_image_student
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     BertConfig,
     BertModel,
     BloomConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     CohereConfig,
-    DeiTConfig,
-    DeiTForImageClassification,
+    Dinov2Backbone,
     Dinov2Config,
-    Dinov2ForImageClassification,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -24,6 +30,8 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
     LlamaModel,
     MistralConfig,
     OPTConfig,
@@ -31,12 +39,13 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3NextConfig,
+    Siglip2VisionModel,
     SmolLM3Config,
     StableLmConfig,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
-    ViTForImageClassification,
+    ViTForMaskedImageModeling,
 )
 
 from cab_hf.distillation import rotary
@@ -77,7 +86,54 @@ ROTARY = {name: TEXT[name] for name in ("llama", "mistral", "qwen2", "qwen3", "g
     "glm": GlmConfig(**GQA, head_dim=12),
     "smollm3": SmolLM3Config(**GQA, no_rope_layers=[1, 0]),
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+BART = {"d_model": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+MORE_TEXT = {
+    "bart": {**BART, "vocab_size": 99, "is_decoder": True, "is_encoder_decoder": False, **IDS},
+    "cohere2": GQA,
+    "deepseek_v3": {**PLAIN, **EXPERTS, **LATENT, "num_key_value_heads": 4},
+    "gemma": {**GQA, "head_dim": 12},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, **IDS},
+    "mixtral": {**GQA, "num_local_experts": 4},
+    "olmo": GQA,
+    "olmo2": GQA,
+    "phi3": GQA,
+    "qwen2_moe": {**GQA, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**GQA, **EXPERTS, "num_experts": 4, "head_dim": 8},
+    "starcoder2": GQA,
+}
 IMAGES = {"image_size": 8, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOWER = {**IMAGES, "intermediate_size": 48}
+TOWERS = {"vision_config": TOWER, "text_config": PLAIN, "num_labels": 3}
+# Options, and tokens in front of the 4 patches.
+CLASSIFIERS = {
+    "vit": (IMAGES, 1),
+    "vit_msn": (IMAGES, 1),
+    "deit": ({**IMAGES, "architectures": ["DeiTForImageClassification"]}, 2),
+    "beit": (IMAGES, 1),
+    "ijepa": (IMAGES, 0),
+    "dinov2": (IMAGES, 1),
+    "dinov2_with_registers": ({**IMAGES, "num_register_tokens": 3}, 4),
+    "clip": (TOWERS, 1),
+    "metaclip_2": (TOWERS, 1),
+    "siglip": (TOWERS, 0),
+}
+WITHOUT_LOGITS = {
+    "dinov3_vit": ({**TOWER, "num_register_tokens": 2}, 3),
+    "clip_vision_model": ({**TOWER, "projection_dim": 7}, 1),
+    "siglip_vision_model": (TOWER, 0),
+}
 
 
 def make(config, implementation="sdpa", seed=0):
@@ -424,28 +480,108 @@ def test_model_without_head():
         teacher(batch(), logits=True)
 
 
-@pytest.mark.parametrize(
-    ("model_class", "config"),
-    [
-        (ViTForImageClassification, ViTConfig(**IMAGES)),
-        (DeiTForImageClassification, DeiTConfig(**IMAGES)),
-        (Dinov2ForImageClassification, Dinov2Config(**IMAGES)),
-    ],
-)
-def test_vision(model_class, config):
-    torch.manual_seed(0)
-    model = model_class(config).eval()
-    inputs = {"pixel_values": torch.randn(3, 3, 8, 8)}
+@pytest.mark.parametrize("family", MORE_TEXT)
+def test_more_families_teach(family):
+    model = make(AutoConfig.for_model(family, **MORE_TEXT[family]))
+    inputs = batch()
     with torch.no_grad():
-        expected = model(**inputs).logits
+        expected = model(**inputs, use_cache=False).logits
     teacher = Teacher(model)
-    output = teacher(inputs, attentions=True, logits=True)
-    assert torch.equal(output.logits, expected) and teacher.head is None
-    tokens = 4 + (2 if config.model_type == "deit" else 1)
-    assert all(attention.query.shape == attention.key.shape == (3, 4, tokens, 8) for attention in output.attentions)
-    assert all(attention.output.shape == (3, tokens, 4, 8) for attention in output.attentions)
+    output = teacher(inputs, attentions=True, hidden_states=True, logits=True)
+    assert torch.equal(output.logits, expected) and len(output.hidden_states) == 3
+    for query, key, value in output.attentions:
+        assert query.shape == (2, 4, 7, teacher.head_dim) and key.shape == (
+            2,
+            teacher.num_key_value_heads,
+            7,
+            teacher.head_dim,
+        )
+        assert value.shape[:3] == (2, 7, 4)
+    assert teacher.has_logits and teacher.norms_last_hidden_state and teacher.num_hidden_layers == 2
+
+
+def vision_model(family, implementation="sdpa"):
+    torch.manual_seed(0)
+    options, _ = (CLASSIFIERS | WITHOUT_LOGITS)[family]
+    config = AutoConfig.for_model(family, **options, attn_implementation=implementation)
+    if family == "clip_vision_model":
+        return scaled_up(CLIPVisionModelWithProjection(config).eval())
+    auto = AutoModelForImageClassification if family in CLASSIFIERS else AutoModel
+    return scaled_up(auto.from_config(config).eval())
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", CLASSIFIERS | WITHOUT_LOGITS)
+def test_vision(family, implementation):
+    model, untouched = vision_model(family, implementation), vision_model(family, "eager")
+    inputs = {"pixel_values": torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(2))}
+    with torch.no_grad():
+        before = model(**inputs)
+        maps = untouched(**inputs, output_attentions=True).attentions
+    teacher = Teacher(model)
+    assert teacher.has_logits == (family in CLASSIFIERS) and teacher.head is None
+    output = teacher(inputs, attentions=True, hidden_states=True, logits=teacher.has_logits)
+    if teacher.has_logits:
+        assert torch.equal(output.logits, before.logits)
+    else:
+        assert torch.equal(output.last_hidden_state, before.last_hidden_state)
+        with pytest.raises(ValueError, match=f"{type(model).__name__}.*has no head that gives logits"):
+            teacher(inputs, logits=True)
+    tokens = 4 + (CLASSIFIERS | WITHOUT_LOGITS)[family][1]
+    for (query, key, written), scaling, attention_map in zip(output.attentions, teacher.scalings, maps, strict=True):
+        assert query.shape == key.shape == (3, 4, tokens, 8) and written.shape == (3, tokens, 4, 8)
+        if family != "beit":  # adds a bias to the scores
+            scores = (query @ key.mT * scaling).softmax(-1)
+            torch.testing.assert_close(scores, attention_map, rtol=1e-4, atol=1e-5)
+    assert len(output.hidden_states) == 3 and not teacher.norms_last_hidden_state
     assert teacher(inputs).last_hidden_state.shape == (3, tokens, 32)
-    assert teacher.vocab_size is None
+    assert (teacher.hidden_size, teacher.config.patch_size) == (32, 4)
+    assert teacher.restore() is model
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], before[0])
+
+
+def test_rotation_by_image_coordinates_stays():
+    with pytest.raises(ValueError, match="remove_rotary=True, but .*DINOv3ViTModel.*takes no position_ids.*False"):
+        Teacher(vision_model("dinov3_vit"), remove_rotary=True)
+
+
+def test_a_masked_image_model_has_no_class_scores():
+    assert not Teacher(ViTForMaskedImageModeling(ViTConfig(**IMAGES))).has_logits
+
+
+def test_a_classifier_of_texts_gives_logits_and_a_span_finder_none():
+    config = LlamaConfig(**(GQA | {"pad_token_id": None}), num_labels=3)
+    teacher = Teacher(LlamaForSequenceClassification(config))
+    row = {"input_ids": batch()["input_ids"][:1]}
+    assert teacher.has_logits and teacher(row, logits=True).logits.shape == (1, 3)
+    assert not Teacher(LlamaForQuestionAnswering(config)).has_logits
+
+
+def test_image_trainer_with_a_projection_and_with_a_tower(tmp_path):
+    """A projection is no classifier: the bridge and labels teach. A classifier on a tower of two teaches all."""
+    sizes = {**TOWER, "num_hidden_layers": 4}
+    projection = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, projection_dim=7))
+    wanted = NO_LOSS | {"bridge_weight": 1.0, "ce_weight": 1.0}
+    with pytest.raises(ValueError, match="`kl_weight` is 1.0, but .*CLIPVisionModelWithProjection has no classifier"):
+        make_image_trainer(tmp_path, teacher=projection, **(wanted | {"kl_weight": 1.0}))
+    trainer, recorder = make_image_trainer(tmp_path, teacher=projection, eval_dataset=image_rows(4), **wanted)
+    trainer.train()
+    assert recorder.logs[0]["bridge"] > 0 and recorder.logs[0]["ce"] > 0
+    assert "eval_kl" not in trainer.evaluate()
+
+    images, _ = stacked(image_rows())
+    for family, class_token in (("clip", "middle"), ("siglip", "none")):
+        ours = tiny_image_student(class_token=class_token, pooling="mean")
+        config = AutoConfig.for_model(family, vision_config=sizes, text_config=PLAIN, num_labels=7)
+        torch.manual_seed(0)
+        tower = scaled_up(AutoModelForImageClassification.from_config(config).eval())
+        with torch.no_grad():
+            p, q = (model(images).logits.softmax(-1) for model in (tower, ours))
+        trainer, recorder = make_image_trainer(tmp_path, student=ours, teacher=tower, **(wanted | {"kl_weight": 1.0}))
+        trainer.train()
+        expected = float((p * (p.log() - q.log())).sum(-1).mean())
+        assert recorder.logs[0]["kl"] == pytest.approx(expected, rel=1e-4) and expected > 0.01
 
 
 def test_bert():
@@ -458,6 +594,14 @@ def test_bert():
     assert torch.equal(output.last_hidden_state, expected)
     assert isinstance(output.attentions[1], TeacherAttention)
     assert output.attentions[1].output.shape == (2, 7, 4, 8)
+
+
+def image_classifier(family, **options):
+    return AutoModelForImageClassification.from_config(AutoConfig.for_model(family, **options))
+
+
+CONVOLUTIONS = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}
+WINDOWS = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
 
 
 @pytest.mark.parametrize(
@@ -490,6 +634,18 @@ def test_bert():
             "2 layers, but 1 of them attend.*0: 'linear_attention'",
         ),
         (lambda: torch.nn.Linear(2, 2), "Linear.*PreTrainedModel"),
+        (
+            lambda: make(AutoConfig.for_model("mamba", **SIZES), None),
+            "MambaForCausalLM.* 0 of its 0 attention outputs",
+        ),
+        (lambda: image_classifier("resnet", **CONVOLUTIONS), "ResNetForImageClassification.* 0 of its 0 attention"),
+        (lambda: image_classifier("swin", **WINDOWS), "SwinForImageClassification.*inside 8 windows of 2 inputs"),
+        (lambda: Dinov2Backbone(Dinov2Config(**IMAGES)), "Dinov2Backbone.*last_hidden_state.*only .*feature_maps"),
+        (
+            lambda: Siglip2VisionModel(AutoConfig.for_model("siglip2_vision_model", **TOWER, num_patches=4)),
+            "Siglip2VisionModel.*fails on a tiny batch.*pixel_attention_mask.*'pixel_values' alone",
+        ),
+        (lambda: CLIPModel(AutoConfig.for_model("clip", **TOWERS)), "CLIPModel.*fails on .*'input_ids' alone"),
     ],
 )
 def test_teachers_that_can_not_teach_raise(model, message):

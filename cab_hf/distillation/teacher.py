@@ -12,14 +12,14 @@ Source: arXiv 2510.19266, section "Attention Bridge" (keys teach B, queries teac
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from cab_hf.distillation.rotary import RotaryPlan, find_plan, recorded_tables, relative_error, undo_rotary
 
@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 _PREFIX = "cab_"
 _BASES: dict[str, str] = {}  # name of a recording attention implementation -> the one that it records
-_WORKING = "Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, BERT, ViT, DeiT, DINOv2 and others of their kind"
+_WORKING = "Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, BERT, ViT, DeiT, DINO, CLIP and others like them"
 # Entries that only a loss or the student reads: a teacher that accepts them would compute something else, or more.
 _STUDENT_INPUTS = ("labels", "seq_idx", "past_key_values", "cache_position")
 # Vocabularies are padded to a multiple (64 to 512) or to a round number: Qwen2.5 by 271 or 399 rows, Phi by 905.
@@ -145,12 +145,41 @@ def _register(base: str) -> str:
     return name
 
 
+def _body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part that reads the model's input and writes hidden states: the model itself where it has no head.
+
+    `base_model` is another one in some: DINOv3's reads no pixels, BART's wraps the decoder, and a classifier on CLIP's
+    vision tower has none.
+    """
+    for part in model.base_model.modules():
+        if part is not model and isinstance(part, PreTrainedModel):
+            if model.main_input_name in inspect.signature(part.forward).parameters:
+                return part
+    return model
+
+
 def _positions_from_documents(seq_idx: Tensor) -> Tensor:
     """Position ids `(b, t)` that restart at 0 wherever `seq_idx` `(b, t)` changes."""
     index = torch.arange(seq_idx.shape[-1], device=seq_idx.device).expand_as(seq_idx)
     starts = torch.zeros_like(index)
     starts[:, 1:] = torch.where(seq_idx[:, 1:] != seq_idx[:, :-1], index[:, 1:], 0)
     return index - starts.cummax(dim=-1).values
+
+
+@contextmanager
+def _norms_recorded(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what the model's norms return inside the block."""
+    outputs: list[Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda module, args, output: outputs.append(output))
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower() and not any(module.children())
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Teacher:
@@ -173,12 +202,14 @@ class Teacher:
         head: the output embeddings, when `logits == head(last_hidden_state)` exactly; else None (soft-capped or scaled
             logits, a classifier, no head), and logits come from `logits=True`.
         scalings: one factor of `query @ key.T` a layer, as the teacher's attention applies it.
+        has_logits: whether the model has a head with logits, so that `logits=True` works; an embedding's projection is
+            none. Without `check` any head counts.
         norms_last_hidden_state: whether the last of `hidden_states` has gone through the final norm, as in language
             models; those of ViT and its kin have not. Needs `check`.
 
     Raises:
-        ValueError: the teacher hides its attention, is an encoder-decoder, mixes attention with other layers, changes
-            its output under recording, or has no rotary embedding that could be removed.
+        ValueError: the teacher hides its attention, is an encoder-decoder, mixes attention with other layers, fails on
+            a tiny batch, changes its output under recording, or has no rotary embedding that could be removed.
 
     Example:
         >>> teacher = Teacher(AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M"))
@@ -213,11 +244,13 @@ class Teacher:
             model.to(device)
         if dtype is not None:
             self._cast(dtype)
-        self.config: PreTrainedConfig = model.config.get_text_config()
+        self._body = _body_of(model)
+        self.config: PreTrainedConfig = self._body.config.get_text_config()
         self.dtype = dtype
         self.head: nn.Module | None = None
+        self.has_logits = self._body is not model
         self.norms_last_hidden_state = True
-        self._accepted = set(inspect.signature(model.base_model.forward).parameters)
+        self._accepted = set(inspect.signature(self._body.forward).parameters)
         self._isolates = "position_ids" in self._accepted
         self._rotary: RotaryPlan | None = None
         self._compiled_base: Callable | None = None
@@ -233,7 +266,7 @@ class Teacher:
             if remove_rotary:
                 self._rotary = self._find_rotary()
         else:
-            model.set_attn_implementation(_register(self._original))
+            self._body.set_attn_implementation(_register(self._original))
             heads = self.config.num_attention_heads
             values = self.config.to_dict()
             head_dim = values.get("head_dim") or self.config.hidden_size // heads
@@ -278,19 +311,19 @@ class Teacher:
         whole = logits and not plain_head
         if whole and not self.has_logits:
             raise ValueError(
-                f"logits=True, but {self._named()} has no head. Load it with AutoModelForCausalLM or another class "
-                "with a head, or use losses without logits."
+                f"logits=True, but {self._named()} has no head that gives logits. Load it with AutoModelForCausalLM "
+                "or another class with a head, or use losses without logits."
             )
         if attentions:
             arguments["output_attentions"] = True
         if hidden_states:
             arguments["output_hidden_states"] = True
 
-        module = self.model if whole else self.model.base_model
+        module = self.model if whole else self._body
         rotated = attentions and self._rotary is not None
         if self._compiled_base is not None and not (whole or rotated):
             module = self._compiled_base
-        recording = recorded_tables(self.model.base_model) if rotated else nullcontext()
+        recording = recorded_tables(self._body) if rotated else nullcontext()
         with recording as tables, self._precision():
             output = module(**arguments, return_dict=True)
             last = None if whole else output.last_hidden_state
@@ -312,11 +345,11 @@ class Teacher:
     def compile(self) -> None:
         """Runs the teacher through `torch.compile` from now on; the model itself is left as it is."""
         if self._compiled_base is None:
-            self._compiled_base = torch.compile(self.model.base_model)
+            self._compiled_base = torch.compile(self._body)
 
     def restore(self) -> PreTrainedModel:
         """Gives the model back with the attention implementation that it came with."""
-        self.model.set_attn_implementation(self._original)
+        self._body.set_attn_implementation(self._original)
         return self.model
 
     @property
@@ -358,11 +391,6 @@ class Teacher:
     @property
     def reads_images(self) -> bool:
         return self.model.main_input_name == "pixel_values"
-
-    @property
-    def has_logits(self) -> bool:
-        """Whether the model has a head: `logits=True` works."""
-        return self.model.base_model is not self.model
 
     @property
     def query_sizes(self) -> tuple[int, ...]:
@@ -430,40 +458,54 @@ class Teacher:
             yield TeacherAttention(query, key, output)
 
     def _tiny_batch(self) -> dict[str, Tensor]:
-        name = self.model.main_input_name
-        if name == "input_ids":
+        name, values = self.model.main_input_name, self.config.to_dict()
+        if name == "input_ids" and self.vocab_size is not None:
             tokens = 3 + torch.arange(2 * 5).view(2, 5) * 7
-            return {"input_ids": (tokens % self.config.vocab_size).to(self.device)}
+            return {"input_ids": (tokens % self.vocab_size).to(self.device)}
         if name == "pixel_values":
-            size = self.config.image_size
+            # Models for images of any size may name none.
+            size, channels = values.get("image_size") or 64, values.get("num_channels", 3)
             height, width = (size, size) if isinstance(size, int) else size
-            pixels = torch.linspace(-1, 1, 2 * self.config.num_channels * height * width).sin()
-            return {"pixel_values": pixels.view(2, self.config.num_channels, height, width).to(self.device)}
+            pixels = torch.linspace(-1, 1, 2 * channels * height * width).sin()
+            return {"pixel_values": pixels.view(2, channels, height, width).to(self.device)}
         raise ValueError(
-            f"{self._named()} takes {name!r}; a tiny batch can only be made of 'input_ids' or 'pixel_values'. Pass "
-            "check=False if you know that its attention follows transformers' AttentionInterface."
+            f"{self._named()} takes {name!r} and has vocab_size {self.vocab_size}; a tiny batch can only be made of "
+            f"'pixel_values', or of 'input_ids' with a vocab_size. These work: {_WORKING}."
         )
+
+    def _try(self, module: PreTrainedModel, batch: Mapping[str, Tensor], **asked: bool) -> ModelOutput:
+        """A forward pass on a tiny batch. Whatever a stranger's code raises there, this teacher can't teach."""
+        try:
+            with self._precision():
+                return module(**self._arguments(batch), **asked, return_dict=True)
+        except Exception as error:
+            shapes = {name: tuple(value.shape) for name, value in batch.items()}
+            raise ValueError(
+                f"{self._named()} fails on a tiny batch {shapes}, by {type(error).__name__}: {error}. A teacher must "
+                f"run on its {self.model.main_input_name!r} alone; these work: {_WORKING}."
+            ) from error
 
     @torch.no_grad()
     def _switch_and_check(self) -> None:
         """Switches to recording attention, and proves on a tiny batch that it records and changes nothing."""
-        batch = self._tiny_batch()
-        self.model.set_attn_implementation(self._original)
-        with self._precision():
-            expected = self.model.base_model(**self._arguments(batch), return_dict=True).last_hidden_state
         name = _register(self._original)
-        self.model.set_attn_implementation(name)
+        self._body.set_attn_implementation(name)
         if self.config._attn_implementation != name:
             raise ValueError(self._hidden("it does not follow transformers' AttentionInterface"))
-        with self._precision():
-            arguments = self._arguments(batch) | {"output_attentions": True, "output_hidden_states": True}
-            output = self.model.base_model(**arguments, return_dict=True)
-        calls = output.attentions or ()
+        batch = self._tiny_batch()
+        self._body.set_attn_implementation(self._original)
+        plain = self._try(self._body, batch)
+        self._body.set_attn_implementation(name)
+        with _norms_recorded(self._body) as normed:
+            output = self._try(self._body, batch, output_attentions=True, output_hidden_states=True)
+        calls = output.get("attentions") or ()
         readable = [call for call in calls if isinstance(call, _AttentionCall)]
-        if len(readable) != len(calls) or not calls:
-            raise ValueError(
-                self._hidden(f"{len(calls) - len(readable)} of {len(calls)} layers returned something else")
-            )
+        lacking = [part for part in ("last_hidden_state", "hidden_states") if output.get(part) is None]
+        if lacking:
+            raise ValueError(self._hidden(f"no part of it hands out {lacking}, only {list(output)}"))
+        expected, last = plain.last_hidden_state, output.last_hidden_state
+        if not calls or len(readable) != len(calls):
+            raise ValueError(self._hidden(f"{len(readable)} of its {len(calls)} attention outputs can be read"))
         if len(calls) != self.num_hidden_layers:
             kinds = self.config.to_dict().get("layer_types") or ()
             others = {i: kind for i, kind in enumerate(kinds) if "attention" not in kind or "linear" in kind}
@@ -477,7 +519,7 @@ class Teacher:
                 self._hidden(f"it attends inside {len(readable[0].query)} windows of {len(expected)} inputs")
             )
         tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
-        error = relative_error(output.last_hidden_state, expected)
+        error = relative_error(last, expected)
         if not error <= tolerance:
             raise ValueError(
                 f"{self._named()} gives another output when its attention is recorded (relative difference "
@@ -488,8 +530,11 @@ class Teacher:
         self.scalings = tuple(
             size[2] ** -0.5 if c.scaling is None else c.scaling for c, size in zip(calls, self._sizes)
         )
-        self.norms_last_hidden_state = torch.equal(output.hidden_states[-1], output.last_hidden_state)
-        self.head = self._plain_head(batch, output.last_hidden_state)
+        self.norms_last_hidden_state = any(
+            isinstance(x, Tensor) and torch.equal(x, output.hidden_states[-1]) for x in normed
+        )
+        if self.has_logits:
+            self._check_head(batch, last)
         self._isolates = self._isolates and self._keeps_documents_apart(batch, tolerance)
 
     def _keeps_documents_apart(self, batch: dict[str, Tensor], tolerance: float) -> bool:
@@ -498,23 +543,21 @@ class Teacher:
         positions = torch.tensor([[0, 1, 2, 0, 1]], device=self.device).expand_as(tokens)
         outputs = []
         for first in (tokens[:, :3], tokens[:, :3].flip(0)):
-            packed = batch | {
-                self.model.main_input_name: torch.cat((first, tokens[:, 3:]), dim=1),
-                "position_ids": positions,
-            }
-            with self._precision():
-                outputs.append(
-                    self.model.base_model(**self._arguments(packed), return_dict=True).last_hidden_state[:, 3:]
-                )
+            packed = {self.model.main_input_name: torch.cat((first, tokens[:, 3:]), dim=1), "position_ids": positions}
+            outputs.append(self._try(self._body, packed).last_hidden_state[:, 3:])
         return relative_error(*outputs) <= tolerance
 
-    def _plain_head(self, batch: dict[str, Tensor], last_hidden_state: Tensor) -> nn.Module | None:
+    def _check_head(self, batch: dict[str, Tensor], last_hidden_state: Tensor) -> None:
+        """Finds whether the whole model gives logits (of images: one row each), and whether its head is plain."""
         head = self.model.get_output_embeddings()
-        if head is None or self.model.base_model is self.model:
-            return None
-        with self._precision():
-            logits = self.model(**self._arguments(batch), return_dict=True).logits
-            return head if torch.equal(head(last_hidden_state), logits) else None
+        if head is None:
+            # Without a padding token a classifier of texts takes only one at a time.
+            batch = {name: value[:1] for name, value in batch.items()}
+        logits = self._try(self.model, batch).get("logits")
+        self.has_logits = logits is not None and (logits.ndim == 2 or not self.reads_images)
+        if self.has_logits and head is not None:
+            with self._precision():
+                self.head = head if torch.equal(head(last_hidden_state), logits) else None
 
     def _hidden(self, reason: str) -> str:
         return (
@@ -525,15 +568,18 @@ class Teacher:
     @torch.no_grad()
     def _find_rotary(self) -> RotaryPlan:
         if "position_ids" not in self._accepted:
-            raise ValueError(f"remove_rotary=True, but {self._named()} takes no position_ids: set it to False.")
+            raise ValueError(
+                f"remove_rotary=True, but {self._named()} takes no position_ids to find a rotation by, and one by an "
+                "image's coordinates stays. Set it to False."
+            )
         batch = self._tiny_batch()
         length = batch[self.model.main_input_name].shape[1]
         runs, all_tables = [], []
         for start in (0, min(64, self.config.max_position_embeddings - length)):
             positions = torch.arange(start, start + length, device=self.device).expand(2, -1)
             arguments = self._arguments(batch | {"position_ids": positions})
-            with recorded_tables(self.model.base_model) as tables, self._precision():
-                calls = self.model.base_model(**arguments, output_attentions=True, return_dict=True).attentions
+            with recorded_tables(self._body) as tables, self._precision():
+                calls = self._body(**arguments, output_attentions=True, return_dict=True).attentions
             if not tables:
                 raise ValueError(
                     f"remove_rotary=True, but {self._named()} has no rotary_emb module: it has no rotary embedding, "
