@@ -253,21 +253,29 @@ def test_a_pipeline_classifies(side):
         assert by_label == pytest.approx({"no": float(chances[0]), "yes": float(chances[1])}, abs=1e-5)
 
 
-@pytest.mark.parametrize("problem", ["one of many", "many of many"])
+PROBLEMS = {
+    "one of many": ({}, [0, 2, 1, 1]),
+    "many of many": ({}, [[1.0, 0, 1], [0.0, 0, 1], [1.0, 1, 0], [0.0, 0, 0]]),
+    "regression": ({"problem_type": "regression"}, [[0.5, -1, 1], [0.0, 3, 1], [1.0, 1, 0], [0.0, -2, 0]]),
+    "regression of one": ({"num_labels": 1}, [0.5, -1.0, 2.0, 0.0]),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
 def test_a_plain_trainer_trains_the_same_in_one_batch_or_four(problem, tmp_path):
     ids, mask, _ = ragged("left")
-    labels = [0, 2, 1, 1] if problem == "one of many" else [[1.0, 0, 1], [0.0, 0, 1], [1.0, 1, 0], [0.0, 0, 0]]
+    config, labels = PROBLEMS[problem]
     rows = [{"input_ids": i, "attention_mask": m, "labels": one} for i, m, one in zip(ids, mask, labels)]
     weights, losses = [], []
     for size in (4, 1):
-        model = classifier(mixer_type="mamba2")
+        model = classifier(mixer_type="mamba2", **config)
         arguments = TrainingArguments(
             output_dir=str(tmp_path),
             use_cpu=True,
             max_steps=3,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=4 // size,
-            learning_rate=0.05,
+            learning_rate=0.01,
             optim="sgd",
             max_grad_norm=0.0,
             logging_steps=1,

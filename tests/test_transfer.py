@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
     GPT2Config,
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 from cab_hf.distillation.teacher import Teacher
-from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
+from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaForSequenceClassification
 from cab_hf.transfer import (
     FAMILIES,
     calibrate_output_norm,
@@ -63,9 +65,11 @@ TEACHERS = {
 }
 
 
-def make(name, seed=0):
+def make(name, seed=0, auto=AutoModelForCausalLM, **changes):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(TEACHERS[name])).eval()
+    config = copy.deepcopy(TEACHERS[name])
+    config.update(changes)
+    model = auto.from_config(config).eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn(parameter.shape) * (0.15 if parameter.ndim > 1 else 0.4))
     return model
@@ -116,6 +120,58 @@ def test_with_the_teachers_attention_the_student_is_the_teacher(name):
         expected = teacher(**inputs).logits
         torch.testing.assert_close(student(**inputs, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
     assert expected.std() > 0.3
+
+
+LABELS = {"id2label": {0: "no", 1: "so", 2: "yes"}, "label2id": {"no": 0, "so": 1, "yes": 2}}
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+@torch.no_grad()
+def test_a_classifier_of_texts_becomes_one(name, tmp_path):
+    problem = "multi_label_classification" if name == "phi" else None
+    teacher = make(name, auto=AutoModelForSequenceClassification, **LABELS, problem_type=problem)
+    student = CABMambaForSequenceClassification.from_teacher(teacher)
+    assert type(student) is CABMambaForSequenceClassification
+    assert (student.config.num_labels, student.config.problem_type, student.config.pad_token_id) == (3, problem, 0)
+    assert student.config.id2label == LABELS["id2label"] and student.config.label2id == LABELS["label2id"]
+    assert student.score.weight.data_ptr() != teacher.score.weight.data_ptr()
+    student.save_pretrained(tmp_path)
+    loaded = CABMambaForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**batch()).logits, student(**batch()).logits)
+    for block, attention in zip(student.backbone.layers, blocks_and_attention(teacher)[1], strict=True):
+        block.mixer = AttentionAsMixer(attention, teacher.base_model)
+    inputs = batch()
+    inputs["input_ids"][0, 8:] = 0  # padding on the right, which attention that is causal never sees
+    expected = teacher(**inputs).logits
+    torch.testing.assert_close(student(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0.1
+
+
+@torch.no_grad()
+def test_a_classifier_with_labels_of_its_own():
+    causal, teacher = make("llama"), make("llama", auto=AutoModelForSequenceClassification, **LABELS)
+    build = CABMambaForSequenceClassification.from_teacher
+    for other in (causal, make("llama", auto=AutoModelForTokenClassification)):
+        with pytest.raises(ValueError, match=rf"{type(other).__name__} has no classifier.*num_labels=2"):
+            build(other)
+    torch.manual_seed(3)
+    student = build(causal, num_labels=5, mixer_type="mamba", num_hidden_layers=2, calibration_inputs=batch())
+    assert student.score.weight.shape == (5, 36) and 0.01 < student.score.weight.std() < 0.03
+    assert (student.config.num_hidden_layers, student.config.layer_mixer_types) == (2, ["mamba", "mamba"])
+    assert torch.equal(student.backbone.embeddings.weight, causal.get_input_embeddings().weight)
+    causal_student = CABMambaForCausalLM.from_teacher(causal)
+    for name, weight in build(causal, id2label={0: "a", 1: "b"}).backbone.state_dict().items():
+        assert torch.equal(weight, causal_student.backbone.state_dict()[name]), name
+    # as many labels keep their names and weights, other numbers start anew
+    same, more, named = build(teacher, num_labels=3), build(teacher, num_labels=4), build(teacher, id2label={0: "a"})
+    assert torch.equal(same.score.weight, teacher.score.weight) and same.config.id2label == LABELS["id2label"]
+    assert more.score.weight.shape == (4, 36) and more.score.weight.std() < 0.03
+    assert named.config.id2label == {0: "a"} and named.score.weight.shape == (1, 36)
+    assert build(teacher, dtype=torch.bfloat16).score.weight.dtype == torch.bfloat16
+    random = build(teacher, copy_weights=False)
+    assert random.config.id2label == LABELS["id2label"] and not torch.equal(random.score.weight, teacher.score.weight)
+    unpadded = make("llama", auto=AutoModelForSequenceClassification, pad_token_id=None)
+    assert build(unpadded, calibration_inputs=batch()).config.pad_token_id is None
 
 
 def hidden_and_attention(teacher, inputs):

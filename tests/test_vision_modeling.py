@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -250,9 +251,20 @@ def test_labels_are_classes_or_probabilities():
     assert float(single(images, labels=target).loss) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_floating_labels_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"`labels`.*\(2, 3\).*probabilities.*\(2, 7\)"):
-        tiny_vision_model()(random_images(2), labels=torch.rand(2, 3))
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [({}, (2, 3)), ({"problem_type": "regression"}, (2,)), ({"problem_type": "multi_label_classification"}, (2, 1))],
+)
+def test_floating_labels_of_another_shape_are_refused(config, shape):
+    with pytest.raises(ValueError, match=rf"`labels`.*{re.escape(str(shape))}.*\(2, 7\).*class indices"):
+        tiny_vision_model(**config)(random_images(2), labels=torch.rand(shape))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_class_indices_of_any_whole_numbers(dtype):
+    model, images = tiny_vision_model(), random_images(2)
+    assert torch.equal(model(images, labels=LABELS.to(dtype)).loss, tiny_vision_model()(images, labels=LABELS).loss)
 
 
 # Weights
@@ -482,8 +494,8 @@ def test_steps_in_bf16_stay_finite_and_learn(mixer_type):
     assert losses[-1] < 0.5 * losses[0], losses
 
 
-def train(folder, rows, steps: int, **arguments) -> CABVisionMambaForImageClassification:
-    model = tiny_vision_model()
+def train(folder, rows, steps: int, config: dict, **arguments) -> CABVisionMambaForImageClassification:
+    model = tiny_vision_model(**config)
     options = {"learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     options = {**options, "report_to": [], **arguments}
     options = {"max_steps": steps, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", **options}
@@ -494,28 +506,54 @@ def train(folder, rows, steps: int, **arguments) -> CABVisionMambaForImageClassi
     return model
 
 
-@pytest.mark.parametrize("kind", ["classes", "probabilities"])
-def test_a_plain_trainer_trains_it(kind, tmp_path):
-    labels = torch.arange(6) if kind == "classes" else torch.softmax(random_images(6, 7, 1, 1).flatten(1), dim=-1)
+NUMBERS = random_images(6, 7, 1, 1, seed=3).flatten(1)
+PROBLEMS = {
+    "classes": ({}, torch.arange(6), F.cross_entropy),
+    "probabilities": ({}, NUMBERS.softmax(-1), F.cross_entropy),
+    "many of many": (
+        {"problem_type": "multi_label_classification"},
+        (NUMBERS > 0).float(),
+        F.binary_cross_entropy_with_logits,
+    ),
+    "many of many, whole": (
+        {"problem_type": "multi_label_classification"},
+        (NUMBERS > 0).long(),
+        lambda logits, labels: F.binary_cross_entropy_with_logits(logits, labels.float()),
+    ),
+    "regression": ({"problem_type": "regression"}, NUMBERS, F.mse_loss),
+    "regression of one": (
+        {"num_labels": 1},
+        NUMBERS[:, 0],
+        lambda logits, labels: (logits[:, 0] - labels).square().mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_plain_trainer_trains_it(problem, tmp_path):
+    config, labels, loss = PROBLEMS[problem]
     rows = [{"pixel_values": image, "labels": label} for image, label in zip(random_images(6), labels)]
-    if kind == "classes":
-        rows = [{**row, "labels": int(row["labels"])} for row in rows]
-    before = tiny_vision_model().state_dict()
-    whole = train(tmp_path, rows, 3, per_device_train_batch_size=6)
+    if labels.ndim == 1:
+        rows = [{**row, "labels": row["labels"].item()} for row in rows]
+    before = tiny_vision_model(**config).state_dict()
+    whole = train(tmp_path, rows, 2, config, per_device_train_batch_size=6)
     assert all(not torch.equal(value, before[name]) for name, value in whole.state_dict().items())
     # by hand, and with the batch in parts
-    by_hand = tiny_vision_model().train()
+    by_hand = tiny_vision_model(**config).train()
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
-    for _ in range(3):
-        F.cross_entropy(by_hand(random_images(6)).logits, labels).backward()
+    for _ in range(2):
+        loss(by_hand(random_images(6)).logits, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-    parts = train(tmp_path, rows, 3, per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    models = [whole]
+    for size in (1, 2):
+        models.append(
+            train(tmp_path, rows, 2, config, per_device_train_batch_size=size, gradient_accumulation_steps=6 // size)
+        )
     for name, value in by_hand.state_dict().items():
-        for model in (whole, parts):
-            assert largest_difference(model.state_dict()[name], value) < 1e-4 * max(1.0, float(value.abs().max())), (
-                name
-            )
+        for model in models:
+            difference = largest_difference(model.state_dict()[name], value)
+            assert difference < 1e-4 * max(1.0, float(value.abs().max())), name
 
 
 @pytest.mark.parametrize("mixer_type", MIXER_TYPES)

@@ -382,6 +382,19 @@ class CABMambaForSequenceClassification(CABMambaPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @classmethod
+    def from_teacher(cls, teacher: PreTrainedModel, **kwargs) -> "CABMambaForSequenceClassification":
+        """A student of the teacher's shape with its weights: see `cab_hf.transfer.student_from_teacher`.
+
+        The labels and `score` of a teacher that classifies are taken over; others need `num_labels`.
+
+        Raises:
+            ImportError: where the package `cab_hf` is not installed.
+            ValueError: for a teacher of an unknown family; the message lists the known ones. For one without a
+                classifier, when `num_labels` is not given.
+        """
+        return importlib.import_module("cab_hf.transfer").student_from_teacher(teacher, student_class=cls, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 

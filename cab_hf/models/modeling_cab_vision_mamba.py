@@ -360,19 +360,22 @@ class CABVisionMambaForImageClassification(CABVisionMambaPreTrainedModel):
         **kwargs,
     ) -> torch.Tensor:
         config = self.config
-        one_of_many = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
-        if not (one_of_many and labels.is_floating_point()):
-            return self.loss_function(labels, logits, config, num_items_in_batch=num_items_in_batch, **kwargs)
+        kind = config.problem_type or ("single_label_classification" if config.num_labels > 1 else "regression")
+        one_of_many = kind == "single_label_classification"
+        if one_of_many and not labels.is_floating_point():
+            return self.loss_function(labels.long(), logits, config, num_items_in_batch=num_items_in_batch, **kwargs)
+        if config.num_labels == 1 and labels.ndim == 1:
+            labels = labels[:, None]
         if labels.shape != logits.shape:
             raise ValueError(
-                f"`labels` are floating with shape {tuple(labels.shape)}, so they must be class probabilities of "
-                f"shape {tuple(logits.shape)}. Give those, or class indices (b,) as integers."
+                f"`labels` of shape {tuple(labels.shape)} and {labels.dtype} do not fit {kind} of {config.num_labels} "
+                "labels, which needs one number a label (class probabilities, zeros and ones, or targets): "
+                f"{tuple(logits.shape)}. Give those, or class indices (b,) as integers for one label of many."
             )
-        labels = labels.to(logits.device)
-        if num_items_in_batch is None:
-            return F.cross_entropy(logits, labels)
-        # Trainer counts the elements of `labels`, of which a sample has `num_labels` here.
-        return F.cross_entropy(logits, labels, reduction="sum") * config.num_labels / num_items_in_batch
+        logits, labels = logits.float(), labels.to(logits.device, torch.float32)
+        loss = F.cross_entropy(logits, labels) if one_of_many else self.loss_function(labels, logits, config)
+        # Trainer counts the elements of `labels` over accumulated batches, and these losses are means of one batch.
+        return loss if num_items_in_batch is None else loss * labels.numel() / num_items_in_batch
 
 
 __all__ = ["CABVisionMambaForImageClassification", "CABVisionMambaModel", "CABVisionMambaPreTrainedModel"]

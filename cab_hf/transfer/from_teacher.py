@@ -14,12 +14,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cab_hf.distillation.alignment import layer_map as map_layers
 from cab_hf.models.configuration_cab_mamba import CABMambaConfig
-from cab_hf.models.modeling_cab_mamba import CABMambaForCausalLM, CABMambaPreTrainedModel
+from cab_hf.models.modeling_cab_mamba import (
+    CABMambaForCausalLM,
+    CABMambaForSequenceClassification,
+    CABMambaPreTrainedModel,
+)
 from cab_hf.transfer.calibration import calibrate_output_norm
 from cab_hf.transfer.copying import cast, copy_bias, copy_block, copy_norm, copy_tensor, mixer_fields
 from cab_hf.transfer.families import family_of
@@ -42,7 +46,8 @@ def student_from_teacher(
 
     Args:
         teacher: a Transformer of a known family (`cab_hf.transfer.FAMILIES`); neither changed nor shared.
-        student_class: class of the student.
+        student_class: class of the student. A classifier takes over the labels and head of a teacher that is one;
+            of another teacher, or with another `num_labels`, its head starts at random.
         num_hidden_layers: depth of the student; the teacher's when not given.
         layer_map: which teacher layer each student layer is made of: "floor", "uniform", "last", or one index a layer.
         mixer_type: "mamba2" takes over Q, K, V and O; "mamba" V and O.
@@ -57,8 +62,11 @@ def student_from_teacher(
         The student, in eval mode, on the teacher's device.
 
     Raises:
-        ValueError: an unknown family, a feature of the teacher that a student can't express, or sizes that don't fit.
+        ValueError: an unknown family, a feature of the teacher that a student can't express, sizes that don't fit, or
+            a classifier of unknown labels.
     """
+    if issubclass(student_class, CABMambaForSequenceClassification):
+        config_overrides = _with_labels(teacher, config_overrides)
     config = student_config(
         teacher.config, num_hidden_layers=num_hidden_layers, mixer_type=mixer_type, **config_overrides
     )
@@ -72,6 +80,31 @@ def student_from_teacher(
         student.generation_config = copy.deepcopy(teacher.generation_config)
     cast(student, dtype)
     return student.eval()
+
+
+def _with_labels(teacher: PreTrainedModel, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides of a classifier's config: with the teacher's labels, where it has as many and none are named."""
+    config = teacher.config
+    if "id2label" in overrides:
+        return overrides
+    if _score(teacher) is None:
+        if "num_labels" not in overrides:
+            raise ValueError(
+                f"The teacher {type(teacher).__name__} has no classifier (`score`) to take labels from, and no "
+                "num_labels is given. Say how many there are: from_teacher(teacher, num_labels=2)."
+            )
+        return overrides
+    if overrides.get("num_labels", config.num_labels) != config.num_labels:
+        return overrides
+    others = {name: value for name, value in overrides.items() if name != "num_labels"}
+    labels = {"id2label": dict(config.id2label), "label2id": dict(config.label2id)}
+    return {**labels, "problem_type": config.problem_type, **others}
+
+
+def _score(teacher: PreTrainedModel) -> nn.Linear | None:
+    """The head of a decoder that classifies texts, under the name of every family; one for tokens has a bias."""
+    head = dict(teacher.named_children()).get("score")
+    return head if isinstance(head, nn.Linear) and head.bias is None else None
 
 
 def student_config(
@@ -148,6 +181,11 @@ def copy_teacher_weights(
 
 
 def _copy_head(student: CABMambaPreTrainedModel, teacher: PreTrainedModel) -> None:
+    if isinstance(student, CABMambaForSequenceClassification):
+        score = _score(teacher)
+        if score is not None and len(score.weight) == len(student.score.weight):
+            copy_tensor("score.weight", student.score.weight, score.weight)
+        return
     target, source = student.get_output_embeddings(), teacher.get_output_embeddings()
     if target is None or source is None:
         return
