@@ -1,6 +1,5 @@
 """The model card of a student: metadata that the Hub can read, and only what is known to be true."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -9,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from cab_hf import card as sections
 from cab_hf.demo import SMOLLM2_LANGUAGE, SMOLLM2_LICENSE, SMOLLM2_SOURCE
 from cab_hf.images import BUILTIN
 from cab_hf.models import CABMambaConfig, CABVisionMambaConfig
@@ -27,7 +27,7 @@ SPECIAL_SOURCES = {"builtin", "random-llama", "smollm2-demo", "imagefolder", *BU
 PLOTS = {
     "learning_curves.png": "Losses",
     "recall.png": "Recall over the gap",
-    "speed.png": "Speed and memory over length",
+    "speed.png": "Speed and memory",
     "attention.png": "Attention maps",
 }
 TAGS = ("mamba", "cab", "distillation")
@@ -51,14 +51,19 @@ def build_card(
     stock_subfolder: str | None = None,
     recipe: str | None = None,
     plots: Sequence[tuple[str, str]] = (),
+    evaluation: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """The card of a saved student. A section without data is left out, and no field is made up.
 
     Args:
-        folder: The saved student: `config.json` and its safetensors.
+        folder: The saved student: `config.json` and its safetensors. The class that its config names under
+            `architectures` decides what the card says of its use.
         metrics: Name of a text -> report of `cab_hf.evaluation.compare` on it. A report may hold under `recall`
             reports of `copying_recall`, as {gap: {"teacher": ..., "student": ...}}. Of an image student: name of a
-            set -> report of `cab_hf.run_images.compare_images`, under `baselines` perhaps those of other methods.
+            set -> report of `cab_hf.run_images.compare_images`, under `baselines` perhaps those of other methods. Of
+            a classifier of texts: name of a text -> {"student_accuracy", "n_texts"} and, where they are known,
+            "student_accuracy_ci95", "teacher_accuracy", "teacher_accuracy_ci95", "kl", "agreement". Each report may
+            name its `split` and, if it is on the Hub, its `dataset`.
         training: What to say about the training, one row each; may be empty.
         teacher: Hub id or folder of the teacher, or "smollm2-demo".
         license: Licence of the student; by default the one that the teacher's card names.
@@ -71,24 +76,19 @@ def build_card(
         stock_subfolder: Sub-folder that holds the student as a class of transformers itself, if there is one.
         recipe: The recipe of the training, YAML.
         plots: (title, file in the folder) of the pictures to show.
+        evaluation: What `cab_hf.report.evaluate` returns; its `generation`, `recall` and `speed` are shown.
 
     Returns:
         The card; `write_card` saves it.
 
     Raises:
         FileNotFoundError: `folder` or `stock_subfolder` holds no model.
-        ValueError: The licence is unknown, `folder` holds another kind of model, or a report lacks a number that the
-            card needs.
+        ValueError: The licence is unknown, `folder` holds another kind of model, a report lacks a number that the
+            card needs, or a stock copy is named of a student that has none.
     """
     folder = Path(folder)
     config = _read_config(folder)
-    if not isinstance(config, CABMambaConfig | CABVisionMambaConfig):
-        raise ValueError(
-            f"folder {folder} holds a {config.model_type!r} model, but the card describes a 'cab_mamba' or "
-            "'cab_vision_mamba' student. Name the folder of the student itself, and that of a stock export as "
-            "stock_subfolder."
-        )
-    sees = isinstance(config, CABVisionMambaConfig)
+    head = _head(folder, config)
     source = describe_teacher(teacher)
     license = license or source["license"]
     if license is None:
@@ -96,35 +96,55 @@ def build_card(
             f"The licence of teacher {str(teacher)!r} is unknown (no card says it). Pass license, for instance "
             'license="apache-2.0".'
         )
+    stock = None
+    if stock_subfolder is not None:
+        stock = (stock_subfolder, _read_config(folder / stock_subfolder).architectures[0])
+        if head.task != "text-generation":
+            raise ValueError(
+                f"stock_subfolder is {stock_subfolder!r}, but no class of transformers holds a student for "
+                f"{head.task}. Leave stock_subfolder out."
+            )
     base_model = base_model or source["base_model"]
     language = language or source["language"]
     name = name or (repo_id or folder.resolve().name).rsplit("/", 1)[-1]
+    evaluation = dict(evaluation or {})
+    copying = {gap: report for one in metrics.values() for gap, report in one.get("recall", {}).items()}
+    if copying and "recall" not in evaluation:
+        evaluation["recall"] = {"copying": copying}
+    recall, generation, speed = (evaluation.get(key) for key in ("recall", "generation", "speed"))
     data = ModelCardData(
         language=list(language) if isinstance(language, Sequence) and not isinstance(language, str) else language,
         license=license,
         library_name="transformers",
-        pipeline_tag="image-classification" if sees else "text-generation",
+        pipeline_tag=head.task,
         base_model=base_model,
         datasets=list(datasets) or None,
         tags=list(TAGS),
         model_name=name,
-        eval_results=[(_image_eval_result if sees else _eval_result)(*item) for item in metrics.items()] or None,
+        eval_results=sections.eval_results(head, metrics) or None,
     )
-    teacher_link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{source['name']}`"
     return ModelCard.from_template(
         data,
         template_str=_template(),
         name=name,
+        head=head,
+        labels=config.num_labels,
         parameters=_short(_count_parameters(folder)),
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         mixers=_mixers(config),
         state_size=config.state_size,
-        sees=sees,
-        teacher=teacher_link,
-        results=[row for item in metrics.items() for row in (_image_result_rows if sees else _result_rows)(*item)],
-        recall=[_recall_row(gap, report) for one in metrics.values() for gap, report in one.get("recall", {}).items()],
-        uses=_uses(folder, repo_id, stock_subfolder),
+        teacher=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{source['name']}`",
+        results=sections.result_table(head, metrics) if metrics else None,
+        has_baselines=any(one.get("baselines") for one in metrics.values()),
+        recall=sections.recall_table(recall) if recall else None,
+        prompts=generation["prompts"] if generation else None,
+        generation=sections.generation_table(generation) if generation else None,
+        speed=sections.speed_table(speed) if speed else None,
+        measured_on=sections.measured_on(evaluation) if speed else None,
+        crossings=sections.crossings(speed) if speed else [],
+        limits=sections.limits(head, metrics, evaluation),
+        uses=sections.ways_to_load(folder, head, repo_id, stock),
         training={key: str(value).replace("|", "\\|") for key, value in training.items() if value not in (None, "")},
         recipe=recipe.strip() if recipe else None,
         plots=list(plots),
@@ -158,7 +178,8 @@ def write_model_card(
     Args:
         folder: Folder of the student.
         recipe: The recipe that made it.
-        report: What the run measured, as in its `report.json`.
+        report: What the run measured, as in its `report.json`; under `evaluation` perhaps what a later
+            `cab_hf.report.evaluate` did.
         overwrite: Replace an existing `README.md`.
 
     Returns:
@@ -172,39 +193,39 @@ def write_model_card(
             "recipe to have one."
         )
         return False
-    sees = recipe.model.reads_images
+    head = _head(folder, _read_config(folder))
+    is_own = head.task == recipe.model.task
+    baselines = {method: result["after"] for method, result in report.get("baselines", {}).items()}
+    metrics = {}
+    for name, one in report["after"].items():
+        if not is_own and f"student_{head.metric[2]}" not in one:
+            continue
+        # A later evaluation may have counted other images than the run, whose baselines then don't compare.
+        count = f"n_{head.unit}"
+        others = {
+            method: after[name]
+            for method, after in baselines.items()
+            if name in after and after[name][count] == one[count]
+        }
+        metrics[name] = _run_facts(recipe, name) | one | ({"baselines": others} if others else {})
+    evaluation = report.get("evaluation", {})
     sources = {public_name(source): _is_hub_id(source) for source in recipe.data.dataset}
-    unit = "examples" if sees else "tokens"
-    stages = [f"{stage['name']}: {stage['steps']:,} steps, {stage[unit]:,} {unit}" for stage in report["stages"]]
-    training = {"Teacher": f"{public_name(recipe.model.teacher)}, {_short(report['teacher_parameters'])} parameters"}
-    metrics = report["after"]
-    if sees:
-        training |= {
-            "Images": f"{', '.join(sources)}: {report['train_images']:,} of {report['available_images']:,}",
-            "Images seen": f"{report['images_seen']:,}",
-        }
-        others = {method: result["after"] for method, result in report["baselines"].items()}
-        metrics = {
-            name: one | {"baselines": {method: after[name] for method, after in others.items()}}
-            for name, one in metrics.items()
-        }
-    else:
-        training |= {"Text": ", ".join(sources), "Tokens": f"{report['train_tokens']:,}"}
-    training |= {
-        "Stages": "; ".join(stages),
-        "Hardware": report["hardware"],
-        "Versions": ", ".join(f"{package} {number}" for package, number in report["versions"].items()),
-    }
+    training = {} if is_own else {"What follows": "the distillation of the student under this classifier"}
     card = build_card(
         folder,
         metrics,
-        training,
+        training | _training_rows(recipe, report, list(sources)),
         teacher=recipe.model.teacher,
         license=license,
         datasets=[name for name, is_hub_id in sources.items() if is_hub_id],
         repo_id=recipe.stages[-1][1].hub_model_id,
         recipe=yaml.safe_dump(shareable(recipe.values), sort_keys=False),
-        plots=[(title, file) for file, title in PLOTS.items() if (folder / file).is_file()],
+        plots=[
+            (title, file)
+            for file, title in PLOTS.items()
+            if (folder / file).is_file() and (is_own or file == "learning_curves.png")
+        ],
+        evaluation=evaluation if evaluation.get("task") == head.task else None,
     )
     return write_card(folder, card, overwrite=overwrite)
 
@@ -254,6 +275,22 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(folder)
 
 
+def _head(folder: Path, config: PreTrainedConfig) -> sections.Head:
+    if not isinstance(config, CABMambaConfig | CABVisionMambaConfig):
+        raise ValueError(
+            f"folder {folder} holds a {config.model_type!r} model, but the card describes a 'cab_mamba' or "
+            "'cab_vision_mamba' student. Name the folder of the student itself, and that of a stock export as "
+            "stock_subfolder."
+        )
+    name = (config.architectures or ["model of unknown class"])[0]
+    if name not in sections.HEADS:
+        raise ValueError(
+            f"folder {folder} holds a {name}, but a card describes one of {list(sections.HEADS)}. Save the student "
+            "with its head there."
+        )
+    return sections.HEADS[name]
+
+
 def _count_parameters(folder: Path) -> int:
     """Numbers stored in the folder's safetensors; a tied head is stored once."""
     files = sorted(folder.glob("model*.safetensors"))
@@ -273,128 +310,47 @@ def _mixers(config: PreTrainedConfig) -> str:
     return " and ".join(f"{count} {_MIXERS[kind]}" for kind, count in sorted(counts.items())) + " mixers"
 
 
-def _eval_result(text: str, report: Mapping[str, Any]) -> EvalResult:
-    _require(text, report, "student_perplexity", "student_perplexity_ci95", "n_tokens")
-    tokens = int(report["n_tokens"])
-    return EvalResult(
-        task_type="text-generation",
-        task_name="Text generation",
-        dataset_type=_slug(text),
-        dataset_name=text,
-        metric_type="perplexity",
-        metric_name=f"Perplexity per token (n = {tokens:,} tokens)",
-        metric_value=round(float(report["student_perplexity"]), 4),
-        metric_args={"n_tokens": tokens, "ci95": [_rounded(bound) for bound in report["student_perplexity_ci95"]]},
-    )
+def _run_facts(recipe: Recipe, name: str) -> dict[str, str]:
+    """`dataset_facts` of a text or set that a run evaluated; of others, which a later evaluation adds, nothing."""
+    data = recipe.data
+    if recipe.model.reads_images:
+        split = recipe.images.test_split or ("test" if data.dataset[0] in BUILTIN else None)
+        return dataset_facts(data.dataset, split) if name == f"{Path(data.dataset[0]).name} test images" else {}
+    if name == f"held-out part of {', '.join(map(public_name, data.dataset))}":
+        return dataset_facts(data.dataset, "held-out")
+    source = dict(text.split("=", 1) for text in data.eval_dataset).get(name)
+    return dataset_facts([source], data.dataset_split if _is_hub_id(source) else None) if source else {}
 
 
-def _result_rows(text: str, report: Mapping[str, Any]) -> list[list[str]]:
-    _require(text, report, "teacher_perplexity", "teacher_perplexity_ci95", "kl", "kl_ci95", "agreement")
-    tokens = f"{int(report['n_tokens']):,}"
-    return [
-        [text, "teacher", _interval(report, "teacher_perplexity", 2), "0", "1", tokens],
-        [
-            text,
-            "student",
-            _interval(report, "student_perplexity", 2),
-            _interval(report, "kl", 3),
-            _interval(report, "agreement", 3),
-            tokens,
-        ],
-    ]
-
-
-def _image_eval_result(images: str, report: Mapping[str, Any]) -> EvalResult:
-    _require(images, report, "student_top1", "student_top1_ci95", "n_images")
-    count = int(report["n_images"])
-    return EvalResult(
-        task_type="image-classification",
-        task_name="Image classification",
-        dataset_type=_slug(images),
-        dataset_name=images,
-        metric_type="accuracy",
-        metric_name=f"Top-1 accuracy (n = {count:,} images)",
-        metric_value=round(float(report["student_top1"]), 4),
-        metric_args={"n_images": count, "ci95": [_rounded(bound) for bound in report["student_top1_ci95"]]},
-    )
-
-
-def _image_result_rows(images: str, report: Mapping[str, Any]) -> list[list[str]]:
-    _require(images, report, "student_top1", "n_images")
-    count = f"{int(report['n_images']):,}"
-    rows = []
-    if "teacher_top1" in report:
-        rows.append([images, "teacher", _interval(report, "teacher_top1", 3), "0", "1", count])
-    for name, one in [*report.get("baselines", {}).items(), ("student", report)]:
-        compared = [f"{one[key]:.3f}" if key in one else "" for key in ("kl", "agreement")]
-        rows.append([images, name, _interval(one, "student_top1", 3), *compared, count])
-    return rows
-
-
-def _recall_row(gap: str | int, report: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    values = [
-        f"{report[who]['recall']:.3f} ({report[who]['ci95'][0]:.3f} to {report[who]['ci95'][1]:.3f})"
-        for who in ("teacher", "student")
-    ]
-    return [str(gap), *values, f"{report['student']['n_tokens']:,}"]
-
-
-def _require(text: str, report: Mapping[str, Any], *names: str) -> None:
-    missing = [name for name in names if name not in report]
-    if missing:
-        raise ValueError(
-            f"The report on {text!r} lacks {missing} (it has {sorted(report)}). Give what cab_hf.evaluation.compare "
-            "returns."
-        )
-
-
-def _interval(report: Mapping[str, Any], name: str, digits: int) -> str:
-    value = f"{report[name]:.{digits}f}"
-    bounds = report.get(f"{name}_ci95")
-    if bounds is None or not all(map(math.isfinite, bounds)):
-        return value
-    return f"{value} ({bounds[0]:.{digits}f} to {bounds[1]:.{digits}f})"
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _rounded(bound: float) -> float | str:
-    # YAML has no finite way to write the open interval of a single block.
-    return round(float(bound), 4) if math.isfinite(bound) else str(bound)
-
-
-def _uses(folder: Path, repo_id: str | None, stock_subfolder: str | None) -> list[tuple[str, str]]:
-    """The ways to load the student that work, each with its code."""
-    place = json.dumps(repo_id or ".")
-    auto = "AutoModelForCausalLM"
-    helper, helper_name, helper_file = "AutoTokenizer", "tokenizer", "tokenizer_config.json"
-    if isinstance(_read_config(folder), CABVisionMambaConfig):
-        auto = "AutoModelForImageClassification"
-        helper, helper_name, helper_file = "AutoImageProcessor", "processor", "preprocessor_config.json"
-    has_helper = (folder / helper_file).is_file()
-    head = f"from transformers import {', '.join(sorted([helper, auto] if has_helper else [auto]))}"
-    load_helper = [f"{helper_name} = {helper}.from_pretrained({place})"] if has_helper else []
-
-    def code(arguments: str, *first: str) -> str:
-        return "\n".join([*first, head, "", *load_helper, f"model = {auto}.from_pretrained({place}{arguments})"])
-
-    here = "" if repo_id else ", from inside this folder"
-    uses = [(f"With the package `cab_hf` installed{here}:", code("", "import cab_hf"))]
-    if auto in json.loads((folder / "config.json").read_text()).get("auto_map", {}):
-        uses.append(
-            (f"Without it, by the modelling files beside the weights{here}:", code(", trust_remote_code=True"))
-        )
-    if stock_subfolder is not None:
-        stock = _read_config(folder / stock_subfolder)
-        uses.append(
-            (
-                f"As the `{stock.architectures[0]}` of transformers itself{here}:",
-                code(f", subfolder={json.dumps(stock_subfolder)}"),
-            )
-        )
-    return uses
+def _training_rows(recipe: Recipe, report: Mapping[str, Any], sources: Sequence[str]) -> dict[str, str]:
+    model, stages = recipe.model, dict(recipe.stages)
+    unit = "examples" if model.reads_images else "tokens"
+    method = sections.describe_method(list(stages.values()))
+    losses = {name: sections.describe_losses(args) for name, args in stages.items()}
+    start = {"teacher": "the teacher's weights" if model.copy_weights else "the teacher's shape"}
+    rows = {
+        "Teacher": f"{public_name(model.teacher)}, {_short(report['teacher_parameters'])} parameters",
+        "Method": method if model.method == "student" else f"{model.method}: {method}",
+        "Start": public_name(model.student) if model.student else start.get(model.student_from, "random weights"),
+    }
+    if model.reads_images:
+        rows |= {
+            "Images": f"{', '.join(sources)}: {report['train_images']:,} of {report['available_images']:,}",
+            "Images seen": f"{report['images_seen']:,}",
+        }
+    else:
+        rows |= {
+            "Text": f"{', '.join(sources)}, in rows of {recipe.data.block_size:,} tokens",
+            "Tokens": f"{report['train_tokens']:,}",
+        }
+    return rows | {
+        "Stages": "; ".join(
+            f"{one['name']}: {one['steps']:,} steps, {one[unit]:,} {unit}" for one in report["stages"]
+        ),
+        "Losses": ". ".join(f"{name}: {text}" if len(losses) > 1 else text for name, text in losses.items()),
+        "Hardware": report["hardware"],
+        "Versions": ", ".join(f"{package} {number}" for package, number in report["versions"].items()),
+    }
 
 
 def _template() -> str:
@@ -426,3 +382,14 @@ def public_name(source: str) -> str:
     if source == "smollm2-demo":
         return SMOLLM2_SOURCE
     return source if _is_hub_id(source) else Path(source).name
+
+
+def dataset_facts(sources: Sequence[str], split: str | None) -> dict[str, str]:
+    """What a card's metadata say of the data of a result: the `dataset`, if it is one of the Hub, and its `split`.
+
+    Args:
+        sources: of the data.
+        split: the name of the part that was measured; None where it is unknown.
+    """
+    facts = {"dataset": sources[0]} if len(sources) == 1 and _is_hub_id(sources[0]) else {}
+    return facts | ({"split": split} if split else {})

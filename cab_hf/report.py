@@ -35,7 +35,7 @@ from cab_hf.evaluation import (
     throughput,
 )
 from cab_hf.export import load_image_processor, load_tokenizer, read_student
-from cab_hf.hub import describe_teacher, public_name, write_model_card
+from cab_hf.hub import dataset_facts, describe_teacher, public_name, write_model_card
 from cab_hf.images import ImageDataset, collate_images, load_images, normalisation
 from cab_hf.metrics import crossing_length
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
@@ -100,7 +100,8 @@ def evaluate(
 
     Returns:
         What is in `evaluation.json`. Of a language student `texts` (name -> `compare`), `generation`, `recall` and
-        `speed`; of an image student `images` (name -> `compare_images`) and `speed`.
+        `speed`; of an image student `images` (name -> `compare_images`) and `speed`. A text or set also has its
+        `split` and, from the Hub, its `dataset`, where these are known.
 
     Raises:
         ValueError: a folder without a student, a teacher of other tokens or labels, an option that can't be.
@@ -140,10 +141,13 @@ def evaluate(
         check_vocabularies(student.config.vocab_size, teacher_size, own, tokenizer if own else None)
         teacher_model.to(place, getattr(torch, dtype)).eval()
         models = {"teacher": teacher_model, "student": student}
-        texts = dict(_load_text(one, tokenizer, recipe, block_size) for one in data)
+        texts, origins = {}, {}
+        for one in data:
+            name, blocks, origin = _load_text(one, tokenizer, recipe, block_size)
+            texts[name], origins[name] = blocks, origin
         report["teacher_parameters"] = teacher_model.num_parameters()
         report["texts"] = {
-            name: compare(student, teacher_model, blocks, batch_size, max_tokens=max_tokens)
+            name: compare(student, teacher_model, blocks, batch_size, max_tokens=max_tokens) | origins[name]
             for name, blocks in texts.items()
         }
         if prompts:
@@ -240,6 +244,9 @@ def image_speed(model: PreTrainedModel, size: int, batch_size: int, *, repeats: 
 def write_card_of(folder: str | Path, *, license: str | None = None, overwrite: bool = False) -> Path:
     """Writes the card of a finished run again, from its `recipe.yaml`, `report.json` and, if there, `evaluation.json`.
 
+    A classifier that was put on the run's student and saved over it is described as what it is: what the run measured
+    of the language model is left out. Its accuracies are shown where `evaluation.json` has them under `texts`.
+
     Args:
         folder: `output_dir` of the recipe.
         license: licence of the student; by default the recipe's, or else the teacher's.
@@ -274,7 +281,10 @@ def write_card_of(folder: str | Path, *, license: str | None = None, overwrite: 
         )
     try:
         if (folder / EVALUATION_NAME).is_file():
-            report = _merge(report, _read_json(folder / EVALUATION_NAME))
+            evaluation = _read_json(folder / EVALUATION_NAME)
+            # The later numbers are the newer ones.
+            newer = evaluation.get("images" if recipe.model.reads_images else "texts", {})
+            report |= {"after": report["after"] | newer, "evaluation": evaluation}
         write_model_card(folder, recipe, report, overwrite=overwrite)
     except KeyError as error:
         raise ValueError(f"The files {REPORT_NAME} and {EVALUATION_NAME} of {folder} lack {error}.") from error
@@ -425,7 +435,7 @@ def _named(source: str) -> tuple[str | None, str]:
 
 def _load_text(
     source: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None, block_size: int | None
-) -> tuple[str, Blocks]:
+) -> tuple[str, Blocks, dict[str, str]]:
     name, source = _named(source)
     settings = recipe.data if recipe else DataArguments()
     is_of_training = recipe is not None and source in settings.dataset and not settings.eval_dataset
@@ -435,14 +445,15 @@ def _load_text(
         split=settings.dataset_split if is_of_training else None,
         text_column=settings.text_column if is_of_training else None,
     )
-    default = public_name(source)
+    default, origin = public_name(source), dataset_facts([source], None)
     if is_of_training:
         documents = split_documents(documents, _holdout(settings.holdout), seed=recipe.stages[0][1].seed)[1]
         default = f"held-out part of {', '.join(map(public_name, settings.dataset))}"
+        origin = dataset_facts(settings.dataset, "held-out")
     blocks = pack_documents(
         documents, tokenizer, block_size or settings.block_size, isolate_documents=settings.isolate_documents
     )
-    return name or default, blocks
+    return name or default, blocks, origin
 
 
 def _holdout(value: str) -> float | int | str:
@@ -534,6 +545,7 @@ def _evaluate_images(
     results = {}
     for source in data:
         name, source = _named(source)
+        split = None
         rows = load_images(
             source,
             data_dir=settings.data_dir,
@@ -562,7 +574,8 @@ def _evaluate_images(
             num_channels=student.config.num_channels,
         )
         batches = _image_batches(images, batch_size, (height, teacher_size), (mean, std), student)
-        results[name or f"{Path(source).name} test images"] = compare_images(student, borrowed, batches)
+        compared = compare_images(student, borrowed, batches)
+        results[name or f"{Path(source).name} test images"] = compared | dataset_facts([source], split)
     teacher_model = borrowed.restore()
     rows = [
         {
@@ -601,20 +614,3 @@ def _draw(report: Mapping[str, Any], output: Path) -> list[str]:
     except ImportError as error:
         print(f"No plots are drawn: {error}")
     return names
-
-
-def _merge(report: dict[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's report with the numbers of a later evaluation, which are the newer ones."""
-    after = dict(report["after"])
-    if evaluation["task"] == "image-classification":
-        # Baselines were measured on the run's own sets only.
-        newer = evaluation["images"]
-        after |= {name: one for name, one in newer.items() if name in after or not report["baselines"]}
-        return report | {"after": after}
-    if "recall" in evaluation:
-        after = {name: {key: value for key, value in one.items() if key != "recall"} for name, one in after.items()}
-    after |= evaluation["texts"]
-    if "recall" in evaluation:
-        first = next(iter(after))
-        after[first] = after[first] | {"recall": evaluation["recall"]["copying"]}
-    return report | {"after": after}

@@ -4,17 +4,23 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from test_hub_code import BLOCKED, run_apart
+from tiny_models import tiny_config, tiny_vision_model
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from cab_hf.hub import build_card, describe_teacher, write_card, write_model_card
-from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
+from cab_hf.card import HEADS, describe_losses, describe_method
+from cab_hf.demo import random_llama
+from cab_hf.distillation.training_args import DistillationTrainingArguments
+from cab_hf.hub import build_card, dataset_facts, describe_teacher, write_card, write_model_card
+from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaForSequenceClassification, CABMambaModel
 from cab_hf.plots import learning_curves
+from cab_hf.publish import check_card, student_files
+from cab_hf.recipes import build_recipe
 
 
 REPORT = {
@@ -32,6 +38,65 @@ REPORT = {
     "n_blocks": 24,
 }
 RECALL = {"recall": 0.875, "ci95": [0.84, 0.9], "n_tokens": 2016, "n_sequences": 32, "gap": 16, "length": 64}
+NOTHING = RECALL | {"recall": 0.0, "ci95": [0.0, 0.01]}
+_WORDS = {"repetition_rate": 0.25, "distinct_1": 0.5, "distinct_2": 0.75, "distinct_3": 0.875, "n_tokens": 640}
+EVALUATION = {
+    "task": "text-generation",
+    "dtype": "float32",
+    "hardware": "an old CPU",
+    "threads": 2,
+    "generation": {
+        "prompts": "4 of 32 tokens, from verse",
+        "teacher": {"greedy": _WORDS, "sampled": _WORDS},
+        "student": {"greedy": _WORDS | {"repetition_rate": 0.625}, "sampled": _WORDS | {"n_tokens": 641}},
+    },
+    "recall": {
+        "copying": {
+            "16": {"teacher": RECALL, "student": RECALL | {"recall": 0.043, "ci95": [0.03, 0.06]}},
+            "64": {"teacher": RECALL | {"recall": 0.66}, "student": NOTHING},
+            "256": {"teacher": RECALL | {"recall": 0.57}, "student": NOTHING},
+        },
+        "associative": {"16": {"teacher": RECALL | {"recall": 1.0}, "student": NOTHING}},
+    },
+    "speed": {
+        "over": "length",
+        "batch_size": 1,
+        "repeats": 3,
+        "rows": [
+            {
+                "length": 128,
+                "teacher": {"prefill": 900.0, "decode": 30.0, "peak_mib": 600.0},
+                "student": {"prefill": 400.0, "decode": 40.0, "peak_mib": 650.0},
+            },
+            {
+                "length": 2048,
+                "teacher": {"prefill": 700.0, "decode": 10.0, "peak_mib": None},
+                "student": {"prefill": 1400.0, "decode": 40.0, "peak_mib": 700.0},
+            },
+            {"length": 4096, "teacher": None, "student": {"prefill": 1400.0, "decode": None, "peak_mib": 750.0}},
+        ],
+        "crossing": {"prefill": 678.4, "decode": 128.0, "peak_mib": None},
+    },
+}
+OF_IMAGES = {
+    "student_top1": 0.75,
+    "student_top1_ci95": [0.7, 0.8],
+    "teacher_top1": 0.875,
+    "teacher_top1_ci95": [0.8, 0.9],
+    "kl": 0.25,
+    "agreement": 0.8,
+    "n_images": 400,
+}
+
+
+def section(card: ModelCard | str, title: str) -> str:
+    """The text under a heading, or "" where the card has none."""
+    found = re.search(rf"\n## {title}\n(.*?)(?=\n## |\Z)", str(card), re.DOTALL)
+    return found.group(1).strip() if found else ""
+
+
+def python_blocks(card: ModelCard | str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", str(card), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +105,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = CABMambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, mixer_type="mamba2", head_dim=16)
     CABMambaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("classifiers") / "moods"
+    _, tokenizer = random_llama()
+    config = tiny_config(num_labels=3, vocab_size=len(tokenizer), id2label={0: "good", 1: "bad", 2: "neither"})
+    CABMambaForSequenceClassification(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
     return path
 
 
@@ -102,7 +177,8 @@ class TestBuildCard:
 
     def test_sections_without_data_are_left_out(self, folder):
         bare = str(build_card(folder, {}, {}, teacher="org/teacher", license="mit"))
-        assert not re.search(r"## (Results|Training)|recipe|datasets|model-index|\| \|", bare) and no_placeholder(bare)
+        assert re.findall(r"## (\w+)", bare) == ["Use", "Citation"] and no_placeholder(bare)
+        assert not re.search(r"recipe|datasets|model-index|\| \|", bare)
         full = str(
             build_card(
                 folder,
@@ -114,7 +190,7 @@ class TestBuildCard:
             )
         )
         assert "| 16 | 0.875 (0.840 to 0.900) | 0.000" in full and "```yaml\nkl_weight: 1.0\n```" in full
-        assert "## Results" in full and "## Training" in full
+        assert re.findall(r"## (\w+)", full) == ["Results", "Recall", "Limits", "Use", "Training", "Citation"]
 
     def test_describes_the_student(self, folder):
         card = str(build_card(folder, {}, {}, teacher="org/teacher", license="mit"))
@@ -167,11 +243,195 @@ class TestLoading:
 
     def test_the_shown_lines_run(self, folder, monkeypatch):
         text = str(build_card(folder, {}, {}, teacher="org/teacher", license="mit"))
-        code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
         names = {}
         monkeypatch.chdir(folder)
-        exec(code, names)
+        exec(python_blocks(text)[0], names)
         assert type(names["model"]) is CABMambaForCausalLM
+
+
+class TestMeasured:
+    def card(self, folder: Path, evaluation: dict, metrics: dict | None = None) -> ModelCard:
+        return build_card(folder, metrics or {}, {}, teacher="org/teacher", license="mit", evaluation=evaluation)
+
+    def test_all_that_was_measured_is_there(self, folder):
+        card = self.card(folder, EVALUATION, {"verse": REPORT})
+        assert "| copying | 64 | 0.660 (0.840 to 0.900) | 0.000 (0.000 to 0.010) | 2,016 |" in section(card, "Recall")
+        assert "| associative | 16 | 1.000" in section(card, "Recall")
+        generation = section(card, "Generation")
+        assert "(4 of 32 tokens, from verse)" in generation and generation.count("\n| greedy |") == 2
+        assert "| sampled | student | 0.250 | 0.500 | 0.750 | 0.875 | 641 |" in generation
+        speed = section(card, "Speed")
+        assert "Measured on an old CPU, float32, 2 threads, batch size 1, 3 timed runs each." in speed
+        assert (
+            "| length | prefill, tokens/s: teacher | prefill, tokens/s: student |" in speed and "images" not in speed
+        )
+        assert "| 2,048 | 700.0 | 1,400.0 | 10.0 | 40.0 |  | 700.0 |" in speed
+        assert "| 4,096 |  | 1,400.0 |  |  |  | 750.0 |" in speed
+        assert "- Prefill: the student is ahead from about 678 on." in speed
+        assert "- Decoding: the student is ahead at every length that was measured." in speed
+        assert "- Peak memory: the student is not ahead at the greatest length that was measured." in speed
+        assert no_placeholder(str(card))
+
+    @pytest.mark.parametrize("left_out", ["generation", "recall", "speed"])
+    def test_what_was_not_measured_is_not_there(self, folder, left_out):
+        rest = {name: value for name, value in EVALUATION.items() if name != left_out}
+        whole, card = self.card(folder, EVALUATION), self.card(folder, rest)
+        assert section(whole, left_out.capitalize()) and not section(card, left_out.capitalize())
+        assert 0 < len(section(card, "Limits").splitlines()) < len(section(whole, "Limits").splitlines())
+
+    def test_limits_of_a_student_that_does_not_copy(self, folder):
+        lines = section(self.card(folder, EVALUATION, {"verse": REPORT}), "Limits").splitlines()[2:]
+        assert lines == [
+            "- verse: its perplexity is 1.18 times its teacher's, and its likeliest token is the teacher's at 71 % of "
+            "the places.",
+            "- Of random tokens in its context it copies 4.3 % over a gap of 16 tokens, where its teacher copies 88 "
+            "%, and nothing over gaps of 64 and 256 tokens, where its teacher copies 66 % and 57 %.",
+            "- Of values in its context, asked for by their keys, it finds nothing over a gap of 16 tokens, where its "
+            "teacher finds 100 %.",
+            "- Do not rely on it to repeat or look up what its context says: there it is clearly behind its teacher.",
+            "- Decoding greedily it repeats itself: 62 % of its 4-grams occurred before in the same text, 25 % of its "
+            "teacher's.",
+            "- At a length of 128 tokens it reads more slowly than its teacher on an old CPU: 400 against 900 "
+            "(prefill, tokens/s).",
+            "- At a length of 128 tokens it takes more memory than its teacher on an old CPU: 650 against 600 (peak "
+            "memory, MiB).",
+        ]
+
+    def test_limits_of_a_student_that_copies(self, folder):
+        gaps = {gap: {"teacher": RECALL, "student": RECALL | {"recall": 0.86}} for gap in ("16", "64", "256")}
+        limits = section(self.card(folder, {"recall": {"copying": gaps}}), "Limits")
+        assert "it copies 86 %, 86 % and 86 % over gaps of 16, 64 and 256 tokens" in limits
+        assert "not measurably below its teacher's" in limits and "Do not rely" not in limits
+        assert "nothing" not in limits and "perplexity" not in limits
+
+    def test_a_student_that_is_ahead_has_no_limits(self, folder):
+        ahead = {
+            "over": "length",
+            "repeats": 1,
+            "rows": [{"length": 8, "teacher": {"prefill": 1.0}, "student": {"prefill": 2.0}}],
+            "crossing": {"prefill": 8.0, "decode": None},
+        }
+        card = self.card(folder, {"speed": ahead}, {"verse": REPORT | {"student_perplexity": 25.0}})
+        assert not section(card, "Limits") and "Decoding" not in str(card)
+        assert "Measured on 1 timed run each." in section(card, "Speed")
+
+    def test_shares_next_to_nothing(self, folder):
+        little = {"teacher": RECALL, "student": RECALL | {"recall": 0.0002}}
+        assert "copies under 0.1 % over" in section(
+            self.card(folder, {"recall": {"copying": {"4": little}}}), "Limits"
+        )
+
+    def test_an_image_student(self, tmp_path):
+        tiny_vision_model().save_pretrained(tmp_path)
+        rows = [
+            {"batch size": size, "teacher": {"images": 90.0}, "student": {"images": images}}
+            for size, images in ((1, 30.0), (4, 60.0), (16, 120.0))
+        ]
+        evaluation = {"speed": {"over": "batch size", "repeats": 2, "rows": rows, "crossing": {}}}
+        report = OF_IMAGES | {"split": "test", "baselines": {"soft KD": OF_IMAGES | {"student_top1": 0.5}}}
+        card = self.card(tmp_path, evaluation, {"leaves": report})
+        assert "| leaves | soft KD | 0.500 (0.700 to 0.800) | 0.250 | 0.800 | 400 |" in section(card, "Results")
+        assert "other methods had the same start" in section(card, "Results")
+        assert "| 16 | 90.0 | 120.0 |" in section(card, "Speed")
+        assert section(card, "Limits").splitlines()[2:] == [
+            "- Of 400 images (leaves) it gets 75.0 % right, its teacher 87.5 %.",
+            "- At batch sizes of 1 and 4 it is slower than its teacher: 30 and 60 against 90 and 90 (images/s).",
+        ]
+        (result,) = card.data.eval_results
+        assert result.dataset_split == "test" and result.metric_args["n_images"] == 400
+        assert "7 labels" in str(card)
+
+    def test_split_and_data_set_come_from_the_report(self, folder, tmp_path):
+        facts = dataset_facts(["org/texts"], "held-out")
+        card = self.card(folder, {}, {"one": REPORT | facts, "two": REPORT})
+        write_card(tmp_path, card)
+        one, two = ModelCard.load(tmp_path / "README.md").data.eval_results
+        assert (one.dataset_type, one.dataset_split, one.dataset_name) == ("org/texts", "held-out", "one")
+        assert (two.dataset_type, two.dataset_split) == ("two", None)
+        assert "split" not in metadata_of(card)["model-index"][0]["results"][1]["dataset"]
+        assert dataset_facts([str(tmp_path)], None) == dataset_facts(["org/a", "org/b"], None) == {}
+
+
+class TestClassifier:
+    def test_card(self, classifier):
+        report = {"student_accuracy": 0.75, "student_accuracy_ci95": [0.7, 0.8], "n_texts": 200, "split": "test"}
+        report |= {"teacher_accuracy": 0.9}
+        card = build_card(classifier, {"reviews": report}, {}, teacher="org/teacher", license="mit")
+        data = metadata_of(card)
+        (result,) = data["model-index"][0]["results"]
+        assert data["pipeline_tag"] == result["task"]["type"] == "text-classification"
+        assert result["dataset"] == {"name": "reviews", "type": "reviews", "split": "test"}
+        (metric,) = result["metrics"]
+        assert (metric["type"], metric["value"]) == ("accuracy", 0.75) and "n = 200 texts" in metric["name"]
+        assert section(card, "Results").splitlines()[2:] == [
+            "| text | model | accuracy | n texts |",
+            "| --- | --- | ---: | ---: |",
+            "| reviews | teacher | 0.900 | 200 |",
+            "| reviews | student | 0.750 (0.700 to 0.800) | 200 |",
+        ]
+        assert "A Mamba classifier of texts of" in card.text and ", 3 labels)" in card.text
+        assert "it gets 75.0 % right, its teacher 90.0 %" in section(card, "Limits") and no_placeholder(str(card))
+
+    def test_the_shown_lines_run(self, classifier, tmp_path, monkeypatch):
+        card = build_card(classifier, {}, {}, teacher="org/teacher", license="mit")
+        with_package, without = python_blocks(card)
+        assert with_package.startswith("import cab_hf\n") and "trust_remote_code=True" in without
+        names = {}
+        monkeypatch.chdir(classifier)
+        exec(with_package, names)
+        assert type(names["model"]) is CABMambaForSequenceClassification
+        expected = names["pipe"]("A text.", top_k=None)
+        assert {one["label"] for one in expected} == {"good", "bad", "neither"}
+        script = f"import json, os\nos.chdir({str(classifier)!r})\n{without}\n"
+        script += f"json.dump(pipe('A text.', top_k=None), open({str(tmp_path / 'answer.json')!r}, 'w'))\n"
+        run_apart(BLOCKED + script, "cab_hf", [], tmp_path)
+        answer = json.loads((tmp_path / "answer.json").read_text())
+        assert [one["label"] for one in answer] == [one["label"] for one in expected]
+        assert [one["score"] for one in answer] == pytest.approx([one["score"] for one in expected], abs=1e-5)
+
+    def test_it_can_be_published(self, classifier):
+        write_card(classifier, build_card(classifier, {}, {}, teacher="org/teacher", license="mit"), overwrite=True)
+        assert check_card(classifier / "README.md").data.pipeline_tag == "text-classification"
+        assert {"README.md", "model.safetensors", "modeling_cab_mamba.py"} <= set(student_files(classifier))
+
+    def test_errors(self, classifier, folder, tmp_path):
+        options = {"teacher": "org/teacher", "license": "mit"}
+        with pytest.raises(ValueError, match="stock_subfolder is '.', but no class"):
+            build_card(classifier, {}, {}, stock_subfolder=".", **options)
+        with pytest.raises(ValueError, match=r"lacks \['student_accuracy', 'n_texts'\].*text-classification"):
+            build_card(classifier, {"text": REPORT}, {}, **options)
+        CABMambaModel.from_pretrained(folder).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="holds a CABMambaModel, but.*with its head"):
+            build_card(tmp_path, {}, {}, **options)
+
+    @pytest.mark.parametrize("name", HEADS)
+    def test_architectures_tell_heads_apart(self, name, classifier, folder, tmp_path):
+        students = {
+            "CABMambaForCausalLM": lambda: CABMambaForCausalLM.from_pretrained(folder),
+            "CABMambaForSequenceClassification": lambda: CABMambaForSequenceClassification.from_pretrained(classifier),
+            "CABVisionMambaForImageClassification": tiny_vision_model,
+        }
+        students[name]().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["architectures"] == [name] and HEADS[name].auto in config["auto_map"]
+
+
+class TestLosses:
+    def test_weights_and_courses(self, tmp_path):
+        def args(**options) -> DistillationTrainingArguments:
+            return DistillationTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+
+        plain = args(kl_weight=1.0, bridge_weight=0.0)
+        assert describe_losses(plain) == "soft KL to the teacher × 1"
+        both = args(kl_weight=0.5, temperature=2.0, bridge_weight=3.0, bridge_end=0.3, bridge_decay="cosine")
+        assert describe_losses(both) == (
+            "soft KL to the teacher × 0.5, temperature 2; attention bridge (CAB) × 3, cosine decay to its end, off "
+            "after 30 % of the steps"
+        )
+        assert describe_method([plain]) == "soft knowledge distillation"
+        assert describe_method([plain, both]) == "attention bridge (CAB) and soft knowledge distillation"
+        labels = args(kl_weight=0.0, bridge_weight=0.0, ce_weight=1.0)
+        assert describe_method([labels]) == "training on labels"
 
 
 class TestTeacher:
@@ -207,15 +467,23 @@ class TestWriting:
 
     @pytest.mark.parametrize(("license", "written"), [("mit", True), (None, False)])
     def test_card_of_a_run(self, folder, tmp_path, license, written):
-        recipe = SimpleNamespace(
-            model=SimpleNamespace(reads_images=False, teacher="random-llama", license=license),
-            data=SimpleNamespace(dataset=["builtin", "org/texts", "/home/someone/private/notes.txt"]),
-            stages=[("kl", SimpleNamespace(hub_model_id=None))],
-            values={"output_dir": "/home/someone/out", "teacher": "random-llama", "dataset": ["/home/someone/a.txt"]},
+        recipe = build_recipe(
+            {
+                "output_dir": "/home/someone/out",
+                "teacher": "random-llama",
+                "license": license,
+                "dataset": ["builtin", "org/texts", "/home/someone/private/notes.txt"],
+                "student_from": "config",
+                "use_cpu": True,
+                "kl_weight": 0.0,
+                "stages": [{"name": "align"}, {"name": "kl", "kl_weight": 1.0, "bridge_weight": 0.25}],
+            }
         )
+        stages = [{"name": "align", "steps": 50, "tokens": 4096}, {"name": "kl", "steps": 1200, "tokens": 98304}]
+        name = "held-out part of the language reference of CPython, org/texts, notes.txt"
         report = {
-            "after": {"held-out part of builtin": REPORT},
-            "stages": [{"name": "kl", "steps": 1200, "tokens": 98304}],
+            "after": {name: REPORT},
+            "stages": stages,
             "teacher_parameters": 134515008,
             "train_tokens": 98304,
             "hardware": "CPU",
@@ -228,8 +496,13 @@ class TestWriting:
             text = (tmp_path / "README.md").read_text()
             assert metadata_of(text)["datasets"] == ["org/texts"] and "base_model" not in metadata_of(text)
             assert "| Teacher | random-llama, 135M parameters |" in text
-            assert "| Stages | kl: 1,200 steps, 98,304 tokens |" in text
-            assert "someone" not in text and "dataset:\n- a.txt" in text and no_placeholder(text)
+            assert "| Stages | align: 50 steps, 4,096 tokens; kl: 1,200 steps, 98,304 tokens |" in text
+            assert "| Method | attention bridge (CAB) and soft knowledge distillation |" in text
+            assert "| Losses | align: attention bridge (CAB) × 1. kl: soft KL to the teacher × 1; " in text
+            assert "attention bridge (CAB) × 0.25 |" in text and "| Start | random weights |" in text
+            assert "someone" not in text and "- notes.txt" in text and no_placeholder(text)
+            (result,) = ModelCard(text).data.eval_results
+            assert (result.dataset_name, result.dataset_split) == (name, "held-out")
 
 
 class TestLearningCurves:

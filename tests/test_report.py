@@ -17,6 +17,7 @@ from cab_hf.demo import random_llama
 from cab_hf.evaluation import compare
 from cab_hf.images import load_images, make_image_processor
 from cab_hf.metrics import crossing_length
+from cab_hf.models import CABMambaForSequenceClassification
 from cab_hf.packing import pack_documents
 from cab_hf.report import (
     describe,
@@ -134,7 +135,7 @@ def test_a_report_on_images(tmp_path):
     for row, label in enumerate(chosen["label"]):
         right += int(ours[row].argmax()) == label
         same += int(ours[row].argmax()) == int(theirs[row].argmax())
-    assert found["n_images"] == 50
+    assert found["n_images"] == 50 and found["split"] == "test" and "dataset" not in found
     assert found["student_top1"] == pytest.approx(right / 50)
     assert found["agreement"] == pytest.approx(same / 50)
     assert [row["batch size"] for row in report["speed"]["rows"]] == [1, 4, 16]
@@ -188,7 +189,7 @@ def run(student, text, tmp_path) -> Path:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     blocks = random_ids(4, 20, vocab_size=257)
-    after = {"prose": compare(own, random_llama()[0], blocks, progress=False)}
+    after = {"held-out part of prose.txt": compare(own, random_llama()[0], blocks, progress=False)}
     report = {
         "teacher": "random-llama",
         "teacher_parameters": 1234567,
@@ -206,13 +207,13 @@ class TestCard:
     def test_from_the_files_of_a_run(self, run):
         card = ModelCard.load(write_card_of(run, license="mit"))
         assert card.data.license == "mit" and "an abacus" in card.text and "alone: 3 steps" in card.text
-        after = json.loads((run / "report.json").read_text())["after"]["prose"]
+        after = json.loads((run / "report.json").read_text())["after"]["held-out part of prose.txt"]
         (result,) = card.data.eval_results
         assert result.metric_value == pytest.approx(after["student_perplexity"], abs=1e-4)
         assert "tf32: true" in card.text and "/somewhere" not in card.text
 
     def test_an_evaluation_is_in_it(self, run):
-        numbers = json.loads((run / "report.json").read_text())["after"]["prose"]
+        numbers = json.loads((run / "report.json").read_text())["after"]["held-out part of prose.txt"]
         newer = numbers | {"student_perplexity": 77.5}
         one = {"recall": 0.625, "ci95": [0.5, 0.75], "n_tokens": 63}
         evaluation = {
@@ -222,8 +223,49 @@ class TestCard:
         }
         (run / "evaluation.json").write_text(json.dumps(evaluation))
         card = ModelCard.load(write_card_of(run, license="mit"))
-        assert [result.dataset_name for result in card.data.eval_results] == ["prose", "verse"]
-        assert "77.50" in card.text and "| prose | teacher |" in card.text and "| 16 | 0.625" in card.text
+        results = [(result.dataset_name, result.dataset_split) for result in card.data.eval_results]
+        assert results == [("held-out part of prose.txt", "held-out"), ("verse", None)]
+        assert "77.50" in card.text and "| held-out part of prose.txt | teacher |" in card.text
+        assert "| copying | 16 | 0.625" in card.text and "## Speed" not in card.text
+
+    def test_what_evaluate_writes_is_in_it(self, run, text):
+        # A copy: of the training's own single document nothing could be held out.
+        other = run.with_name("other.txt")
+        other.write_text(text.read_text())
+        source = f"held-out part of prose.txt={other}"
+        evaluate(run, "random-llama", [source], block_size=20, device="cpu", **QUICK)
+        card = ModelCard.load(write_card_of(run, license="mit"))
+        report = json.loads((run / "evaluation.json").read_text())
+        for title in ("Recall", "Generation", "Speed", "Limits", "Training", "Plots", "Citation"):
+            assert f"\n## {title}\n" in card.text, title
+        found = report["recall"]["associative"]["5"]["student"]
+        assert f"| associative | 5 | {report['recall']['associative']['5']['teacher']['recall']:.3f}" in card.text
+        assert f"| {found['recall']:.3f} ({found['ci95'][0]:.3f} to {found['ci95'][1]:.3f}) |" in card.text
+        prefill = report["speed"]["rows"][1]["student"]["prefill"]
+        assert f"| {prefill:,.1f} |" in card.text and report["hardware"] in card.text
+        for name in ("recall.png", "speed.png"):
+            assert f"({name})" in card.text and (run / name).is_file()
+        (result,) = card.data.eval_results
+        assert (result.dataset_name, result.dataset_split) == ("held-out part of prose.txt", "held-out")
+        (numbers,) = report["texts"].values()
+        assert result.metric_value == pytest.approx(numbers["student_perplexity"], abs=1e-4)
+
+    def test_a_classifier_in_the_students_place(self, run):
+        """It is described as one, and what was measured of the language model under it is left out."""
+        CABMambaForSequenceClassification.from_pretrained(run, num_labels=3).save_pretrained(run)
+        one = {"recall": 0.625, "ci95": [0.5, 0.75], "n_tokens": 63}
+        texts = {"reviews": {"student_accuracy": 0.75, "n_texts": 80}}
+        recall = {"copying": {"16": {"teacher": one, "student": one}}}
+        (run / "evaluation.json").write_text(json.dumps({"task": "text-generation", "texts": {}, "recall": recall}))
+        card = ModelCard.load(write_card_of(run, license="mit"))
+        assert card.data.pipeline_tag == "text-classification" and card.data.eval_results is None
+        assert "AutoModelForSequenceClassification" in card.text and "AutoModelForCausalLM" not in card.text
+        assert "| What follows | the distillation of the student under this classifier |" in card.text
+        assert "perplexity" not in card.text and "## Recall" not in card.text
+        (run / "evaluation.json").write_text(json.dumps({"task": "text-classification", "texts": texts}))
+        card = ModelCard.load(write_card_of(run, license="mit", overwrite=True))
+        (result,) = card.data.eval_results
+        assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 0.75, "reviews")
 
     def test_a_card_stays_unless_asked(self, run):
         (run / "README.md").write_text("mine")
@@ -259,7 +301,8 @@ def test_what_a_student_was_trained_on_is_evaluated_on_the_held_out_part(run, tm
     options = {"lengths": (), "gaps": (), "prompts": 0, "block_size": 20, "max_tokens": None, "output": tmp_path}
     part = evaluate(run, "random-llama", [str(texts)], **options)["texts"]
     whole = evaluate(run, "random-llama", [f"all={texts / '*.txt'}"], **options)["texts"]
-    assert list(part) == ["held-out part of texts"]
+    assert list(part) == ["held-out part of texts"] and part["held-out part of texts"]["split"] == "held-out"
+    assert "split" not in whole["all"]
     assert part["held-out part of texts"]["n_blocks"] == math.floor(2 * (len(TEXT) * 2 + 3) / 20)
     assert whole["all"]["n_blocks"] == math.floor(8 * (len(TEXT) * 2 + 3) / 20)
     assert read_recipe(run).values == recipe
