@@ -257,7 +257,8 @@ def read_student(folder: str | Path) -> CABMambaForCausalLM | CABVisionMambaForI
         folder: a folder, or a Hub id.
 
     Raises:
-        ValueError: no model there, another kind of model, files that are damaged, or a config of a newer version.
+        ValueError: no model there, another kind of model or head, files that are damaged, or a config of a newer
+            version.
     """
     config = _read_config(str(folder))
     if not isinstance(config, CABMambaConfig | CABVisionMambaConfig):
@@ -266,7 +267,14 @@ def read_student(folder: str | Path) -> CABMambaForCausalLM | CABVisionMambaForI
             "'cab_vision_mamba' config, such as a recipe's output folder."
         )
     images = isinstance(config, CABVisionMambaConfig)
-    return _load(CABVisionMambaForImageClassification if images else CABMambaForCausalLM, str(folder))
+    student_class = CABVisionMambaForImageClassification if images else CABMambaForCausalLM
+    saved = (config.architectures or [student_class.__name__])[0]
+    if saved != student_class.__name__:
+        raise ValueError(
+            f"{folder} holds a {saved}, but a {student_class.__name__} is needed here, whose head would start at "
+            "random. Name the folder of the distilled student."
+        )
+    return _load(student_class, str(folder))
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -219,6 +219,9 @@ def test_folders_that_hold_no_readable_student(tmp_path):
     with pytest.raises(ValueError, match="lack 8 tensors, such as backbone.layers.0"):
         read_student(tmp_path / "mixed")
 
+    tiny_model(**SSD).backbone.save_pretrained(tmp_path / "backbone")
+    with pytest.raises(ValueError, match="holds a CABMambaModel, but a CABMambaForCausalLM is needed"):
+        read_student(tmp_path / "backbone")
     tiny_teacher().save_pretrained(tmp_path / "llama")
     with pytest.raises(ValueError, match="'llama' model and no student"):
         read_student(tmp_path / "llama")

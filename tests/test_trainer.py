@@ -22,10 +22,10 @@ from tiny_distillation import (
     tiny_teacher,
 )
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from cab_hf import CABMambaForCausalLM, Teacher
+from cab_hf import CABMambaForCausalLM, CABMambaForSequenceClassification, Teacher
 from cab_hf.distillation.training_args import LOSSES
 from cab_hf.packing import LanguageCollator
 
@@ -437,6 +437,22 @@ def test_evaluation_without_labels_and_prediction(tmp_path):
     prediction = trainer.predict(ragged_rows())
     assert prediction.predictions is None
     assert prediction.metrics["test_kl"] > 0 and prediction.metrics["test_perplexity"] > 1
+
+
+def test_who_predicts_no_tokens_is_told_so(tmp_path):
+    classifier = LlamaForSequenceClassification(tiny_teacher().config).eval()
+    with pytest.raises(ValueError, match="`kl_weight` is 1.0, but the teacher LlamaForSequenceClassification"):
+        make_trainer(tmp_path, teacher=classifier, kl_weight=1.0)
+    # Its attention can teach.
+    trainer, _ = make_trainer(tmp_path, teacher=classifier, **NO_LOSS | {"bridge_weight": 1.0})
+    trainer.train()
+    metrics = trainer.evaluate(ragged_rows())
+    assert metrics["eval_bridge"] > 0 and metrics["eval_perplexity"] > 1
+    assert not {"eval_kl", "eval_agreement", "eval_teacher_perplexity"} & metrics.keys()
+
+    student = CABMambaForSequenceClassification(tiny_student().config)
+    with pytest.raises(ValueError, match="student CABMambaForSequenceClassification predicts no tokens"):
+        make_trainer(tmp_path, student=student)
 
 
 @pytest.mark.filterwarnings("default::FutureWarning")

@@ -130,7 +130,7 @@ class DistillationTrainer(Trainer):
         self._layer_map = model.layer_map
         self.batch_transform = batch_transform
         self.train_sampler = train_sampler
-        self._check_outputs(teacher, args.kl_weight)
+        self._check_outputs(model.core, teacher, args.kl_weight)
         super().__init__(model=model, args=args, **trainer_kwargs)
         self._ema = None
         if args.ema_decay is not None:
@@ -150,7 +150,7 @@ class DistillationTrainer(Trainer):
             )
         self.label_names = ["labels"]
 
-    def _check_outputs(self, teacher: Teacher, kl_weight: float) -> None:
+    def _check_outputs(self, student: PreTrainedModel, teacher: Teacher, kl_weight: float) -> None:
         """That student and teacher read the same kind of input and predict the same things."""
         if self._reads_images != teacher.reads_images:
             student_input, teacher_input = (
@@ -161,6 +161,17 @@ class DistillationTrainer(Trainer):
                 "for a language model, a CABVisionMambaForImageClassification for an image model."
             )
         if not self._reads_images:
+            if student.get_output_embeddings() is None:
+                raise ValueError(
+                    f"The student {type(student).__name__} predicts no tokens, which every language distillation "
+                    "compares. Distil a CABMambaForCausalLM; a CABMambaForSequenceClassification then starts from its "
+                    "folder (from_pretrained), for a plain Trainer."
+                )
+            if kl_weight > 0 and teacher.model.get_output_embeddings() is None:
+                raise ValueError(
+                    f"`kl_weight` is {kl_weight}, but the teacher {type(teacher.model).__name__} predicts no tokens. "
+                    "Load it with AutoModelForCausalLM, or set `kl_weight=0.0`."
+                )
             if teacher.vocab_size is not None:
                 check_vocabularies(self._student_config.vocab_size, teacher.vocab_size)
         elif kl_weight > 0:
@@ -181,7 +192,7 @@ class DistillationTrainer(Trainer):
     def _compares_logits(self) -> bool:
         """Whether student and teacher predict the same things, so that evaluation compares them whatever is learnt."""
         if not self._reads_images:
-            return True
+            return self.teacher.model.get_output_embeddings() is not None
         return self.teacher.has_logits and self._student_config.num_labels == self.teacher.model.config.num_labels
 
     @property
@@ -466,7 +477,8 @@ class DistillationTrainer(Trainer):
         if not self._reads_images:
             (teacher_ce,) = others
             metrics["perplexity"] = math.exp(min(means["ce"], 700.0))
-            metrics["teacher_perplexity"] = math.exp(min(teacher_ce / labels, 700.0))
+            if self._compares_logits:
+                metrics["teacher_perplexity"] = math.exp(min(teacher_ce / labels, 700.0))
             return metrics
         correct, among_five, teacher_correct = others
         metrics |= {"accuracy": correct / labels, "top5_accuracy": among_five / labels}
@@ -491,8 +503,9 @@ class DistillationTrainer(Trainer):
         if "labels" in inputs:
             active.add("ce")
         ones = torch.ones(2, device=self.args.device)  # so that the parts stay sums
+        compares = self._compares_logits or self._reads_images  # images also count hits
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = self._distil(model, inputs, weights, frozenset(active), ones, agreement=True)
+            outputs = self._distil(model, inputs, weights, frozenset(active), ones, agreement=compares)
             others = (self._hits if self._reads_images else self._teacher_ce)(outputs, inputs)
         sums = torch.cat([outputs.parts, outputs.agreement.float()[None], counts, others])
         if is_counted:
@@ -515,7 +528,7 @@ class DistillationTrainer(Trainer):
 
     def _teacher_ce(self, outputs: DistillationOutput, inputs: dict[str, Tensor]) -> Tensor:
         """The teacher's cross-entropy `(1,)`, summed over labels."""
-        if "labels" not in inputs:
+        if "labels" not in inputs or not self._compares_logits:
             return torch.zeros(1, device=self.args.device)
         targets = outputs.targets
         with self.accelerator.autocast():
