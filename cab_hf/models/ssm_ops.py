@@ -55,8 +55,7 @@ def backend_for(
 
     The environment variable `CAB_SSM_BACKEND` (auto, torch, mamba_ssm, fla) is read at every call, under torch.compile
     when the call is traced. `auto` takes mamba_ssm and causal_conv1d for CUDA tensors where they can be imported and
-    support the call, else torch; under torch.compile it takes torch but for the S6 scan. Each operation's first call
-    logs one line that says which backend runs and why.
+    support the call, else torch. Each operation's first call logs one line that says which backend runs and why.
 
     Args:
         operation: one of `OPERATIONS`; a one-step form belongs to its scan or convolution.
@@ -69,16 +68,11 @@ def backend_for(
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation={operation!r} is unknown; choose one of {', '.join(OPERATIONS)}.")
-    # The torch path of the others is fused into the graph, which a kernel's call would break.
-    is_fused = torch.compiler.is_compiling() and operation != "selective_scan"
-    dtype_name = str(dtype).removeprefix("torch.")
-    return _choose_backend(operation, device.type, dtype_name, mamba_ssm_lacks, fla_lacks, is_fused)
+    return _choose_backend(operation, device.type, str(dtype).removeprefix("torch."), mamba_ssm_lacks, fla_lacks)
 
 
 @torch.compiler.assume_constant_result
-def _choose_backend(
-    operation: str, device: str, dtype: str, mamba_ssm_lacks: str, fla_lacks: str, is_fused: bool
-) -> str:
+def _choose_backend(operation: str, device: str, dtype: str, mamba_ssm_lacks: str, fla_lacks: str) -> str:
     wish = os.environ.get(BACKEND_VARIABLE, "auto")
     if wish not in BACKENDS:
         raise ValueError(f"{BACKEND_VARIABLE}={wish!r} is unknown; choose one of {', '.join(BACKENDS)}.")
@@ -86,8 +80,6 @@ def _choose_backend(
     reason = f"{BACKEND_VARIABLE}={wish}"
     if wish == "fla" and operation == "causal_conv1d":
         backend, reason = "torch", "fla serves the SSD scan only, the convolution is torch's"
-    elif wish == "auto" and is_fused:
-        backend, reason = "torch", "torch.compile fuses it"
     elif wish != "torch":
         obstacle = mamba_ssm_lacks if backend == "mamba_ssm" else fla_lacks
         if device != "cuda":
