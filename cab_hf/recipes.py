@@ -122,6 +122,10 @@ class DataArguments:
         default=65536, metadata={"help": "Tokens of the evaluation of each text, at most."}
     )
     eval_batch_size: int = field(default=8, metadata={"help": "Rows of a batch of the evaluation."})
+    repeat_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Share of the training rows in which spans come again after a gap, to learn copying from."},
+    )
     recall_gaps: list[int] = field(
         default_factory=list,
         metadata={"help": "Also test copying over these gaps, in tokens: perplexity does not show it."},

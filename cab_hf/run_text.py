@@ -25,6 +25,7 @@ from cab_hf.hub import public_name
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 from cab_hf.packing import LanguageCollator, pack_documents
 from cab_hf.recipes import Recipe
+from cab_hf.repeats import insert_repeats
 from cab_hf.stages import run_facts, run_stage
 from cab_hf.transfer import fit_output_projection, student_from_teacher
 
@@ -110,7 +111,7 @@ def _evaluate(
             for name, blocks in heldout.items()
         }
         if data.recall_gaps:
-            tokens = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+            tokens = _plain_tokens(tokenizer)
             next(iter(results.values()))["recall"] = {
                 str(gap): {
                     name: copying_recall(model, tokens, gap)
@@ -147,12 +148,19 @@ def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dat
             documents, tokenizer, data.block_size, isolate_documents=data.isolate_documents, num_proc=data.num_proc
         )
 
-    documents = load(data.dataset)
-    if not data.eval_dataset:
-        training, heldout = split_documents(documents, _number_or_text(data.holdout), seed=recipe.stages[0][1].seed)
-        return pack(training), {f"held-out part of {', '.join(map(public_name, data.dataset))}": pack(heldout)}
-    texts = dict(_named_source(text) for text in data.eval_dataset)
-    return pack(documents), {name: pack(load([source])) for name, source in texts.items()}
+    documents, seed = load(data.dataset), recipe.stages[0][1].seed
+    if data.eval_dataset:
+        texts = dict(_named_source(text) for text in data.eval_dataset)
+        training, heldout = documents, {name: pack(load([source])) for name, source in texts.items()}
+    else:
+        training, kept = split_documents(documents, _number_or_text(data.holdout), seed=seed)
+        heldout = {f"held-out part of {', '.join(map(public_name, data.dataset))}": pack(kept)}
+    return insert_repeats(pack(training), data.repeat_fraction, _plain_tokens(tokenizer), seed=seed), heldout
+
+
+def _plain_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The vocabulary without special tokens."""
+    return sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
 
 
 def _named_source(text: str) -> tuple[str, str]:
