@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from tiny_distillation import make_arguments, tiny_student, tiny_teacher
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cab_hf import Teacher
 from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair, bridge_targets
@@ -181,6 +182,32 @@ def test_loss_of_unlike_layers_masks_and_scales_equals_naive(shared_roles, direc
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(bridge.loss(pairs, mask), ours, rtol=1e-12, atol=0)
+
+
+class CountedProducts(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [1, 24])
+def test_mlps_of_equal_sizes_are_one_product(layers):
+    torch.manual_seed(0)
+    bridge = AttentionBridge([8] * layers, [6] * layers, [6] * layers, num_directions=2)
+    shown = [torch.randn(2, 5, 8, requires_grad=True) for _ in range(2)]
+    pairs = [BridgePair(layer, role, shown, torch.randn(2, 5, 6)) for layer in range(layers) for role in ROLES]
+    with CountedProducts() as products:
+        bridge.loss(pairs).backward()
+    assert products.count == 6  # two forward, four backward
+    with CountedProducts() as products, torch.no_grad():
+        bridge.loss(pairs)
+    assert products.count == 2
 
 
 def test_loss_under_autocast_is_near_float32_and_summed_in_float32():

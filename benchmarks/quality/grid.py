@@ -236,9 +236,8 @@ def _build(run: Run, grid: Grid, shared: Mapping[str, Any], overrides: Sequence[
     values = merge(shared, grid.methods[run.method], grid.data[run.data], FORCED)
     values.pop("baselines", None)  # methods of the grid are runs of their own
     own = {"seed": run.seed, "output_dir": str(grid.output_dir(run))}
-    recipe = build_recipe(values | own)
     if not overrides:
-        return recipe
+        return build_recipe(values | own)
     with tempfile.TemporaryDirectory() as folder:  # the parser of the command line reads its recipe from a file
         file = Path(folder) / "recipe.yaml"
         file.write_text(yaml.safe_dump(values))
