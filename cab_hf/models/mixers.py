@@ -202,7 +202,7 @@ class SSDBranch(StateSpaceBranch):
 
         Args:
             stream: `(b, t, d + 2 * g * n + h)`: x, B and C before the convolution, and the raw time step.
-            cache, attention_mask, seq_idx: as in [`SSDMixer.forward`].
+            cache, attention_mask, seq_idx: as in [`GatedMixer.forward`].
 
         Returns:
             y `(b, t, d)`, then B, C and the time step as [`SSMProjections`] has them.
@@ -259,20 +259,8 @@ class SSDBranch(StateSpaceBranch):
         init.copy_(self.dt_bias, inverse_softplus(steps))
 
 
-class SSDMixer(SSDBranch):
-    """The mixer of Mamba-2: the scan between a shared input projection, a gated norm per group and an output one."""
-
-    branch_class = SSDBranch
-
-    def __init__(self, config: MixerConfig, layer_idx: int):
-        self.split_sizes = [
-            config.mixer_width,
-            config.mixer_width + 2 * config.n_groups * config.state_size,
-            config.num_heads,
-        ]
-        super().__init__(config, layer_idx, in_width=sum(self.split_sizes))
-        self.norm = GatedRMSNorm(config.mixer_width, config.group_size, config.layer_norm_epsilon)
-        self.out_proj = nn.Linear(config.mixer_width, config.hidden_size, bias=config.use_bias)
+class GatedMixer:
+    """Adds to a branch with projections of its own the forward pass of a whole mixer."""
 
     def forward(
         self,
@@ -289,12 +277,28 @@ class SSDMixer(SSDBranch):
             seq_idx: `(b, t)`, int32 document index of packed sequences; the state resets where it changes.
 
         Returns:
-            output `(b, t, hidden_size)` and the [`SSMProjections`].
+            output `(b, t, hidden_size)` and the [`SSMProjections`], for S6 with one group.
         """
         stream, gate = self.stream_and_gate(hidden_states)
         y, B, C, dt = self.scan(stream, cache_params, attention_mask, seq_idx)
         y = self.gated(y, gate)
         return self.out_proj(y), SSMProjections(B, C, dt, y)
+
+
+class SSDMixer(GatedMixer, SSDBranch):
+    """The mixer of Mamba-2: the scan between a shared input projection, a gated norm per group and an output one."""
+
+    branch_class = SSDBranch
+
+    def __init__(self, config: MixerConfig, layer_idx: int):
+        self.split_sizes = [
+            config.mixer_width,
+            config.mixer_width + 2 * config.n_groups * config.state_size,
+            config.num_heads,
+        ]
+        super().__init__(config, layer_idx, in_width=sum(self.split_sizes))
+        self.norm = GatedRMSNorm(config.mixer_width, config.group_size, config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(config.mixer_width, config.hidden_size, bias=config.use_bias)
 
     def stream_and_gate(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a branch scans and the gate `(b, t, d)`, of hidden states `(b, t, hidden_size)`."""
@@ -412,7 +416,7 @@ class S6Branch(StateSpaceBranch):
         init.copy_(self.dt_proj.bias, inverse_softplus(steps))
 
 
-class S6Mixer(S6Branch):
+class S6Mixer(GatedMixer, S6Branch):
     """The mixer of Mamba: the scan between a shared input projection, a gate and an output projection."""
 
     branch_class = S6Branch
@@ -420,19 +424,6 @@ class S6Mixer(S6Branch):
     def __init__(self, config: MixerConfig, layer_idx: int):
         super().__init__(config, layer_idx, in_width=2 * config.mixer_width)
         self.out_proj = nn.Linear(config.mixer_width, config.hidden_size, bias=config.use_bias)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        cache_params: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        seq_idx: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, SSMProjections]:
-        """Arguments and results as [`SSDMixer.forward`], with one group."""
-        stream, gate = self.stream_and_gate(hidden_states)
-        y, B, C, dt = self.scan(stream, cache_params, attention_mask, seq_idx)
-        y = self.gated(y, gate)
-        return self.out_proj(y), SSMProjections(B, C, dt, y)
 
     def stream_and_gate(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a branch scans and the gate, `(b, t, d)` each, of hidden states `(b, t, hidden_size)`."""
