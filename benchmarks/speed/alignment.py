@@ -10,14 +10,12 @@ Each cell runs in a process of its own, as in `chunked_kl.py`, and says so where
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
-from chunked_kl import resident_peak
+from chunked_kl import measured
 
 from cab_hf import CABMambaConfig
 from cab_hf.distillation.bridge import AttentionBridge, BridgePair
@@ -52,24 +50,8 @@ def measure(device: str, method: str, tokens: int) -> dict:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             return bridge.loss([BridgePair(0, "key", [B], targets[0]), BridgePair(0, "query", [C], targets[1])])
 
-    def step() -> float:
-        started = time.perf_counter()
-        loss().backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - started)
-
-    before = torch.cuda.memory_allocated() if device == "cuda" else resident_peak()
-    step()
-    times = [step() for _ in range(REPEATS)]
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak()
-    return {
-        "method": method,
-        "tokens": tokens,
-        "peak_mib": round((peak - before) / 2**20, 1),
-        "ms": round(statistics.median(times), 2),
-        "ms_range": [round(min(times), 2), round(max(times), 2)],
-    }
+    cell = {"method": method, "tokens": tokens}
+    return cell | measured(lambda: loss().backward(), device, REPEATS)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -55,9 +56,8 @@ def measure(device: str, method: str, tokens: int, vocabulary: int) -> dict:
     student_hidden = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
     teacher_hidden = torch.randn(shape, dtype=dtype, device=device)
 
-    def step() -> float:
+    def step() -> None:
         student_hidden.grad = student_head.weight.grad = None
-        started = time.perf_counter()
         if method == "dense":
             loss = dense(student_hidden, student_head, teacher_hidden, teacher_head)
         else:
@@ -66,18 +66,26 @@ def measure(device: str, method: str, tokens: int, vocabulary: int) -> dict:
                 student_hidden, student_head, teacher_hidden, teacher_head, chunk_size=chunk_size
             ).total
         loss.backward()
+
+    cell = {"method": method, "vocabulary": vocabulary, "tokens": tokens}
+    return cell | measured(step, device, settings["repeats"])
+
+
+def measured(step: Callable[[], None], device: str, repeats: int) -> dict:
+    """Peak memory above what is there now, and milliseconds after one warm-up: the median and the range."""
+
+    def timed() -> float:
+        started = time.perf_counter()
+        step()
         if device == "cuda":
             torch.cuda.synchronize()
         return 1000 * (time.perf_counter() - started)
 
     before = torch.cuda.memory_allocated() if device == "cuda" else resident_peak()
-    step()
-    times = [step() for _ in range(settings["repeats"])]
+    timed()
+    times = [timed() for _ in range(repeats)]
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak()
     return {
-        "method": method,
-        "vocabulary": vocabulary,
-        "tokens": tokens,
         "peak_mib": round((peak - before) / 2**20, 1),
         "ms": round(statistics.median(times), 2),
         "ms_range": [round(min(times), 2), round(max(times), 2)],
