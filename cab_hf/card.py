@@ -78,6 +78,8 @@ _RECALL = {
     "associative": ("Of values in its context, asked for by their keys,", "finds"),
 }
 _WHO = ("teacher", "student")
+EXPORTED = "stock"
+"""The folder that the card's line exports to."""
 
 
 def eval_results(head: Head, metrics: Mapping[str, Mapping[str, Any]]) -> list[EvalResult]:
@@ -233,7 +235,7 @@ def describe_method(stages: Sequence[DistillationTrainingArguments]) -> str:
 
 
 def ways_to_load(
-    folder: Path, head: Head, repo_id: str | None, stock: tuple[str, str] | None
+    folder: Path, head: Head, repo_id: str | None, stock: tuple[str | None, str] | None
 ) -> list[tuple[str, str]]:
     """The ways to load the student that work, each with its code.
 
@@ -241,27 +243,32 @@ def ways_to_load(
         folder: the saved student.
         head: what it does.
         repo_id: Hub id under which it will be found; None for the folder itself.
-        stock: (sub-folder, class) of a copy that transformers itself loads, if there is one.
+        stock: (sub-folder, class) of a copy that transformers itself loads, None for one that an export would make;
+            None where no class of transformers has the student's shape.
     """
-    place = json.dumps(repo_id or ".")
     helper, name, file = head.helper
     has_helper = (folder / file).is_file()
     names = sorted([helper, head.auto]) + ["pipeline"] if has_helper else [head.auto]
-    first = [f"{name} = {helper}.from_pretrained({place})"] if has_helper else []
     last = [f'pipe = pipeline("{head.task}", model=model, {name}={name})'] if has_helper else []
 
-    def code(arguments: str, *imports: str) -> str:
-        load = f"model = {head.auto}.from_pretrained({place}{arguments})"
+    def code(place: str, imports: Sequence[str] = (), trusted: str = "", subfolder: str = "") -> str:
+        first = [f"{name} = {helper}.from_pretrained({json.dumps(place)}{trusted})"] if has_helper else []
+        load = f"model = {head.auto}.from_pretrained({json.dumps(place)}{trusted}{subfolder})"
         return "\n".join([*imports, f"from transformers import {', '.join(names)}", "", *first, load, *last])
 
-    here = "" if repo_id else ", from inside this folder"
-    uses = [(f"With the package `cab_hf` installed{here}:", code("", "import cab_hf"))]
+    place, here = repo_id or ".", "" if repo_id else ", from inside this folder"
+    uses = [(f"With the package `cab_hf` installed{here}:", code(place, ["import cab_hf"]))]
     if head.auto in json.loads((folder / "config.json").read_text()).get("auto_map", {}):
         title = f"Without it, by the modelling files beside the weights{here}:"
-        uses.append((title, code(", trust_remote_code=True")))
+        uses.append((title, code(place, trusted=", trust_remote_code=True")))
     if stock is not None:
-        title = f"As the `{stock[1]}` of transformers itself{here}:"
-        uses.append((title, code(f", subfolder={json.dumps(stock[0])}")))
+        subfolder, class_name = stock
+        title = f"As the `{class_name}` of transformers itself"
+        if subfolder is None:
+            title += f", after `cab-hf export {place} {EXPORTED} --to stock`:"
+            uses.append((title, code(EXPORTED)))
+        else:
+            uses.append((f"{title}{here}:", code(place, subfolder=f", subfolder={json.dumps(subfolder)}")))
     return uses
 
 

@@ -287,6 +287,12 @@ def load_image_processor(folder: str | Path) -> Any:
     return _load_optional(AutoImageProcessor, "preprocessor_config.json", str(folder))
 
 
+def stock_class_name(config: CABMambaConfig) -> str | None:
+    """The class of transformers that `export_stock` makes of students of a config; None where none has the shape."""
+    kind = _stock_kind(config)
+    return None if _obstacles(config, kind, torch.float32) else _STOCK_CLASSES[kind][1].__name__
+
+
 def _stock_kind(config: CABMambaConfig) -> str:
     if config.intermediate_size:
         return "bamba"

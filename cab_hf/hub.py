@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from cab_hf import card as sections
 from cab_hf.demo import SMOLLM2_LANGUAGE, SMOLLM2_LICENSE, SMOLLM2_SOURCE
+from cab_hf.export import stock_class_name
 from cab_hf.images import BUILTIN
 from cab_hf.models import CABMambaConfig, CABVisionMambaConfig
 from cab_hf.publish import shareable
@@ -104,6 +105,8 @@ def build_card(
                 f"stock_subfolder is {stock_subfolder!r}, but no class of transformers holds a student for "
                 f"{head.task}. Leave stock_subfolder out."
             )
+    elif head.task == "text-generation" and (class_name := stock_class_name(config)):
+        stock = (None, class_name)
     base_model = base_model or source["base_model"]
     language = language or source["language"]
     name = name or (repo_id or folder.resolve().name).rsplit("/", 1)[-1]
@@ -186,7 +189,7 @@ def write_model_card(
         Whether the card was written.
     """
     folder = Path(folder)
-    license = recipe.model.license or describe_teacher(recipe.model.teacher)["license"]
+    license = license_of(recipe)
     if license is None:
         logger.warning(
             f"No card is written: the licence of teacher {recipe.model.teacher!r} is unknown. Set `license` in the "
@@ -228,6 +231,11 @@ def write_model_card(
         evaluation=evaluation if evaluation.get("task") == head.task else None,
     )
     return write_card(folder, card, overwrite=overwrite)
+
+
+def license_of(recipe: Recipe) -> str | None:
+    """The licence of a recipe's student: its own, or its teacher's; None where neither is known."""
+    return recipe.model.license or describe_teacher(recipe.model.teacher)["license"]
 
 
 def describe_teacher(teacher: str | Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
 SUFFIXES = {".safetensors", ".json", ".py", ".model", ".jinja", ".png", ".svg"}
 NAMES = {CARD_NAME, "recipe.yaml", "vocab.txt", "merges.txt", "LICENSE"}
@@ -177,7 +178,9 @@ def push_trainer(
         return None
     folder = Path(args.output_dir)
     repo_id = args.hub_model_id or folder.absolute().name
-    if not (folder / CARD_NAME).exists():
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        _write_adapter_card(trainer, folder, repo_id, card)
+    elif not (folder / CARD_NAME).exists():
         _write_card(trainer, folder, repo_id, card)
     options = {
         "token": args.hub_token if token is None else token,
@@ -204,8 +207,8 @@ def student_files(folder: str | Path) -> list[str]:
     for sub in sorted(FOLDERS):
         paths += [path for path in (folder / sub).rglob("*") if path.is_file()]
     names = sorted(path.relative_to(folder).as_posix() for path in paths if _is_published(path))
-    if "adapter_config.json" in names:
-        _check_base(folder / "adapter_config.json")
+    if ADAPTER_CONFIG_NAME in names:
+        _check_base(folder / ADAPTER_CONFIG_NAME)
     else:
         _check_config(folder)
     weights = {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"}
@@ -357,6 +360,20 @@ def _write_card(trainer: "DistillationTrainer", folder: Path, repo_id: str, card
         )
     training = {"Steps": f"{trainer.state.global_step:,}", "Epochs": trainer.state.epoch}
     write_card(folder, build_card(folder, {}, training, teacher=teacher, repo_id=repo_id, **card))
+
+
+def _write_adapter_card(trainer: "DistillationTrainer", folder: Path, repo_id: str, card: dict[str, Any]) -> None:
+    """Replaces the card of placeholders that PEFT writes whenever it saves an adapter."""
+    from cab_hf.lora import adapter_card, write_adapter_card
+
+    path = folder / CARD_NAME
+    found = ModelCard.load(path).data.to_dict() if path.is_file() else {}
+    base_model = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())["base_model_name_or_path"]
+    options = {"base_model": base_model, "license": found.get("license")} | card
+    options.pop("teacher", None)
+    write_adapter_card(folder, adapter_card(folder, repo_id=repo_id, **options))
+    for config in trainer.accelerator.unwrap_model(trainer.student).peft_config.values():
+        config.base_model_name_or_path = options["base_model"]  # of later saves
 
 
 def _find_token(repo_id: str, token: str | None) -> str:

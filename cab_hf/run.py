@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from cab_hf import run_images, run_text
-from cab_hf.hub import write_model_card
+from cab_hf.hub import license_of, write_model_card
 from cab_hf.plots import learning_curves
-from cab_hf.publish import check_access, publish_folder
+from cab_hf.publish import CARD_NAME, check_access, publish_folder
 from cab_hf.recipes import Recipe, parse_recipe
 from cab_hf.stages import write_whole
 
@@ -62,6 +62,11 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         torch.set_num_threads(recipe.model.cpu_threads)
     pushes = args.push_to_hub and recipe.is_main_process
     if pushes:  # before a long training, not after it
+        if not (folder / CARD_NAME).is_file() and license_of(recipe) is None:
+            raise ValueError(
+                f"The licence of teacher {recipe.model.teacher!r} is unknown, and a student without one is not "
+                "published. Say it by `--license`, for instance `--license apache-2.0`."
+            )
         check_access(args.hub_model_id or folder.name, token=args.hub_token, private=args.hub_private_repo)
     report = _claim(folder, recipe)
     if report is None:

@@ -232,7 +232,8 @@ class TestLoading:
         text = str(build_card(copy, {}, {}, teacher="t/t", license="mit", repo_id="o/s", stock_subfolder="stock"))
         assert 'model = AutoModelForCausalLM.from_pretrained("o/s", trust_remote_code=True)' in text
         assert "As the `Mamba2ForCausalLM` of transformers itself" in text and 'subfolder="stock"' in text
-        assert text.count('tokenizer = AutoTokenizer.from_pretrained("o/s")') == 3
+        assert text.count('tokenizer = AutoTokenizer.from_pretrained("o/s")') == 2
+        assert text.count('tokenizer = AutoTokenizer.from_pretrained("o/s", trust_remote_code=True)') == 1
         config.pop("auto_map", None)
         (copy / "config.json").write_text(json.dumps(config))
         assert "trust_remote_code" not in str(build_card(copy, {}, {}, teacher="t/t", license="mit"))

@@ -185,6 +185,39 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder, student.eval()
 
 
+def test_a_trainer_pushes_an_adapter_again_and_again(hub: HubServer, base, tmp_path):
+    (tmp_path / "worker").mkdir()
+    worker = Worker(hub.endpoint, tmp_path / "worker")
+    worker.run(
+        f"""
+from tiny_distillation import make_trainer
+from peft import get_peft_model
+from cab_hf import CABMambaForCausalLM
+from cab_hf.lora import lora_config
+student = CABMambaForCausalLM.from_pretrained({str(base)!r})
+student = get_peft_model(student, lora_config(student, r=2))
+options = {{"hub_model_id": "org/pushed-adapter", "hub_token": "good-token"}}
+trainer, _ = make_trainer({str(tmp_path / "run")!r}, student=student, **options)
+trainer.train()
+"""
+    )
+    assert "licence of base model 'org/other'" in worker.fails("trainer.push_to_hub(base_model='org/other')")
+    worker.run("result = trainer.push_to_hub(base_model='org/base', license='mit').oid")
+    first = hub.repositories["org/pushed-adapter"].head.files
+    card = ModelCard(first["README.md"].decode())
+    assert (card.data.license, card.data.base_model) == ("mit", "org/base") and "Needed" not in card.text
+    assert json.loads(first["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    # The base and licence of the first time are known by now.
+    worker.run("[p.data.add_(1) for n, p in trainer.student.named_parameters() if 'lora_B' in n]")
+    worker.run("result = trainer.push_to_hub().oid")
+    second = hub.repositories["org/pushed-adapter"].head.files
+    assert second["README.md"] == first["README.md"]
+    assert second["adapter_config.json"] == first["adapter_config.json"]
+    assert second["adapter_model.safetensors"] != first["adapter_model.safetensors"]
+    worker.process.stdin.close()
+    worker.process.wait(timeout=60)
+
+
 def test_a_distilled_adapter_is_published_and_loads_without_the_package(hub: HubServer, base, trained, tmp_path):
     folder, student = trained
     with pytest.raises(ValueError, match="Hub id"):  # PEFT names the base by its local folder

@@ -356,6 +356,20 @@ class TestOtherWaysToPush:
         assert files["model.safetensors"] == (copy / "model.safetensors").read_bytes()
         assert {path.name for path in copy.glob("*.py")} <= files.keys()
 
+    @pytest.mark.parametrize("has_card", [True, False])
+    def test_push_to_hub_of_transformers_makes_no_card_of_placeholders(self, hub, worker, copy, has_card):
+        name = f"org/alone-{has_card}".lower()
+        if not has_card:
+            (copy / "README.md").unlink()
+        worker.run(
+            f"from cab_hf import CABMambaForCausalLM\n"
+            f"CABMambaForCausalLM.from_pretrained({str(copy)!r}).push_to_hub({name!r})"
+        )
+        card = head(hub, name)["README.md"]
+        if has_card:
+            assert card == (copy / "README.md").read_bytes()
+        assert b"More Information Needed" not in card and b"library_name: transformers" in card
+
     def test_push_to_hub_of_the_trainer(self, hub, worker, tmp_path):
         made = f"""
 from tiny_distillation import make_trainer, tiny_teacher

@@ -6,10 +6,13 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group
 """
 
 import math
+import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -29,6 +32,14 @@ from .ssm_ops import (
 
 IDENTITY_A_LOG = -20.0
 """A = -exp(-20), so that a step's decay is one within float32 (arXiv 2510.19266, released vision code)."""
+
+UNFILLED = "[More Information Needed]"
+CARD_TEXT = """
+A Mamba student of cab-hf. Load it with the Auto class of its config and `trust_remote_code=True`, or after
+`import cab_hf`. This card says no more, because the model was pushed by itself: publish the folder of its run
+(`--push_to_hub`), or write a card by `cab-hf card FOLDER`, to have what was measured.
+"""
+"""What `push_to_hub` of a model alone says of it."""
 
 UNIT_GATE = 1.278464542761074
 """silu(UNIT_GATE) = 1."""
@@ -544,6 +555,18 @@ class MixerPreTrainedModel(PreTrainedModel):
         if self._auto_class is not None:
             self.config.auto_map = dict(self.hub_classes)
         super().save_pretrained(*args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str, *args, **kwargs):
+        # push_to_hub comes here with a card of placeholders where the Hub has none yet.
+        path, own = Path(working_dir) / "README.md", Path(self.name_or_path or working_dir) / "README.md"
+        if UNFILLED in path.read_text(encoding="utf-8"):
+            if own.is_file() and own != path:
+                shutil.copyfile(own, path)
+            else:
+                card = ModelCard.load(path)
+                card.text = CARD_TEXT
+                card.save(path)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers takes custom code to overwrite loaded weights and so passes over a mixer whose own parameters
