@@ -7,6 +7,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import torch
+
 from cab_hf.recipes import fail_in_one_line
 
 
@@ -191,9 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         parsed = make_parser().parse_args(arguments)
         COMMANDS[parsed.command].run(parsed)
-    except (ValueError, OSError, ImportError) as error:
-        # Some messages of transformers have several lines.
-        fail_in_one_line(ValueError(" ".join(str(error).split())))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        fail_in_one_line(
+            f"Out of memory ({error}). Give a smaller --batch_size, --tokens or --lengths, or --device cpu."
+        )
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        fail_in_one_line(error)
 
 
 if __name__ == "__main__":

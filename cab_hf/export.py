@@ -13,7 +13,9 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group
 
 import copy
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +238,7 @@ def export_stock(folder: str | Path, out: str | Path, *, compact: bool = False) 
 
     Raises:
         FileExistsError: `out` holds a model.
+        OSError: it can't be written; nothing of the model is left there then.
         ValueError: no stock class has the student's shape, or the folder holds no student that can be read.
     """
     out = Path(out)
@@ -243,11 +246,30 @@ def export_stock(folder: str | Path, out: str | Path, *, compact: bool = False) 
         raise FileExistsError(f"{out} holds a model already; name another folder, or remove it.")
     student = read_student(folder)
     stock = to_stock(student, compact=compact)
-    stock.save_pretrained(out)
     tokenizer = load_tokenizer(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
+    with written_whole(out) as unfinished:
+        stock.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
     return stock
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A folder to write into, whose files move into `out` when all of them are written; else nothing is left of them.
+
+    Raises:
+        OSError: a file can't be written, whichever library says so.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
+        try:
+            yield Path(unfinished)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{out} can't be written: {error}. Free space there, or name another folder.") from error
+        out.mkdir(exist_ok=True)
+        for path in Path(unfinished).iterdir():
+            path.replace(out / path.name)
 
 
 def read_student(folder: str | Path) -> CABMambaForCausalLM | CABVisionMambaForImageClassification:
@@ -418,6 +440,13 @@ def _not_stock(model_type: str) -> str:
 
 def _read_config(source: str) -> PreTrainedConfig:
     """The config of a folder or Hub id, its fields all known."""
+    if Path(source).is_file():
+        raise ValueError(f"{source} is a file. Name the folder of a saved model.")
+    if (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file():
+        raise ValueError(
+            f"{source} holds an adapter, not a whole model. Load the student that it was trained on, put the adapter "
+            "on it by `PeftModel.from_pretrained`, and save what its `merge_and_unload()` returns."
+        )
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{source} holds no model: there is no config.json. Name the folder of a saved model.")
     try:
@@ -533,26 +562,28 @@ def export_onnx(folder: str | Path, out: str | Path, *, tokens: int = 128) -> Pa
 
     Raises:
         FileExistsError: `out` holds a `model.onnx`.
+        OSError: it can't be written.
         ImportError: onnx or onnxscript is missing.
         ValueError: the folder holds no student that can be read.
     """
     path = Path(out) / "model.onnx"
     if path.exists():
         raise FileExistsError(f"{path} exists already; name another folder, or remove it.")
+    student = read_student(folder).float()
+    program = to_program(student, tokens)
     try:
         from cab_hf.onnx_operators import selective_scan
     except ImportError as error:
         raise ImportError("ONNX needs onnx and onnxscript. Run `pip install cab-hf[export]`.") from error
 
-    student = read_student(folder).float()
-    program = torch.onnx.export(
-        to_program(student, tokens),
+    exported = torch.onnx.export(
+        program,
         dynamo=True,
         input_names=[student.main_input_name],
         output_names=["logits"],
         custom_translation_table={chunked_scan._opoverload: selective_scan},
         verbose=False,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    program.save(path)
+    with written_whole(path.parent) as unfinished:
+        exported.save(unfinished / path.name)
     return path

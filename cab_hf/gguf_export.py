@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cab_hf.export import load_tokenizer, read_student, to_stock
+from cab_hf.export import load_tokenizer, read_student, to_stock, written_whole
 
 
 try:
@@ -71,8 +71,7 @@ def export_gguf(folder: str | Path, out: str | Path, *, compact: bool = False) -
     tensors = _tensors(stock)
     vocabulary = {"tokenizer.ggml.model": "none"} if tokenizer is None else _vocabulary(tokenizer, config.vocab_size)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(path, _ARCHITECTURES[kind])
+    writer = gguf.GGUFWriter(None, _ARCHITECTURES[kind])
     writer.add_name(Path(folder).name)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_vocab_size(config.vocab_size)
@@ -94,10 +93,11 @@ def export_gguf(folder: str | Path, out: str | Path, *, compact: bool = False) -
         add[type(value)](name, value)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with written_whole(path.parent) as unfinished:
+        writer.write_header_to_file(unfinished / path.name)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     return path
 
 

@@ -368,7 +368,7 @@ def _typed(name: str, value: Any) -> Any:
         ) from error
 
 
-def fail_in_one_line(error: Exception) -> None:
-    """Ends the process with the error's message and exit code 1, without a traceback."""
-    print(f"error: {error}", file=sys.stderr)
+def fail_in_one_line(error: Exception | str) -> None:
+    """Ends the process with the error's message, on one line, and exit code 1, without a traceback."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(1)

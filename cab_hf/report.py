@@ -4,6 +4,7 @@ Shape legend: `b` batch, `c` channel, `t` token, `n` rows, `V` label.
 """
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -50,6 +51,7 @@ from cab_hf.stages import write_whole
 EVALUATION_NAME, RECIPE_NAME, REPORT_NAME = "evaluation.json", "recipe.yaml", "report.json"
 LENGTHS = (256, 512, 1024, 2048)
 GAPS = (16, 64, 256)
+LONGEST = 2**20
 BATCH_SIZES = (1, 4, 16)
 PROMPT_TOKENS = 32
 _DTYPES = ("float32", "bfloat16")
@@ -107,9 +109,14 @@ def evaluate(
         ValueError: a folder without a student, a teacher of other tokens or labels, an option that can't be.
         OSError: a teacher or data that are not there.
     """
-    _check_options(data, lengths, gaps, batch_size, max_tokens, prompts, new_tokens, repeats)
+    sizes = {"batch_size": batch_size, "max_tokens": max_tokens, "block_size": block_size, "new_tokens": new_tokens}
+    _check_options(data, lengths, gaps, prompts, **sizes, repeats=repeats)
     if output is None and not Path(folder).is_dir():
-        raise ValueError(f"{folder} is no folder here, so the report can't be written into it. Give output.")
+        reason = "is a file and no folder of a student" if Path(folder).is_file() else "is no folder here"
+        raise ValueError(f"{folder} {reason}, so the report can't be written into it. Give output.")
+    output = Path(folder if output is None else output)
+    if output.is_file():
+        raise ValueError(f"output is {output}, which is a file. Name a folder for {EVALUATION_NAME} and the plots.")
     place = _device(device)
     dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     if dtype not in _DTYPES:
@@ -146,10 +153,11 @@ def evaluate(
             name, blocks, origin = _load_text(one, tokenizer, recipe, block_size)
             texts[name], origins[name] = blocks, origin
         report["teacher_parameters"] = teacher_model.num_parameters()
-        report["texts"] = {
-            name: compare(student, teacher_model, blocks, batch_size, max_tokens=max_tokens) | origins[name]
-            for name, blocks in texts.items()
-        }
+        report["texts"] = {}
+        for name, blocks in texts.items():
+            compared = compare(student, teacher_model, blocks, batch_size, max_tokens=max_tokens)
+            _check_finite(name, compared)
+            report["texts"][name] = compared | origins[name]
         if prompts:
             starts = _prompts(next(iter(texts.values())), prompts)
             report["generation"] = {
@@ -160,7 +168,6 @@ def evaluate(
             report["recall"] = _recall(models, tokenizer, gaps, batch_size)
         if lengths:
             report["speed"] = _text_speed(models, sorted(lengths), repeats)
-    output = Path(folder if output is None else output)
     output.mkdir(parents=True, exist_ok=True)
     report["plots"] = _draw(report, output)
     write_whole(output / EVALUATION_NAME, json.dumps(report, indent=1) + "\n")
@@ -381,24 +388,27 @@ def _speed_lines(speed: Mapping[str, Any]) -> list[str]:
 
 
 def _check_options(
-    data: Sequence[str],
-    lengths: Sequence[int],
-    gaps: Sequence[int],
-    batch_size: int,
-    max_tokens: int | None,
-    prompts: int,
-    new_tokens: int,
-    repeats: int,
+    data: Sequence[str], lengths: Sequence[int], gaps: Sequence[int], prompts: int, **sizes: int | None
 ) -> None:
     if isinstance(data, str) or not data:
         raise ValueError(f"data is {data!r}. Give a list of at least one source, such as ['builtin'].")
-    at_least_one = {"batch_size": batch_size, "new_tokens": new_tokens, "repeats": repeats, "max_tokens": max_tokens}
-    at_least_one |= {"lengths": min(lengths, default=1)}
+    at_least_one = sizes | {"lengths": min(lengths, default=1)}
     wrong = {name: value for name, value in at_least_one.items() if value is not None and value < 1}
     wrong |= {name: value for name, value in (("prompts", prompts), ("gaps", min(gaps, default=0))) if value < 0}
     if wrong:
         name, value = next(iter(wrong.items()))
         raise ValueError(f"{name} is {value}; it must be at least {1 if name in at_least_one else 0}.")
+    if max(lengths, default=1) > LONGEST:
+        raise ValueError(f"lengths has {max(lengths):,}; the longest prompt is {LONGEST:,} tokens. Leave it out.")
+
+
+def _check_finite(name: str, results: Mapping[str, Any]) -> None:
+    if math.isnan(results.get("kl", 0.0)):
+        raise ValueError(
+            f"Logits on {name} are not finite: the student or the teacher holds NaN or infinite weights, or numbers "
+            "too large for its dtype. Try --dtype float32; if they stay so, the weights are broken: go back to an "
+            "earlier checkpoint."
+        )
 
 
 def _device(name: str | None) -> torch.device:
@@ -413,9 +423,12 @@ def _device(name: str | None) -> torch.device:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged and can't be read ({error}). Make it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__} and no mapping of results. Make it again.")
+    return values
 
 
 def _load_teacher(load: Callable[[str], tuple[PreTrainedModel, Any]], name: str) -> tuple[PreTrainedModel, Any]:
@@ -575,7 +588,9 @@ def _evaluate_images(
         )
         batches = _image_batches(images, batch_size, (height, teacher_size), (mean, std), student)
         compared = compare_images(student, borrowed, batches)
-        results[name or f"{Path(source).name} test images"] = compared | dataset_facts([source], split)
+        name = name or f"{Path(source).name} test images"
+        _check_finite(name, compared)
+        results[name] = compared | dataset_facts([source], split)
     teacher_model = borrowed.restore()
     rows = [
         {

@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 
 import pytest
+import torch
 from tiny_distillation import tiny_teacher
 from tiny_models import tiny_model, tiny_vision_model
 from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
@@ -74,9 +76,39 @@ def test_errors_are_one_line(student, tmp_path, capsys):
     weights = student / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "damaged or incomplete" in error_of(capsys, "export", student, out)
+    assert "is a file" in error_of(capsys, "export", weights, out)
     weights.unlink()
     assert "can't be loaded" in error_of(capsys, "export", student, out)
     assert not out.exists()
+    (student / "config.json").rename(student / "adapter_config.json")
+    assert "merge_and_unload" in error_of(capsys, "inspect", student)
+
+
+@pytest.mark.parametrize("kind", ["stock", "gguf"])
+def test_a_full_disk_leaves_nothing_of_an_export(student, tmp_path, kind):
+    (tmp_path / "out").mkdir()
+    for path in student.glob("tokenizer*"):  # of a kind that GGUF has no name for
+        path.unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "cab_hf.cli", "export", str(student), str(tmp_path / "out"), "--to", kind],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path / 'out'} can't be written" in line and "Free space" in line
+    assert {path.name for path in tmp_path.iterdir()} == {"student", "out"} and not any((tmp_path / "out").iterdir())
+
+
+def test_running_out_of_memory_is_one_line(student, capsys, monkeypatch):
+    def allocate(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr("cab_hf.report.evaluate", allocate)
+    options = ["--teacher", "random-llama", "--data", "builtin"]
+    assert "2 GiB). Give a smaller --batch_size" in error_of(capsys, "evaluate", student, *options)
 
 
 def test_a_name_that_is_in_no_cache_offline(tmp_path):
@@ -111,6 +143,8 @@ def test_errors_of_evaluate_and_card_are_one_line(student, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("Too short.")
     assert "block_size" in error_of(capsys, "evaluate", student, *teacher, "--data", tmp_path / "short.txt")
     assert "abacus" in error_of(capsys, "evaluate", student, *teacher, *data, "--device", "abacus")
+    assert "is a file" in error_of(capsys, "evaluate", student, *teacher, *data, "--output", tmp_path / "short.txt")
+    assert "is a file" in error_of(capsys, "evaluate", tmp_path / "short.txt", *teacher, *data)
     tiny_vision_model().save_pretrained(tmp_path / "images")
     images, digits = tmp_path / "images", ["--data", "digits"]
     assert "`task` is" in error_of(capsys, "evaluate", images, "--teacher", tmp_path / "llama", *digits)

@@ -217,3 +217,10 @@ def test_licence_is_demanded_not_guessed(tmp_path):
     run_recipe(recipe)
     assert not (recipe.output_dir / "README.md").exists()
     assert run_module.REPORT_NAME in {path.name for path in recipe.output_dir.iterdir()}
+
+
+def test_a_student_without_licence_is_not_trained_to_be_published(tmp_path):
+    recipe = smoke(tmp_path, "--push_to_hub", "--hub_model_id", "org/student")
+    with pytest.raises(ValueError, match="licence of teacher 'random-llama' is unknown.*--license"):
+        run_recipe(recipe)
+    assert not recipe.output_dir.exists() or not any(recipe.output_dir.iterdir())

@@ -153,7 +153,9 @@ def test_a_report_on_images(tmp_path):
         ({"data": []}, "at least one source"),
         ({"lengths": (0, 8)}, "lengths is 0"),
         ({"gaps": (-1,)}, "gaps is -1"),
+        ({"lengths": (8, 2**21)}, "lengths has 2,097,152; the longest prompt is 1,048,576"),
         ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"block_size": 0}, "block_size is 0"),
         ({"device": "abacus"}, "'abacus' can't be used here"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"folder": "nobody/nothing", "output": None}, "Give output"),
@@ -163,6 +165,17 @@ def test_wrong_options(student, text, tmp_path, options, message):
     arguments = {"folder": student, "teacher": "random-llama", "data": [str(text)], "output": tmp_path} | options
     with pytest.raises(ValueError, match=message):
         evaluate(**arguments)
+
+
+def test_a_student_of_broken_weights_is_said_to_be(text, tmp_path):
+    _, tokenizer = random_llama()
+    model = tiny_model(mixer_type="mamba2", vocab_size=len(tokenizer))
+    model.get_input_embeddings().weight.data[:] = float("nan")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Logits on prose.txt are not finite"):
+        evaluate(tmp_path, "random-llama", [str(text)], block_size=50)
+    assert not (tmp_path / "evaluation.json").exists()
 
 
 def test_a_teacher_of_other_tokens(tmp_path, text):
@@ -287,6 +300,9 @@ class TestCard:
             write_card_of(run, license="mit")
         (run / "report.json").write_text("{")
         with pytest.raises(ValueError, match="damaged"):
+            write_card_of(run, license="mit")
+        (run / "report.json").write_text("[1]")
+        with pytest.raises(ValueError, match="holds a list and no mapping"):
             write_card_of(run, license="mit")
         assert not (run / "README.md").exists()
 
