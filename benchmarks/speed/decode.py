@@ -1,0 +1,113 @@
+"""Decoding speed of a teacher and its student over the context before it: 1,024 to 32,768 tokens.
+
+    python benchmarks/speed/decode.py [--device cpu|cuda] --output FILE.json
+
+Both have SmolLM2-135M's shape (random weights, which cost the same). What is timed is one forward pass a token behind a
+context, as `generate` runs it, eagerly. The teacher's cache is filled with random keys and values, which cost what real
+ones do; the student's state has one size whatever was read, so that its context is a few tokens. `ms` is the median
+over tokens, `ms_range` their least and most, `cache_mib` what the context occupies.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from cab_hf import CABMambaForCausalLM
+
+
+CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
+BATCH_SIZES = {"cpu": (1,), "cuda": (1, 16)}
+TOKENS, WARM_UP, READ = 24, 4, 16
+SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+SHAPE |= {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
+
+
+def full_cache(teacher: LlamaForCausalLM, batch_size: int, context: int) -> DynamicCache:
+    config, cache = teacher.config, DynamicCache(config=teacher.config)
+    shape = (batch_size, config.num_key_value_heads, context, config.hidden_size // config.num_attention_heads)
+    for layer in range(config.num_hidden_layers):
+        cache.update(*(torch.randn(shape, device=teacher.device, dtype=teacher.dtype) for _ in range(2)), layer)
+    return cache
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    held = [one for value in held for one in (value.values() if isinstance(value, dict) else [value])]
+    tensors = {one.data_ptr(): one for one in held if isinstance(one, torch.Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def read(student: PreTrainedModel, batch_size: int) -> DynamicCache:
+    tokens = torch.randint(student.config.vocab_size, (batch_size, READ), device=student.device)
+    return student(tokens, use_cache=True, logits_to_keep=1).cache_params
+
+
+def decode(model: PreTrainedModel, cache: DynamicCache, batch_size: int) -> list[float]:
+    """Milliseconds of each of TOKENS tokens, each chosen from the logits before it."""
+    token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
+    given = {"cache_params" if isinstance(model, CABMambaForCausalLM) else "past_key_values": cache}
+    times = []
+    for index in range(WARM_UP + TOKENS):
+        start = time.perf_counter()
+        token = model(token, use_cache=True, **given).logits.argmax(-1)
+        token.sum().item()  # waits for a GPU, as `generate` does to see whether a text has ended
+        if index >= WARM_UP:
+            times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=sorted(BATCH_SIZES), default="cpu", help="device that computes")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
+    arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    on_cuda = arguments.device == "cuda"
+    dtype = torch.bfloat16 if on_cuda else torch.float32
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(LlamaConfig(**SHAPE, max_position_embeddings=2 * max(CONTEXTS)))
+    teacher = teacher.to(arguments.device, dtype).eval()
+    student = CABMambaForCausalLM.from_teacher(teacher, calibration="none").eval()
+    cells = []
+    for batch_size in BATCH_SIZES[arguments.device]:
+        for context in CONTEXTS:
+            for name, model in (("teacher", teacher), ("student", student)):
+                cache = full_cache(teacher, batch_size, context) if name == "teacher" else read(student, batch_size)
+                size = cache_bytes(cache)
+                times = decode(model, cache, batch_size)
+                del cache
+                cells.append(
+                    {
+                        "model": name,
+                        "batch_size": batch_size,
+                        "context": context,
+                        "ms": round(statistics.median(times), 2),
+                        "ms_range": [round(min(times), 2), round(max(times), 2)],
+                        "tokens_per_second": round(1e3 * batch_size / statistics.median(times), 1),
+                        "cache_mib": round(size / 2**20, 2),
+                    }
+                )
+                print(cells[-1], flush=True)
+    report = {
+        "device": torch.cuda.get_device_name() if on_cuda else f"CPU {platform.machine()}",
+        "threads": None if on_cuda else torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "tokens": TOKENS,
+        "cells": cells,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
