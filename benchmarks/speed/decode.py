@@ -2,10 +2,10 @@
 
     python benchmarks/speed/decode.py [--device cpu|cuda] --output FILE.json
 
-Both have SmolLM2-135M's shape (random weights, which cost the same). What is timed is one forward pass a token behind a
-context, as `generate` runs it, eagerly. The teacher's cache is filled with random keys and values, which cost what real
-ones do; the student's state has one size whatever was read, so that its context is a few tokens. `ms` is the median
-over tokens, `ms_range` their least and most, `cache_mib` what the context occupies.
+Both have SmolLM2-135M's shape (random weights, which cost the same). What is timed is one forward pass a token behind
+a context, as `generate` runs it, eagerly. The teacher's cache is filled with random keys and values, which cost what
+real ones do; the student's state has one size whatever was read, so that its context is a few tokens. `ms` is the
+median over tokens, `ms_range` their least and most, `cache_mib` what the context occupies.
 """
 
 import argparse
