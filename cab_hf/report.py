@@ -5,6 +5,7 @@ Shape legend: `b` batch, `c` channel, `t` token, `n` rows, `V` label.
 
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -523,6 +524,7 @@ def _peak_bytes(model: PreTrainedModel, run: Callable[[], Any]) -> int | None:
         return weights + torch.cuda.max_memory_allocated(model.device) - before
     if model.device.type != "cpu":
         return None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     now = peak = 0
