@@ -8,7 +8,8 @@
 A grid is a mapping. `recipe` is what all runs share; `options` are set over it; `methods` and `data` give each name
 its recipe keys; `seeds` are the recipe's `seed`. `cells`, a list of mappings with `methods`, `data` and `seeds`, picks
 some of their product. `reference` is the method that others are compared with (the first one if not given), `plot`
-lists measures, of which the first that was measured is drawn. `smoke/grid.yaml` shows them all.
+lists measures, of which the first that was measured is drawn, over all data or of `plot_data` alone.
+`smoke/grid.yaml` shows them all.
 
 A run's values are the recipe's, then those of `options`, the method, its data and the command line, each over the one
 before, its seed and folder last; where two are mappings in the grid, their keys are merged, and null takes one away.
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 OUTPUTS = Path("outputs") / "grid"
 CELL_KEYS = {"methods": list, "data": list, "seeds": list}
 KEYS = {"recipe": str, "options": dict, "seeds": list, "methods": dict, "data": dict, "cells": list}
-KEYS |= {"reference": str, "plot": list}
+KEYS |= {"reference": str, "plot": list, "plot_data": str}
 FORCED = {"verify_reload": False, "report_to": "none"}
 LOG_ENTRIES = 40
 LOWER_IS_BETTER = ("kl", "ppl ratio")
@@ -79,6 +80,7 @@ class Grid:
     runs: list[Run]
     reference: str
     plot: list[str]
+    plot_data: str | None
 
     @property
     def folder(self) -> Path:
@@ -134,6 +136,7 @@ def read_grid(path: str | Path) -> Grid:
     orders = [*values["seeds"], *(run.seed for run in runs)], list(data), list(methods)
     reference = values.get("reference", next(iter(methods)))
     _check_names([reference], methods, f"`reference` in {path}")
+    _check_names([values["plot_data"]] if "plot_data" in values else [], data, f"`plot_data` in {path}")
     return Grid(
         path=path,
         recipe=Path(values["recipe"]),
@@ -143,6 +146,7 @@ def read_grid(path: str | Path) -> Grid:
         runs=sorted(runs, key=lambda run: [*map(list.index, orders, (run.seed, run.data, run.method))]),
         reference=reference,
         plot=values.get("plot", []),
+        plot_data=values.get("plot_data"),
     )
 
 
@@ -552,7 +556,7 @@ def _cell(numbers: Mapping[str, Any], best: float | None) -> str:
 
 
 def draw(grid: Grid, table: Table, path: Path) -> str:
-    """Draws one measure, 800 pixels wide: lines over the data, or bars where there is one column.
+    """Draws one measure, 800 pixels wide: over the data each method that has two or more, or bars of one column.
 
     Returns:
         The measure.
@@ -562,42 +566,48 @@ def draw(grid: Grid, table: Table, path: Path) -> str:
 
     defaults = ["top1", *(measure for measure in table if measure.lower().endswith("kl")), *table]
     measure = next(name for name in [*grid.plot, *defaults] if name in table)
-    methods = table[measure]
-    columns = [data for data in grid.data if any(data in cells for cells in methods.values())]
-    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    columns = [data for data in grid.data if any(data in cells for cells in table[measure].values())]
+    if grid.plot_data in columns:
+        columns = [grid.plot_data]
+    methods = {name: cells for name, cells in table[measure].items() if any(data in cells for data in columns)}
+    over_data = {name: cells for name, cells in methods.items() if len(cells.keys() & set(columns)) > 1}
+    methods = over_data or methods  # the others are in the table
+    height = 1.5 + 0.3 * len(methods) if len(columns) == 1 else 5
+    figure = Figure(figsize=(8, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    values = axes.xaxis if len(columns) == 1 else axes.yaxis
     for index, (method, cells) in enumerate(methods.items()):
         shown = [data for data in columns if cells.get(data, {}).get("mean") is not None]
         means = [cells[data]["mean"] for data in shown]
         spread = [cells[data]["std"] or 0.0 for data in shown]
-        colour = f"C{index % 10}"
         if len(columns) == 1:
-            axes.bar([index] * len(means), means, yerr=spread, width=0.6, color=colour, alpha=0.6, capsize=5)
+            axes.barh([index] * len(means), means, xerr=spread, height=0.6, color="C0", alpha=0.6, capsize=4)
             seeds = [value for data in shown for value in cells[data]["seeds"]]
-            axes.plot([index] * len(seeds), seeds, "o", color="black", markersize=3)
+            axes.plot(seeds, [index] * len(seeds), "o", color="black", markersize=3)
         else:
             # Side by side, or the spreads would hide each other.
             shift = 0.16 * (index / max(len(methods) - 1, 1) - 0.5)
             places = [columns.index(data) + shift for data in shown]
-            marker = "osD^vP*X<>"[index % 10]
-            axes.errorbar(places, means, spread, label=method, color=colour, marker=marker, linewidth=2, capsize=4)
+            look = {"color": f"C{index % 10}", "marker": "osD^vP*X<>"[index % 10], "linewidth": 2, "capsize": 4}
+            axes.errorbar(places, means, spread, label=method, **look)
     if len(columns) == 1:
-        axes.set_xticks(range(len(methods)), [method.replace(" ", "\n") for method in methods])
-        axes.set_xlabel(columns[0], fontsize=12)
+        axes.set_yticks(range(len(methods)), methods)
+        axes.invert_yaxis()
         seen = [value for cells in methods.values() for value in cells[columns[0]]["seeds"] if value is not None]
         if seen and min(seen) > 0.7 * max(seen):  # from zero, all would look alike
-            axes.set_ylim(bottom=1.5 * min(seen) - 0.52 * max(seen))
+            axes.set_xlim(left=1.5 * min(seen) - 0.52 * max(seen))
     else:
         axes.set_xticks(range(len(columns)), columns)
-        figure.legend(fontsize=11, loc="outside lower center", ncols=min(len(methods), 4))
+        figure.legend(fontsize=11, loc="outside lower center", ncols=min(len(methods), 3))
     better = "lower" if _lower_is_better(measure) else "higher"
-    counts = sorted({cells[data]["n"] for cells in methods.values() for data in cells})
+    counts = sorted({cells[data]["n"] for cells in methods.values() for data in columns if data in cells})
     seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seed{'s' * (counts[0] > 1)}"
-    axes.set_ylabel(f"{measure} ({better} is better)", fontsize=12)
-    axes.set_title(f"{grid.path.resolve().parent.name}: {measure}, mean ± std of {seeds}", fontsize=13)
+    values.set_label_text(f"{measure} ({better} is better)", fontsize=12)
+    shown_data = f", {columns[0]}" if len(columns) == 1 else ""
+    axes.set_title(f"{grid.path.resolve().parent.name}{shown_data}: {measure}, mean ± std of {seeds}", fontsize=13)
     axes.tick_params(labelsize=11)
-    axes.grid(axis="y", alpha=0.3)
+    values.grid(alpha=0.3)
     figure.savefig(path)
     return measure
 
