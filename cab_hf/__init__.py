@@ -5,7 +5,9 @@ from cab_hf.distillation import (
     DistillationModel,
     DistillationTrainer,
     DistillationTrainingArguments,
+    RecordedTeacher,
     Teacher,
+    record_teacher,
 )
 from cab_hf.models import (
     CABMambaConfig,
@@ -32,6 +34,8 @@ __all__ = [
     "DistillationModel",
     "DistillationTrainer",
     "DistillationTrainingArguments",
+    "RecordedTeacher",
     "Teacher",
     "__version__",
+    "record_teacher",
 ]

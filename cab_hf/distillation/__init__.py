@@ -2,6 +2,7 @@
 
 from cab_hf.distillation.bridge import AttentionBridge
 from cab_hf.distillation.modeling_distillation import DistillationModel
+from cab_hf.distillation.recorded_teacher import RecordedTeacher, record_teacher
 from cab_hf.distillation.teacher import Teacher, TeacherAttention
 from cab_hf.distillation.trainer import DistillationTrainer
 from cab_hf.distillation.training_args import DistillationTrainingArguments
@@ -12,6 +13,8 @@ __all__ = [
     "DistillationModel",
     "DistillationTrainer",
     "DistillationTrainingArguments",
+    "RecordedTeacher",
     "Teacher",
     "TeacherAttention",
+    "record_teacher",
 ]

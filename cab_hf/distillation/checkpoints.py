@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+from accelerate.utils import broadcast
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 logger = logging.get_logger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
+PREFIX = "student."
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
@@ -45,6 +48,13 @@ def load_student(student: nn.Module, folder: Path) -> None:
             raise ValueError(f"{shard} holds weights that the student lacks, such as {loaded.unexpected_keys[:3]}.")
 
 
+@torch.no_grad()
+def fill_everywhere(student: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Gives the student of every process the weights that the first process holds in `state_dict`."""
+    student.load_state_dict(state_dict, strict=False)
+    broadcast([*student.parameters(), *student.buffers()])
+
+
 def _weight_files(folder: Path) -> Iterable[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
@@ -52,8 +62,12 @@ def _weight_files(folder: Path) -> Iterable[Path]:
     return [folder / SAFE_WEIGHTS_NAME]
 
 
-def with_prefix(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+def student_weights(student: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The student's part of what was gathered of a distillation: a tied weight is there once."""
+    once = {name for name, _ in student.named_parameters()}
+    repeated = {name for name, _ in student.named_parameters(remove_duplicate=False)} - once
+    of_student = {name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items() if name.startswith(PREFIX)}
+    return {name: tensor for name, tensor in of_student.items() if name not in repeated}
 
 
-__all__ = ["last_whole_checkpoint", "load_student", "with_prefix"]
+__all__ = ["fill_everywhere", "last_whole_checkpoint", "load_student", "student_weights"]

@@ -83,6 +83,7 @@ class DistillationModel(nn.Module):
     def __init__(self, student: nn.Module, teacher: Teacher, args: DistillationTrainingArguments):
         super().__init__()
         self.student = student
+        self.touches_unused = True
         self.args = args
         config = self.core.config
         self.reads_images = self.core.main_input_name == "pixel_values"
@@ -124,6 +125,11 @@ class DistillationModel(nn.Module):
                 f"`hidden_weight` compares hidden states, but the student's `hidden_size` is {config.hidden_size} and "
                 f"the teacher's {teacher.hidden_size}. Use equal sizes, or `bridge_weight`."
             )
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the student's blocks, which FSDP shards one by one."""
+        return sorted(self.core._no_split_modules)
 
     @property
     def core(self) -> nn.Module:
@@ -273,8 +279,11 @@ class DistillationModel(nn.Module):
     def _touch_unused(self, active: frozenset[str]) -> Tensor | float:
         """Zero, with a zero gradient for parameters that no active loss reaches: DDP waits for every gradient.
 
-        FSDP does not wait, and its parameters (DTensor) are sharded again at this point.
+        FSDP does not wait, and its parameters (DTensor) are sharded again at this point. ZeRO-3 takes weights away
+        before their gradient, which must not happen to a touched one.
         """
+        if not self.touches_unused:
+            return 0.0
         modules = [] if active & {"kl", "ce"} else [self.student]
         if self.bridge is not None and "bridge" not in active:
             modules.append(self.bridge)

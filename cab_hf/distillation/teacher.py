@@ -158,12 +158,20 @@ def _body_of(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _positions_from_documents(seq_idx: Tensor) -> Tensor:
+def positions_from_documents(seq_idx: Tensor) -> Tensor:
     """Position ids `(b, t)` that restart at 0 wherever `seq_idx` `(b, t)` changes."""
     index = torch.arange(seq_idx.shape[-1], device=seq_idx.device).expand_as(seq_idx)
     starts = torch.zeros_like(index)
     starts[:, 1:] = torch.where(seq_idx[:, 1:] != seq_idx[:, :-1], index[:, 1:], 0)
     return index - starts.cummax(dim=-1).values
+
+
+def with_positions(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs with positions counted from the first real token: padding on the left would shift them."""
+    mask = inputs.get("attention_mask")
+    if mask is None or "position_ids" in inputs:
+        return dict(inputs)
+    return {**inputs, "position_ids": ((mask != 0).long().cumsum(dim=-1) - 1).clamp(min=0)}
 
 
 @contextmanager
@@ -389,6 +397,15 @@ class Teacher:
         return self.config.to_dict().get("vocab_size")
 
     @property
+    def predicts_tokens(self) -> bool:
+        """Whether it is a language model with its head."""
+        return self.model.get_output_embeddings() is not None
+
+    @property
+    def num_labels(self) -> int:
+        return self.model.config.num_labels
+
+    @property
     def reads_images(self) -> bool:
         return self.model.main_input_name == "pixel_values"
 
@@ -431,7 +448,7 @@ class Teacher:
                     f"inputs hold seq_idx (packed documents), but {self._named()} takes no position_ids and attends "
                     "across them. Use padded documents instead of packed ones."
                 )
-            kept.setdefault("position_ids", _positions_from_documents(seq_idx))
+            kept.setdefault("position_ids", positions_from_documents(seq_idx))
         arguments: dict[str, Any] = {}
         for name, value in kept.items():
             dtype = weight.dtype if value.is_floating_point() else None

@@ -5,6 +5,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, Trainer, set_seed
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
 from cab_hf.distillation.alignment import align_targets, student_layout, teacher_layout
-from cab_hf.distillation.checkpoints import last_whole_checkpoint, load_student, with_prefix
+from cab_hf.distillation.checkpoints import fill_everywhere, last_whole_checkpoint, load_student, student_weights
+from cab_hf.distillation.checks import check_outputs, check_sharding, check_whole
 from cab_hf.distillation.chunked_kl import chunked_kl_ce
 from cab_hf.distillation.cuda_graph import GraphedStep
 from cab_hf.distillation.ema import MovingAverage
@@ -27,7 +30,8 @@ from cab_hf.distillation.modeling_distillation import (
     DistillationModel,
     DistillationOutput,
 )
-from cab_hf.distillation.teacher import Teacher, TeacherOutput, check_vocabularies
+from cab_hf.distillation.recorded_teacher import RecordedTeacher
+from cab_hf.distillation.teacher import Teacher, TeacherOutput, with_positions
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
 from cab_hf.packing import IGNORE_INDEX, shift_labels
 from cab_hf.publish import push_trainer
@@ -55,7 +59,7 @@ class DistillationTrainer(Trainer):
 
     Args:
         student: a [`CABMambaForCausalLM`], or a PEFT model around one.
-        teacher: a pretrained model, or a [`Teacher`] made of one.
+        teacher: a pretrained model, a [`Teacher`] made of one, or the [`RecordedTeacher`] of one.
         args: weights, layer map and the rest of a run.
         trainer_kwargs: of [`~transformers.Trainer`], such as `train_dataset`, `eval_dataset`, `data_collator`,
             `processing_class`, `callbacks`.
@@ -77,7 +81,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         student: nn.Module,
-        teacher: PreTrainedModel | Teacher,
+        teacher: PreTrainedModel | Teacher | RecordedTeacher,
         args: DistillationTrainingArguments,
         batch_transform: BatchTransform | None = None,
         train_sampler: Sampler | None = None,
@@ -89,8 +93,14 @@ class DistillationTrainer(Trainer):
                 "`accelerate launch` to use them all."
             )
             args._n_gpu = 1
-        if not isinstance(teacher, Teacher):
+        check_whole("student", student)
+        if not isinstance(teacher, Teacher | RecordedTeacher):
             teacher = make_teacher(teacher, args)
+        if args.cuda_graph and isinstance(teacher, RecordedTeacher):
+            raise ValueError(
+                f"`cuda_graph` is {args.cuda_graph}, but a recorded teacher is read from disk at every step, which no "
+                "graph can do. Set `cuda_graph=False`, or pass the teacher itself."
+            )
         if teacher.removes_rotary != args.remove_rotary:
             raise ValueError(
                 f"`remove_rotary` is {args.remove_rotary} in the arguments, but the given Teacher was made with "
@@ -130,74 +140,38 @@ class DistillationTrainer(Trainer):
         self._layer_map = model.layer_map
         self.batch_transform = batch_transform
         self.train_sampler = train_sampler
-        self._check_outputs(model.core, teacher, args.kl_weight)
+        check_outputs(model.core, teacher, args.kl_weight)
         super().__init__(model=model, args=args, **trainer_kwargs)
         self._ema = None
         if args.ema_decay is not None:
             self._ema = MovingAverage(student, args.ema_decay)
             self.add_callback(self._ema)
         is_zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        if self._ema is not None and (self.is_fsdp_enabled or is_zero3):
-            raise ValueError(
-                f"`ema_decay` is {args.ema_decay}, but {'ZeRO-3' if is_zero3 else 'FSDP'} keeps no process with the "
-                "whole student to average. Use DDP, or leave `ema_decay` out."
-            )
-        if args.attention_weight > 0 and (self.is_fsdp_enabled or is_zero3):
-            raise ValueError(
-                f"`attention_weight` is {args.attention_weight}, but maps are made outside the student's blocks, and "
-                f"{'ZeRO-3' if is_zero3 else 'FSDP'} has their weights whole only inside. Use DDP, or set "
-                "`attention_weight=0.0`."
-            )
+        self._is_sharded = self.is_fsdp_enabled or is_zero3
+        self._whole_student = student
+        if self._is_sharded:
+            check_sharding(args, self.accelerator.state, is_zero3)
+            # Sharding takes a module's weights in place. The given one stays whole, and learns when training ends.
+            model.student, model.touches_unused = copy.deepcopy(student), not is_zero3
+            student.to("cpu")
+            if self.is_fsdp_enabled:
+                # Autocast, as without FSDP, whose own mixed precision would round A_log and the loss, too.
+                self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+            # Set again by the accelerator; with it every process waits for the others in `generate`.
+            unset_hf_deepspeed_config()
         self.label_names = ["labels"]
-
-    def _check_outputs(self, student: PreTrainedModel, teacher: Teacher, kl_weight: float) -> None:
-        """That student and teacher read the same kind of input and predict the same things."""
-        if self._reads_images != teacher.reads_images:
-            student_input, teacher_input = (
-                "pixel_values" if reads else "input_ids" for reads in (self._reads_images, teacher.reads_images)
-            )
-            raise ValueError(
-                f"The student reads {student_input!r} and the teacher {teacher_input!r}. Use a CABMambaForCausalLM "
-                "for a language model, a CABVisionMambaForImageClassification for an image model."
-            )
-        if not self._reads_images:
-            if student.get_output_embeddings() is None:
-                raise ValueError(
-                    f"The student {type(student).__name__} predicts no tokens, which every language distillation "
-                    "compares. Distil a CABMambaForCausalLM; a CABMambaForSequenceClassification then starts from its "
-                    "folder (from_pretrained), for a plain Trainer."
-                )
-            if kl_weight > 0 and teacher.model.get_output_embeddings() is None:
-                raise ValueError(
-                    f"`kl_weight` is {kl_weight}, but the teacher {type(teacher.model).__name__} predicts no tokens. "
-                    "Load it with AutoModelForCausalLM, or set `kl_weight=0.0`."
-                )
-            if teacher.vocab_size is not None:
-                check_vocabularies(self._student_config.vocab_size, teacher.vocab_size)
-        elif kl_weight > 0:
-            if not teacher.has_logits:
-                raise ValueError(
-                    f"`kl_weight` is {kl_weight}, but the teacher {type(teacher.model).__name__} has no classifier. "
-                    "Set `kl_weight=0.0` and a `ce_weight`, and learn from the bridge and labels, or give the teacher "
-                    "a classifier first (finetune)."
-                )
-            ours, theirs = self._student_config.num_labels, teacher.model.config.num_labels
-            if ours != theirs:
-                raise ValueError(
-                    f"The student has num_labels={ours} and the teacher num_labels={theirs}, which the KL compares. "
-                    "Give the student the teacher's labels, or set `kl_weight=0.0`."
-                )
 
     @property
     def _compares_logits(self) -> bool:
         """Whether student and teacher predict the same things, so that evaluation compares them whatever is learnt."""
         if not self._reads_images:
-            return self.teacher.model.get_output_embeddings() is not None
-        return self.teacher.has_logits and self._student_config.num_labels == self.teacher.model.config.num_labels
+            return self.teacher.predicts_tokens
+        return self.teacher.has_logits and self._student_config.num_labels == self.teacher.num_labels
 
     @property
     def student(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False).student
+        """The given student; where FSDP or ZeRO-3 shards it, as whole as it was when `train` last ended."""
+        return self._whole_student
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
@@ -208,10 +182,17 @@ class DistillationTrainer(Trainer):
                     f"`resume_from_checkpoint=True`, but {self.args.output_dir} holds no complete checkpoint. Start "
                     "without it, or name the folder of a checkpoint."
                 )
-        if not resume_from_checkpoint:
+        if resume_from_checkpoint:
+            self._is_calibrated = True  # the scales are loaded
+        else:
             self._calibrate_targets()
         self._part_sums = None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self._is_sharded:
+            state_dict = self.accelerator.get_state_dict(self.model_wrapped)  # of the first process alone
+            self._whole_student.to(self.args.device)
+            fill_everywhere(self._whole_student, student_weights(self._whole_student, state_dict or {}))
+        return output
 
     def _calibrate_targets(self) -> None:
         """Measures relative losses' targets on the first examples: the same on every process, no sampler moved."""
@@ -346,7 +327,9 @@ class DistillationTrainer(Trainer):
             # Filled on the device: copying them there would wait for it at every step of a decay.
             filled = [torch.full((), value, device=args.device) for value in values]
             self._constant_weights = {values: torch.stack(filled)}
-        return self._constant_weights[values], frozenset(name for name, value in zip(LOSSES, values) if value > 0)
+        # Sharded weights that a step leaves out would have no gradient, or with ZeRO-3 the one of an earlier step.
+        used = [getattr(args, f"{name}_weight") for name in LOSSES] if self._is_sharded else values
+        return self._constant_weights[values], frozenset(name for name, value in zip(LOSSES, used) if value > 0)
 
     def _teach(self, inputs: dict[str, Tensor], active: frozenset[str]) -> TeacherOutput:
         mask = inputs.get("attention_mask")
@@ -355,9 +338,7 @@ class DistillationTrainer(Trainer):
         given = {name: value for name, value in inputs.items() if name != "labels"}
         if self._reads_images:
             given = {"pixel_values": inputs.get("teacher_pixel_values", inputs["pixel_values"])}
-        if mask is not None and "position_ids" not in inputs:
-            # Counted from the first real token: padding on the left would shift learned positions and rotary keys.
-            given["position_ids"] = ((mask != 0).long().cumsum(dim=-1) - 1).clamp(min=0)
+        given = with_positions(given)
         with self.accelerator.autocast():
             targets = self.teacher(
                 given,
@@ -406,16 +387,18 @@ class DistillationTrainer(Trainer):
     ) -> DistillationOutput:
         targets = self._teach(inputs, active)
         inputs = {name: value for name, value in inputs.items() if name != "teacher_pixel_values"}
-        outputs = model(
-            targets=targets,
-            teacher_head=self._teacher_head,
-            weights=weights,
-            active=active,
-            num_tokens=counts[0],
-            num_labels=counts[1],
-            agreement=agreement,
-            **inputs,
-        )
+        # Around FSDP2's forward accelerate puts no autocast.
+        with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
+            outputs = model(
+                targets=targets,
+                teacher_head=self._teacher_head,
+                weights=weights,
+                active=active,
+                num_tokens=counts[0],
+                num_labels=counts[1],
+                agreement=agreement,
+                **inputs,
+            )
         outputs.targets = targets if agreement else None
         return outputs
 
@@ -580,8 +563,8 @@ class DistillationTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        of_student = None if state_dict is None else with_prefix(state_dict, "student.")
-        model.student.save_pretrained(folder, state_dict=of_student)
+        of_student = None if state_dict is None else student_weights(self._whole_student, state_dict)
+        self._whole_student.save_pretrained(folder, state_dict=of_student)
         # A finished student ships without what only its training needed.
         if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
             rest = {
@@ -602,7 +585,6 @@ class DistillationTrainer(Trainer):
         torch.save(saved_args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._is_calibrated = True  # the scales are loaded
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -633,6 +615,7 @@ class DistillationTrainer(Trainer):
 
 def make_teacher(model: PreTrainedModel, args: DistillationTrainingArguments) -> Teacher:
     """A [`Teacher`] on the device, in the dtype and with the rotary positions that the arguments ask for."""
+    check_whole("teacher", model)
     return Teacher(
         model,
         device=torch.device(args.teacher_device or args.device),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 
@@ -118,6 +119,8 @@ class DistillationTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        # ZeRO-3 would shard whatever is loaded from now on: the teacher, too, which every process asks on its own.
+        unset_hf_deepspeed_config()
         for name in LOSSES:
             weight, end, decay = (getattr(self, f"{name}_{what}") for what in ("weight", "end", "decay"))
             if weight < 0:

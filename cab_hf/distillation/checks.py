@@ -1,0 +1,104 @@
+"""What a distillation can't do is said before it starts.
+
+Each check raises a ValueError that names the argument, what stands against it, and the way out.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from cab_hf.distillation.recorded_teacher import RecordedTeacher
+from cab_hf.distillation.teacher import Teacher, check_vocabularies
+from cab_hf.distillation.training_args import DistillationTrainingArguments
+
+
+def check_outputs(student: PreTrainedModel, teacher: Teacher | RecordedTeacher, kl_weight: float) -> None:
+    """That student and teacher read the same kind of input and predict the same things."""
+    reads_images = student.main_input_name == "pixel_values"
+    if reads_images != teacher.reads_images:
+        student_input, teacher_input = (
+            "pixel_values" if reads else "input_ids" for reads in (reads_images, teacher.reads_images)
+        )
+        raise ValueError(
+            f"The student reads {student_input!r} and the teacher {teacher_input!r}. Use a CABMambaForCausalLM "
+            "for a language model, a CABVisionMambaForImageClassification for an image model."
+        )
+    if not reads_images:
+        if student.get_output_embeddings() is None:
+            raise ValueError(
+                f"The student {type(student).__name__} predicts no tokens, which every language distillation "
+                "compares. Distil a CABMambaForCausalLM; a CABMambaForSequenceClassification then starts from its "
+                "folder (from_pretrained), for a plain Trainer."
+            )
+        if kl_weight > 0 and not teacher.predicts_tokens:
+            raise ValueError(
+                f"`kl_weight` is {kl_weight}, but the teacher {type(teacher.model).__name__} predicts no tokens. "
+                "Load it with AutoModelForCausalLM, or set `kl_weight=0.0`."
+            )
+        if teacher.vocab_size is not None:
+            check_vocabularies(student.config.vocab_size, teacher.vocab_size)
+    elif kl_weight > 0:
+        if not teacher.has_logits:
+            raise ValueError(
+                f"`kl_weight` is {kl_weight}, but the teacher {type(teacher.model).__name__} has no classifier. "
+                "Set `kl_weight=0.0` and a `ce_weight`, and learn from the bridge and labels, or give the teacher "
+                "a classifier first (finetune)."
+            )
+        ours, theirs = student.config.num_labels, teacher.num_labels
+        if ours != theirs:
+            raise ValueError(
+                f"The student has num_labels={ours} and the teacher num_labels={theirs}, which the KL compares. "
+                "Give the student the teacher's labels, or set `kl_weight=0.0`."
+            )
+
+
+def check_sharding(args: DistillationTrainingArguments, state: Any, is_zero3: bool) -> None:
+    """That the arguments ask for nothing that needs the whole student, and that its weights can be gathered.
+
+    Args:
+        args: of the run.
+        state: accelerate's.
+        is_zero3: whether DeepSpeed shards, and not FSDP.
+    """
+    kind = "ZeRO-3" if is_zero3 else "FSDP"
+    if args.ema_decay is not None:
+        raise ValueError(
+            f"`ema_decay` is {args.ema_decay}, but {kind} keeps no process with the whole student to average. Use "
+            "DDP, or leave `ema_decay` out."
+        )
+    if args.attention_weight > 0:
+        raise ValueError(
+            f"`attention_weight` is {args.attention_weight}, but maps are made outside the student's blocks, and "
+            f"{kind} has their weights whole only inside. Use DDP, or set `attention_weight=0.0`."
+        )
+    if is_zero3:
+        zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if not zero.get("stage3_gather_16bit_weights_on_model_save", False):
+            raise ValueError(
+                "ZeRO-3 does not gather the student's weights, so that none could be saved. Set "
+                "`zero3_save_16bit_model: true` in accelerate's config, or "
+                "`stage3_gather_16bit_weights_on_model_save` in DeepSpeed's."
+            )
+    elif state.fsdp_plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "`fsdp_cpu_ram_efficient_loading` is true, which loads models on the first process only, but each "
+            "process asks its own teacher. Set it to false in accelerate's config."
+        )
+    elif "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
+        raise ValueError(
+            f"`fsdp_state_dict_type` is {state.fsdp_plugin.state_dict_type}, which saves no whole student. Set "
+            "`fsdp_state_dict_type: FULL_STATE_DICT` in accelerate's config."
+        )
+
+
+def check_whole(name: str, model: nn.Module) -> None:
+    """That this process has all weights of a model: a teacher answers on every process, a student is sharded later."""
+    empty = [key for key, parameter in model.named_parameters() if parameter.is_meta or parameter.numel() == 0]
+    if empty:
+        raise ValueError(
+            f"The {name}'s weights, such as {empty[0]!r}, are not on this process: ZeRO-3, or FSDP's "
+            "`cpu_ram_efficient_loading`, took them away as it was loaded. Load it after the "
+            "DistillationTrainingArguments are made, and set `fsdp_cpu_ram_efficient_loading: false` in accelerate's "
+            "config."
+        )

@@ -1,0 +1,372 @@
+"""A teacher that was asked once: what it says of a text on disk, for any number of distillations without it.
+
+A record holds, for each document of a text, the teacher's most likely tokens with their log-probabilities and, where
+asked for, its attention and hidden states. It is looked up by the document's tokens, so that order, padding, packing,
+batch size and number of processes may change between recording and training.
+
+Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width, `k` recorded tokens, `V` vocabulary.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from cab_hf.distillation.teacher import (
+    Teacher,
+    TeacherAttention,
+    TeacherOutput,
+    positions_from_documents,
+    with_positions,
+)
+
+
+INDEX_NAME = "index.json"
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+class Document(NamedTuple):
+    """A document's place in a batch.
+
+    Attributes:
+        key: digest of its tokens.
+        row: row of the batch.
+        places: `(n,)` int64, its positions in the row, in order.
+    """
+
+    key: str
+    row: int
+    places: Tensor
+
+
+class RecordedHead(nn.Module):
+    """Logits of recorded rows: the recorded log-probabilities, and what they leave spread evenly over other tokens.
+
+    Args:
+        vocab_size: `V`.
+        top_k: `k`. With `k = V` nothing is left over, and the logits are the teacher's up to a constant a row.
+    """
+
+    def __init__(self, vocab_size: int, top_k: int) -> None:
+        super().__init__()
+        self.vocab_size, self.top_k = vocab_size, top_k
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`(..., 2 k)` float32, token indices before log-probabilities, to logits `(..., V)`."""
+        indices, log_probabilities = rows[..., : self.top_k].long(), rows[..., self.top_k :]
+        rest = (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp(min=1e-12)
+        even = (rest / max(self.vocab_size - self.top_k, 1)).log()
+        return even.expand(*rows.shape[:-1], self.vocab_size).scatter(-1, indices, log_probabilities)
+
+
+def record_teacher(
+    teacher: Teacher,
+    dataset: Any,
+    folder: str | Path,
+    *,
+    data_collator: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]],
+    top_k: int = 64,
+    attentions: bool = False,
+    hidden_states: bool = False,
+    dtype: str = "float16",
+    batch_size: int = 8,
+    batches_per_shard: int = 32,
+    progress: bool = True,
+) -> "RecordedTeacher":
+    """Writes what a language teacher says of a data set. What is in the record is not asked again.
+
+    A run that was cut off goes on where its last whole shard ends, and another data set of the same teacher adds to
+    the record. A token takes `k * (4 + bytes of dtype)` bytes; attention adds queries, keys and outputs of every
+    layer, which is far more: meant for little text.
+
+    Args:
+        teacher: made with the `remove_rotary` and `dtype` that the distillation asks for.
+        dataset: rows that `data_collator` makes batches of.
+        folder: of the record.
+        top_k: most likely tokens of each position, at most `V`.
+        attentions: also queries, keys and outputs: for `bridge_weight`, `output_weight` and `attention_weight`.
+        hidden_states: also hidden states, for `hidden_weight`.
+        dtype: of what is written, "float16", "bfloat16" or "float32".
+        batch_size: rows of a batch.
+        batches_per_shard: batches of a file, which is written whole or not at all.
+        progress: show it.
+
+    Returns:
+        The record, ready to teach.
+
+    Raises:
+        ValueError: a teacher without tokens, an option that can't be, or a record of another teacher or other options.
+        OverflowError: numbers too large for `dtype`.
+    """
+    folder = Path(folder)
+    _check(teacher, top_k, dtype)
+    facts = _facts(teacher, top_k=top_k, attentions=attentions, hidden_states=hidden_states, dtype=dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / INDEX_NAME).is_file():
+        _check_same(folder, facts)
+    else:
+        _write_json(folder / INDEX_NAME, facts)
+    record = RecordedTeacher(folder)
+    pending: dict[str, dict[str, Tensor]] = {}
+    loader = DataLoader(dataset, batch_size, collate_fn=data_collator)
+    for count, batch in enumerate(tqdm(loader, desc="Recording the teacher", disable=not progress), start=1):
+        new = {one.key: one for one in documents(batch) if one.key not in record and one.key not in pending}
+        if new:
+            pending |= _ask(teacher, batch, new.values(), facts)
+        if count % batches_per_shard == 0:
+            record.add(pending)
+            pending = {}
+    record.add(pending)
+    return record
+
+
+class RecordedTeacher:
+    """A record in the place of the [`Teacher`] that it was made of, which is not loaded.
+
+    Args:
+        folder: of [`record_teacher`].
+
+    Raises:
+        FileNotFoundError: there is no record.
+
+    Example:
+        >>> record_teacher(Teacher(model), blocks, "record", data_collator=LanguageCollator(0))
+        >>> DistillationTrainer(student, RecordedTeacher("record"), args, train_dataset=blocks)
+    """
+
+    reads_images = False
+    has_logits = True
+    predicts_tokens = True
+    num_labels = None
+    device = torch.device("cpu")
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / INDEX_NAME).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no record of a teacher: there is no {INDEX_NAME}. Make one by record_teacher."
+            )
+        self.facts = json.loads((self.folder / INDEX_NAME).read_text())
+        for name in ("num_hidden_layers", "hidden_size", "vocab_size", "norms_last_hidden_state", "removes_rotary"):
+            setattr(self, name, self.facts[name])
+        self.query_sizes, self.key_sizes, self.scalings = (
+            tuple(self.facts[name]) for name in ("query_sizes", "key_sizes", "scalings")
+        )
+        self.head = RecordedHead(self.vocab_size, self.facts["top_k"])
+        self._places: dict[str, tuple[Path, int, int]] = {}  # document -> its shard and tokens there
+        self._open: dict[Path, Any] = {}
+        self.num_tokens = 0
+        for shard in sorted(self.folder.glob("shard-*.safetensors")):
+            self._find(shard)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        """Documents."""
+        return len(self._places)
+
+    def compile(self) -> None:
+        """There is nothing to compile."""
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Tensor],
+        *,
+        attentions: bool = False,
+        hidden_states: bool = False,
+        logits: bool = False,
+    ) -> TeacherOutput:
+        """What the teacher said of a batch, as [`Teacher`] returns it; zeros at padding.
+
+        Args:
+            inputs: the batch as the student sees it.
+            attentions, hidden_states: as of the teacher.
+            logits: has no effect: `head` makes them of the rows.
+
+        Raises:
+            ValueError: a document or a kind of target that is not in the record.
+        """
+        for name, asked in (("attentions", attentions), ("hidden_states", hidden_states)):
+            if asked and not self.facts[name]:
+                raise ValueError(
+                    f"The losses need the teacher's {name}, which {self.folder} does not hold. Record them with "
+                    f"{name}=True into another folder, or set the weights of the losses that read them to 0.0."
+                )
+        names = ["indices", "log_probabilities"]
+        names += [name for name in self._names if attentions and name.startswith("attention")]
+        names += [name for name in self._names if hidden_states and name.startswith("hidden")]
+        shape, device = inputs["input_ids"].shape, inputs["input_ids"].device
+        whole: dict[str, Tensor] = {}
+        for document in documents(inputs):
+            shard, start, end = self._place_of(document, inputs)
+            for name in names:
+                part = self._open[shard].get_slice(name)[start:end].float()
+                if name not in whole:
+                    whole[name] = part.new_zeros(*shape, *part.shape[1:])
+                whole[name][document.row, document.places] = part
+        whole = {name: tensor.to(device) for name, tensor in whole.items()}
+        layers = range(self.num_hidden_layers)
+        return TeacherOutput(
+            last_hidden_state=torch.cat([whole["indices"], whole["log_probabilities"]], dim=-1),
+            attentions=tuple(self._attention(whole, layer) for layer in layers) if attentions else None,
+            hidden_states=tuple(whole[f"hidden.{layer}"] for layer in (*layers, len(layers)))
+            if hidden_states
+            else None,
+        )
+
+    def add(self, said: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Writes a shard of new documents: digest -> what the teacher says, `(n, ...)` each."""
+        if not said:
+            return
+        taken = [int(path.stem.partition("-")[2]) for path in self.folder.glob("shard-*.safetensors")]
+        shard = self.folder / f"shard-{max(taken, default=-1) + 1:05d}.safetensors"
+        parts = list(said.values())
+        tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+        tensors["ends"] = torch.tensor([len(part["indices"]) for part in parts]).cumsum(0)
+        tensors["keys"] = torch.tensor([list(bytes.fromhex(key)) for key in said], dtype=torch.uint8)
+        unfinished = shard.with_name(f".{shard.name}")
+        save_file(tensors, unfinished)
+        unfinished.replace(shard)
+        self._find(shard)
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for name in next(iter(self._open.values())).keys() if name not in ("ends", "keys")]
+
+    def _find(self, shard: Path) -> None:
+        self._open[shard] = safe_open(shard, "pt")
+        ends = self._open[shard].get_tensor("ends").tolist()
+        keys = self._open[shard].get_tensor("keys").tolist()
+        for key, start, end in zip(keys, [0, *ends], ends):
+            self._places[bytes(key).hex()] = (shard, start, end)
+        self.num_tokens += ends[-1]
+
+    def _place_of(self, document: Document, inputs: Mapping[str, Tensor]) -> tuple[Path, int, int]:
+        if document.key not in self._places:
+            tokens = inputs["input_ids"][document.row, document.places].tolist()
+            raise ValueError(
+                f"A document of {len(tokens)} tokens, {tokens[:5]}..., is not in the record {self.folder}, which "
+                f"holds {len(self)} documents. It was made of other data, another tokenizer or other block sizes: "
+                "call record_teacher with this data set, which adds to it."
+            )
+        return self._places[document.key]
+
+    def _attention(self, whole: Mapping[str, Tensor], layer: int) -> TeacherAttention:
+        query, key, output = (whole[f"attention.{layer}.{part}"] for part in TeacherAttention._fields)
+        return TeacherAttention(query.transpose(1, 2), key.transpose(1, 2), output)
+
+
+def documents(inputs: Mapping[str, Tensor]) -> Iterator[Document]:
+    """The documents of a batch: what a teacher's attention can't see across.
+
+    Args:
+        inputs: `input_ids` `(b, t)`, and `attention_mask`, `seq_idx` or `position_ids` where there are any.
+    """
+    ids, mask = inputs["input_ids"].cpu(), inputs.get("attention_mask")
+    if mask is not None:
+        starts = torch.zeros_like(ids, dtype=torch.bool)
+    else:
+        positions = inputs.get("position_ids")
+        if inputs.get("seq_idx") is not None:
+            positions = positions_from_documents(inputs["seq_idx"])
+        starts = torch.zeros_like(ids, dtype=torch.bool) if positions is None else positions.cpu() == 0
+    for row in range(len(ids)):
+        real = torch.arange(ids.shape[1]) if mask is None else mask[row].cpu().nonzero()[:, 0]
+        if len(real):
+            edges = [0, *(starts[row, real][1:].nonzero()[:, 0] + 1).tolist(), len(real)]
+            for start, end in zip(edges, edges[1:]):
+                places = real[start:end]
+                yield Document(_digest(ids[row, places]), row, places)
+
+
+def _ask(
+    teacher: Teacher, batch: Mapping[str, Tensor], new: Iterable[Document], facts: Mapping[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """What the teacher says of some documents of a batch, on the CPU: digest -> tensors `(n, ...)`."""
+    batch = {name: value.to(teacher.device) for name, value in batch.items() if name != "labels"}
+    output = teacher(
+        with_positions(batch),
+        attentions=facts["attentions"],
+        hidden_states=facts["hidden_states"],
+        logits=teacher.head is None,
+    )
+    dtype, said = getattr(torch, facts["dtype"]), {}
+    for one in new:
+        rows = (one.row, one.places.to(teacher.device))
+        scores = output.logits[rows] if teacher.head is None else teacher.head(output.last_hidden_state[rows])
+        best = scores.float().log_softmax(-1).topk(facts["top_k"], sorted=False)
+        parts = {"indices": best.indices.int(), "log_probabilities": best.values.to(dtype)}
+        for layer, attention in enumerate(output.attentions or ()):
+            heads_last = (attention.query.transpose(1, 2), attention.key.transpose(1, 2), attention.output)
+            for name, tensor in zip(TeacherAttention._fields, heads_last):
+                parts[f"attention.{layer}.{name}"] = tensor[rows].to(dtype)
+        for layer, hidden in enumerate(output.hidden_states or ()):
+            parts[f"hidden.{layer}"] = hidden[rows].to(dtype)
+        for name, tensor in parts.items():
+            if not torch.isfinite(tensor).all():
+                raise OverflowError(f"{name} holds numbers too large for {facts['dtype']}. Record with bfloat16.")
+        said[one.key] = {name: tensor.cpu() for name, tensor in parts.items()}
+    return said
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.long().contiguous().numpy().tobytes()).hexdigest()[:32]
+
+
+def _check(teacher: Teacher, top_k: int, dtype: str) -> None:
+    if not teacher.predicts_tokens:
+        raise ValueError(
+            f"The teacher {type(teacher.model).__name__} predicts no tokens. Load it with AutoModelForCausalLM."
+        )
+    if not 1 <= top_k <= teacher.vocab_size:
+        raise ValueError(f"top_k is {top_k}; it must be between 1 and the teacher's vocab_size, {teacher.vocab_size}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}. It must be one of {', '.join(DTYPES)}.")
+
+
+def _facts(teacher: Teacher, **options: Any) -> dict[str, Any]:
+    """What a record says of itself: the options, and which teacher it is of."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(teacher.model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {
+        "teacher": type(teacher.model).__name__,
+        "teacher_weights": digest.hexdigest(),
+        "computed_in": str(teacher.dtype or teacher.model.dtype).removeprefix("torch."),
+        "num_hidden_layers": teacher.num_hidden_layers,
+        "hidden_size": teacher.hidden_size,
+        "vocab_size": teacher.vocab_size,
+        "query_sizes": list(teacher.query_sizes),
+        "key_sizes": list(teacher.key_sizes),
+        "scalings": list(teacher.scalings),
+        "norms_last_hidden_state": teacher.norms_last_hidden_state,
+        "removes_rotary": teacher.removes_rotary,
+        **options,
+    }
+
+
+def _check_same(folder: Path, facts: Mapping[str, Any]) -> None:
+    found = json.loads((folder / INDEX_NAME).read_text())
+    differing = [name for name in facts if found.get(name) != facts[name]]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{folder} is a record of another teacher or of other options: {name} is {found.get(name)!r} there and "
+            f"{facts[name]!r} now (differing: {', '.join(differing)}). Name another folder, or remove this one."
+        )
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(json.dumps(values, indent=1) + "\n")
+    unfinished.replace(path)
