@@ -65,20 +65,63 @@ def test_figures_of_the_transfer(start, text):
     assert f"{after['n_tokens']:,}" in README
 
 
-@pytest.mark.parametrize("method", ["from scratch", "soft KD", "CAB"])
-def test_figures_of_image_students(method):
-    report = result("quality/quickstart_vision/results_cpu.json")
-    numbers, others = report["summary"][method], [report["summary"][name] for name in ("from scratch", "soft KD")]
-    assert row(f"{method} |") == [
-        f"{numbers['student_top1_mean']:.3f} ± {numbers['student_top1_std']:.3f}",
-        f"{numbers['kl_mean']:.2f}",
-        f"{numbers['agreement_mean']:.2f}",
+@pytest.mark.parametrize(
+    ("start", "method"),
+    [
+        ("training from scratch", "from scratch"),
+        ("soft KD, same", "soft KD"),
+        ("CAB, same", "CAB"),
+        ("weight reuse", "weight reuse"),
+        ("**outputs", "outputs, then KL"),
+    ],
+)
+def test_figures_of_the_digits(start, method):
+    measures = result("quality/digits/table.json")["measures"]
+    assert row(start) == [
+        f"{measures['top1'][method][share]['mean']:.3f} / {measures['kl'][method][share]['mean']:.2f}"
+        for share in ("5 %", "10 %", "20 %", "100 %")
     ]
-    assert row("ViT teacher")[0] == f"{report['teacher_top1']:.3f}" and len(report["seeds"]) == 5
+    assert all(measures["top1"][method][share]["n"] == 3 for share in measures["top1"][method])
+
+
+def test_what_is_said_of_the_digits():
+    measures = result("quality/digits/table.json")["measures"]
+    top1, kl = (
+        {name: {share: cell["mean"] for share, cell in cells.items()} for name, cells in measures[one].items()}
+        for one in ("top1", "kl")
+    )
+    for share in ("5 %", "10 %", "20 %", "100 %"):
+        assert (top1["CAB"][share] > top1["soft KD"][share]) == (share in ("5 %", "10 %"))
+        assert kl["CAB"][share] < kl["soft KD"][share]
+        assert min(kl, key=lambda name: kl[name].get(share, 9)) == "outputs, then KL"
+        if share != "100 %":
+            assert max(top1, key=lambda name: top1[name].get(share, 0)) == "outputs, then KL"
+    assert top1["from scratch"]["100 %"] > max(top1[name]["100 %"] for name in ("CAB", "outputs, then KL"))
+    assert len(top1) == 11
+
+
+def test_figures_of_quickstart_vision():
+    report = result("quality/quickstart_vision/results_cpu.json")
+    for name, shown in (("from scratch", "from scratch"), ("soft KD", "soft KD"), ("CAB", "CAB")):
+        assert f"{shown} {report['summary'][name]['student_top1_mean']:.3f}" in README
+    assert f"of a teacher's {report['teacher_top1']:.3f}" in README and len(report["seeds"]) == 5
     cab = report["summary"]["CAB"]
     lead, error = (100 * cab[f"top1_over_soft KD_{kind}"] for kind in ("mean", "standard_error"))
     assert f"{lead:.1f} points with a standard error of {error:.1f}" in README
-    assert cab["student_top1_mean"] > max(other["student_top1_mean"] for other in others)
+
+
+def test_figures_of_decoding():
+    cells = {(c["model"], c["context"]): c for c in result("speed/results/decode_cpu.json")["cells"]}
+    for start, model in (("Transformer teacher", "teacher"), ("Mamba student", "student")):
+        shown = [f"{cells[model, context]['ms']:.0f}" for context in (1024, 4096, 32768)]
+        assert row(start) == [*shown, f"{cells[model, 32768]['cache_mib']:,.0f} MiB"]
+
+
+def test_figures_of_the_alignment():
+    cells = {(c["method"], c["tokens"]): c for c in result("speed/results/alignment_cpu.json")["cells"]}
+    for method in ("bridge", "matrix"):
+        cell = cells[method, 4096]
+        assert f"{cell['ms']:,.0f} ms and {cell['peak_mib']:,.0f} MiB" in README
 
 
 def test_figures_of_the_starts():
