@@ -196,6 +196,15 @@ def write_model_card(
             "recipe to have one."
         )
         return False
+    # A relative folder may look like a Hub id where it does not exist: what a source is, the run has seen.
+    on_hub = report.get("hub_ids", hub_ids(recipe))
+    teacher: str | Path = recipe.model.teacher
+    if teacher not in on_hub and teacher not in SPECIAL_SOURCES:
+        teacher = Path(teacher)
+
+    def named(source: str) -> str:
+        return source if source in on_hub else _local_name(source)
+
     head = _head(folder, _read_config(folder))
     is_own = head.task == recipe.model.task
     baselines = {method: result["after"] for method, result in report.get("baselines", {}).items()}
@@ -210,17 +219,17 @@ def write_model_card(
             for method, after in baselines.items()
             if name in after and after[name][count] == one[count]
         }
-        metrics[name] = _run_facts(recipe, name) | one | ({"baselines": others} if others else {})
+        facts = {key: value for key, value in _run_facts(recipe, name).items() if key != "dataset" or value in on_hub}
+        metrics[name] = facts | one | ({"baselines": others} if others else {})
     evaluation = report.get("evaluation", {})
-    sources = {public_name(source): _is_hub_id(source) for source in recipe.data.dataset}
     training = {} if is_own else {"What follows": "the distillation of the student under this classifier"}
     card = build_card(
         folder,
         metrics,
-        training | _training_rows(recipe, report, list(sources)),
-        teacher=recipe.model.teacher,
+        training | _training_rows(recipe, report, named(recipe.model.teacher), list(map(named, recipe.data.dataset))),
+        teacher=teacher,
         license=license,
-        datasets=[name for name, is_hub_id in sources.items() if is_hub_id],
+        datasets=[source for source in recipe.data.dataset if source in on_hub],
         repo_id=recipe.stages[-1][1].hub_model_id,
         recipe=yaml.safe_dump(shareable(recipe.values), sort_keys=False),
         plots=[
@@ -233,6 +242,12 @@ def write_model_card(
     return write_card(folder, card, overwrite=overwrite)
 
 
+def hub_ids(recipe: Recipe) -> list[str]:
+    """What of a recipe comes from the Hub, teacher and data sets, judged from the present folder."""
+    evaluated = (source.partition("=")[2] for source in recipe.data.eval_dataset)
+    return [source for source in (recipe.model.teacher, *recipe.data.dataset, *evaluated) if _is_hub_id(source)]
+
+
 def license_of(recipe: Recipe) -> str | None:
     """The licence of a recipe's student: its own, or its teacher's; None where neither is known."""
     return recipe.model.license or describe_teacher(recipe.model.teacher)["license"]
@@ -242,7 +257,7 @@ def describe_teacher(teacher: str | Path) -> dict[str, Any]:
     """What a teacher's own card says, as {"name", "base_model", "license", "language"}; None where it is unknown.
 
     Args:
-        teacher: Hub id or folder, or "smollm2-demo".
+        teacher: Hub id or folder, or "smollm2-demo"; a `Path` is a folder, also where it does not exist.
     """
     if str(teacher) == "smollm2-demo":
         return {
@@ -261,7 +276,7 @@ def describe_teacher(teacher: str | Path) -> dict[str, Any]:
         if isinstance(base_model, list):
             base_model = base_model[0] if len(base_model) == 1 else None
         name = path.resolve().name
-    elif not _is_hub_id(str(teacher)):
+    elif isinstance(teacher, Path) or not _is_hub_id(teacher):
         name, base_model = path.name, None
     else:
         name = base_model = str(teacher)
@@ -330,14 +345,14 @@ def _run_facts(recipe: Recipe, name: str) -> dict[str, str]:
     return dataset_facts([source], data.dataset_split if _is_hub_id(source) else None) if source else {}
 
 
-def _training_rows(recipe: Recipe, report: Mapping[str, Any], sources: Sequence[str]) -> dict[str, str]:
+def _training_rows(recipe: Recipe, report: Mapping[str, Any], teacher: str, sources: Sequence[str]) -> dict[str, str]:
     model, stages = recipe.model, dict(recipe.stages)
     unit = "examples" if model.reads_images else "tokens"
     method = sections.describe_method(list(stages.values()))
     losses = {name: sections.describe_losses(args) for name, args in stages.items()}
     start = {"teacher": "the teacher's weights" if model.copy_weights else "the teacher's shape"}
     rows = {
-        "Teacher": f"{public_name(model.teacher)}, {_short(report['teacher_parameters'])} parameters",
+        "Teacher": f"{teacher}, {_short(report['teacher_parameters'])} parameters",
         "Method": method if model.method == "student" else f"{model.method}: {method}",
         "Start": public_name(model.student) if model.student else start.get(model.student_from, "random weights"),
     }
@@ -385,11 +400,12 @@ def _is_hub_id(source: str) -> bool:
 
 def public_name(source: str) -> str:
     """How a source is called in public: a Hub id as it is, a local path by its last part only."""
-    if source == "builtin":
-        return "the language reference of CPython"
-    if source == "smollm2-demo":
-        return SMOLLM2_SOURCE
-    return source if _is_hub_id(source) else Path(source).name
+    return source if _is_hub_id(source) else _local_name(source)
+
+
+def _local_name(source: str) -> str:
+    known = {"builtin": "the language reference of CPython", "smollm2-demo": SMOLLM2_SOURCE}
+    return known.get(source, Path(source).name)
 
 
 def dataset_facts(sources: Sequence[str], split: str | None) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from cab_hf import run_images, run_text
-from cab_hf.hub import license_of, write_model_card
+from cab_hf.hub import hub_ids, license_of, write_model_card
 from cab_hf.plots import learning_curves
 from cab_hf.publish import CARD_NAME, check_access, publish_folder
 from cab_hf.recipes import Recipe, parse_recipe
@@ -72,6 +72,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     if report is None:
         report = _run(recipe)
         if recipe.is_main_process:
+            report["hub_ids"] = hub_ids(recipe)
             if not recipe.model.finetune:
                 draw_learning_curves(folder, report)
                 write_model_card(folder, recipe, report)

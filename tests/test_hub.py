@@ -505,6 +505,24 @@ class TestWriting:
             (result,) = ModelCard(text).data.eval_results
             assert (result.dataset_name, result.dataset_split) == (name, "held-out")
 
+    @pytest.mark.parametrize("on_hub", [True, False])
+    def test_what_the_run_saw_says_what_is_of_the_hub(self, folder, tmp_path, on_hub, monkeypatch):
+        """Written again where the relative folders do not exist, which look like Hub ids there."""
+        monkeypatch.setattr("cab_hf.hub.ModelCard.load", lambda name: ModelCard("---\nlanguage: de\n---\n"))
+        sources = {"teacher": "outputs/teacher", "dataset": ["data/texts"]}
+        recipe = build_recipe({**sources, "output_dir": "out", "license": "mit", "use_cpu": True})
+        report = {"after": {"texts": REPORT}, "stages": [], "train_tokens": 1, "hardware": "CPU", "versions": {}}
+        report |= {"teacher_parameters": 1, "hub_ids": ["outputs/teacher", "data/texts"] if on_hub else []}
+        for file in folder.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        assert write_model_card(tmp_path, recipe, report)
+        text = (tmp_path / "README.md").read_text()
+        found = metadata_of(text)
+        assert (found.get("base_model"), found.get("datasets")) == (
+            ("outputs/teacher", ["data/texts"]) if on_hub else (None, None)
+        )
+        assert ("| Teacher | outputs/teacher," in text) == on_hub and ("| Teacher | teacher," in text) != on_hub
+
 
 class TestLearningCurves:
     def test_picture(self, tmp_path):
