@@ -100,6 +100,22 @@ def test_what_is_said_of_the_digits():
     assert len(top1) == 11
 
 
+def test_figures_of_the_small_language_model():
+    kl = {
+        name: cells["2M tokens"]["mean"]
+        for name, cells in result("quality/small_lm/table.json")["measures"]["speeches: KL"].items()
+    }
+    assert len(kl) == 19 and min(kl, key=kl.get) == "outputs, then KL"
+    for shown, name in (
+        ("a KL of {} on held-out text", "outputs, then KL"),
+        ("against {} by KL alone", "fitted weights, KL"),
+        ("{} for MOHAWK", "MOHAWK"),
+        ("{} with the bridge in place of outputs", "CAB on the same start"),
+        ("{} for a student from scratch", "from scratch, KL"),
+    ):
+        assert shown.format(f"{kl[name]:.3f}") in README, name
+
+
 def test_figures_of_quickstart_vision():
     report = result("quality/quickstart_vision/results_cpu.json")
     for name, shown in (("from scratch", "from scratch"), ("soft KD", "soft KD"), ("CAB", "CAB")):
