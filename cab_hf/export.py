@@ -13,9 +13,7 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group
 
 import copy
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
+from cab_hf.files import written_whole
 from cab_hf.models import (
     CABMambaConfig,
     CABMambaForCausalLM,
@@ -252,24 +251,6 @@ def export_stock(folder: str | Path, out: str | Path, *, compact: bool = False) 
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
     return stock
-
-
-@contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """A folder to write into, whose files move into `out` when all of them are written; else nothing is left of them.
-
-    Raises:
-        OSError: a file can't be written, whichever library says so.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
-        try:
-            yield Path(unfinished)
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"{out} can't be written: {error}. Free space there, or name another folder.") from error
-        out.mkdir(exist_ok=True)
-        for path in Path(unfinished).iterdir():
-            path.replace(out / path.name)
 
 
 def read_student(folder: str | Path) -> CABMambaForCausalLM | CABVisionMambaForImageClassification:

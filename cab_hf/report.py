@@ -37,7 +37,8 @@ from cab_hf.evaluation import (
     throughput,
 )
 from cab_hf.export import load_image_processor, load_tokenizer, read_student
-from cab_hf.hub import dataset_facts, describe_teacher, public_name, write_model_card
+from cab_hf.files import write_whole
+from cab_hf.hub import dataset_facts, license_of, public_name, write_model_card
 from cab_hf.images import ImageDataset, collate_images, load_images, normalisation
 from cab_hf.metrics import crossing_length
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
@@ -46,7 +47,6 @@ from cab_hf.plots import recall_curves, speed_curves
 from cab_hf.recipes import DataArguments, ImageArguments, Recipe, build_recipe
 from cab_hf.run_images import compare_images, load_image_teacher, processor_side
 from cab_hf.run_text import load_teacher
-from cab_hf.stages import write_whole
 
 
 EVALUATION_NAME, RECIPE_NAME, REPORT_NAME = "evaluation.json", "recipe.yaml", "report.json"
@@ -282,7 +282,7 @@ def write_card_of(folder: str | Path, *, license: str | None = None, overwrite: 
         raise ValueError(f"{folder} holds a teacher that was finetuned; a card describes a student.")
     if license is not None:
         recipe.model.license = license
-    if (recipe.model.license or describe_teacher(recipe.model.teacher)["license"]) is None:
+    if license_of(recipe) is None:
         raise ValueError(
             f"The licence of teacher {recipe.model.teacher!r} is unknown (no card says it). Give license (--license), "
             "such as apache-2.0."

@@ -12,11 +12,11 @@ import torch
 import yaml
 
 from cab_hf import run_images, run_text
+from cab_hf.files import write_whole
 from cab_hf.hub import hub_ids, license_of, write_model_card
 from cab_hf.plots import learning_curves
 from cab_hf.publish import CARD_NAME, check_access, publish_folder
 from cab_hf.recipes import Recipe, parse_recipe
-from cab_hf.stages import write_whole
 
 
 RECIPE_NAME, REPORT_NAME = "recipe.yaml", "report.json"

@@ -16,6 +16,7 @@ from cab_hf.distillation.checkpoints import last_whole_checkpoint, load_student
 from cab_hf.distillation.teacher import Teacher
 from cab_hf.distillation.trainer import DistillationTrainer
 from cab_hf.distillation.training_args import DistillationTrainingArguments
+from cab_hf.files import write_whole
 
 
 logger = logging.get_logger(__name__)
@@ -85,13 +86,6 @@ def train_stage(name: str, trainer: Trainer) -> dict[str, Any]:
         write_whole(Path(args.output_dir) / HISTORY_NAME, json.dumps(history, indent=1))
     trainer.accelerator.wait_for_everyone()
     return history
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all: another process, or a run after a kill, never reads half of it."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 
 def run_facts(args: DistillationTrainingArguments) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from cab_hf.distillation.teacher import (
     positions_from_documents,
     with_positions,
 )
+from cab_hf.files import write_whole
 
 
 INDEX_NAME = "index.json"
@@ -113,7 +114,7 @@ def record_teacher(
     if (folder / INDEX_NAME).is_file():
         _check_same(folder, facts)
     else:
-        _write_json(folder / INDEX_NAME, facts)
+        write_whole(folder / INDEX_NAME, json.dumps(facts, indent=1) + "\n")
     record = RecordedTeacher(folder)
     pending: dict[str, dict[str, Tensor]] = {}
     loader = DataLoader(dataset, batch_size, collate_fn=data_collator)
@@ -364,9 +365,3 @@ def _check_same(folder: Path, facts: Mapping[str, Any]) -> None:
             f"{folder} is a record of another teacher or of other options: {name} is {found.get(name)!r} there and "
             f"{facts[name]!r} now (differing: {', '.join(differing)}). Name another folder, or remove this one."
         )
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(values, indent=1) + "\n")
-    unfinished.replace(path)
