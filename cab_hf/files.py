@@ -23,7 +23,8 @@ def written_whole(out: Path) -> Iterator[Path]:
         OSError: a file can't be written, whichever library says so.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
+    place = out if out.is_dir() else out.parent  # `out` may be a file system of its own
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{out.name}-") as unfinished:
         try:
             yield Path(unfinished)
         except (OSError, SafetensorError) as error:

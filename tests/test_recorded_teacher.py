@@ -159,7 +159,19 @@ def test_half_precision_is_smaller_and_near(whole, tmp_path):
     assert torch.allclose(*probabilities, atol=1e-3)
 
 
+def test_a_batch_without_real_tokens_is_no_error(whole):
+    batch = default_data_collator(ragged_rows((0, 0)))
+    output = RecordedTeacher(whole)(batch, attentions=True, hidden_states=True)
+    assert output.last_hidden_state.shape == (2, 11, 2 * VOCAB) and not output.last_hidden_state.any()
+    assert output.attentions[3].query.shape == (2, 4, 11, 8) and len(output.hidden_states) == 5
+
+
 class TestErrors:
+    def test_a_recording_that_ended_before_its_first_shard(self, tmp_path):
+        teacher = record(tmp_path, rows=[])
+        with pytest.raises(ValueError, match="holds 0 documents"):
+            teacher(default_data_collator(ROWS[:2]))
+
     def test_another_teacher_or_other_options(self, whole):
         with pytest.raises(ValueError, match="teacher_weights is '.*' there and '.*' now"):
             record(whole, Teacher(tiny_teacher(seed=5)))

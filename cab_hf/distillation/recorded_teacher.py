@@ -27,7 +27,7 @@ from cab_hf.distillation.teacher import (
     positions_from_documents,
     with_positions,
 )
-from cab_hf.files import write_whole
+from cab_hf.files import write_whole, written_whole
 
 
 INDEX_NAME = "index.json"
@@ -164,6 +164,7 @@ class RecordedTeacher:
         self.head = RecordedHead(self.vocab_size, self.facts["top_k"])
         self._places: dict[str, tuple[Path, int, int]] = {}  # document -> its shard and tokens there
         self._open: dict[Path, Any] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}  # tensor -> its shape at one token
         self.num_tokens = 0
         for shard in sorted(self.folder.glob("shard-*.safetensors")):
             self._find(shard)
@@ -196,32 +197,25 @@ class RecordedTeacher:
         Raises:
             ValueError: a document or a kind of target that is not in the record.
         """
-        for name, asked in (("attentions", attentions), ("hidden_states", hidden_states)):
-            if asked and not self.facts[name]:
+        for name, is_asked in (("attentions", attentions), ("hidden_states", hidden_states)):
+            if is_asked and not self.facts[name]:
                 raise ValueError(
                     f"The losses need the teacher's {name}, which {self.folder} does not hold. Record them with "
                     f"{name}=True into another folder, or set the weights of the losses that read them to 0.0."
                 )
-        names = ["indices", "log_probabilities"]
-        names += [name for name in self._names if attentions and name.startswith("attention")]
-        names += [name for name in self._names if hidden_states and name.startswith("hidden")]
-        shape, device = inputs["input_ids"].shape, inputs["input_ids"].device
-        whole: dict[str, Tensor] = {}
+        asked = ("indices", "log_probabilities") + ("attention.",) * attentions + ("hidden.",) * hidden_states
+        ids, shapes = inputs["input_ids"], self._shapes.items()
+        whole = {name: torch.zeros(*ids.shape, *shape) for name, shape in shapes if name.startswith(asked)}
         for document in documents(inputs):
             shard, start, end = self._place_of(document, inputs)
-            for name in names:
-                part = self._open[shard].get_slice(name)[start:end].float()
-                if name not in whole:
-                    whole[name] = part.new_zeros(*shape, *part.shape[1:])
-                whole[name][document.row, document.places] = part
-        whole = {name: tensor.to(device) for name, tensor in whole.items()}
+            for name, tensor in whole.items():
+                tensor[document.row, document.places] = self._open[shard].get_slice(name)[start:end].float()
+        whole = {name: tensor.to(ids.device) for name, tensor in whole.items()}
         layers = range(self.num_hidden_layers)
         return TeacherOutput(
             last_hidden_state=torch.cat([whole["indices"], whole["log_probabilities"]], dim=-1),
             attentions=tuple(self._attention(whole, layer) for layer in layers) if attentions else None,
-            hidden_states=tuple(whole[f"hidden.{layer}"] for layer in (*layers, len(layers)))
-            if hidden_states
-            else None,
+            hidden_states=tuple(whole[f"hidden.{i}"] for i in (*layers, len(layers))) if hidden_states else None,
         )
 
     def add(self, said: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -234,14 +228,9 @@ class RecordedTeacher:
         tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
         tensors["ends"] = torch.tensor([len(part["indices"]) for part in parts]).cumsum(0)
         tensors["keys"] = torch.tensor([list(bytes.fromhex(key)) for key in said], dtype=torch.uint8)
-        unfinished = shard.with_name(f".{shard.name}")
-        save_file(tensors, unfinished)
-        unfinished.replace(shard)
+        with written_whole(self.folder) as unfinished:
+            save_file(tensors, unfinished / shard.name)
         self._find(shard)
-
-    @property
-    def _names(self) -> list[str]:
-        return [name for name in next(iter(self._open.values())).keys() if name not in ("ends", "keys")]
 
     def _find(self, shard: Path) -> None:
         self._open[shard] = safe_open(shard, "pt")
@@ -250,6 +239,8 @@ class RecordedTeacher:
         for key, start, end in zip(keys, [0, *ends], ends):
             self._places[bytes(key).hex()] = (shard, start, end)
         self.num_tokens += ends[-1]
+        names = sorted(set(self._open[shard].keys()) - {"ends", "keys"})
+        self._shapes = {name: tuple(self._open[shard].get_slice(name).get_shape()[1:]) for name in names}
 
     def _place_of(self, document: Document, inputs: Mapping[str, Tensor]) -> tuple[Path, int, int]:
         if document.key not in self._places:
