@@ -9,13 +9,12 @@ Each cell runs in a process of its own, as in `chunked_kl.py`, and says so where
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from chunked_kl import measured
+from measuring import measured, save_cells
 
 from cab_hf import CABMambaConfig
 from cab_hf.distillation.bridge import AttentionBridge, BridgePair
@@ -75,16 +74,7 @@ def main() -> None:
             failed = {"method": method, "tokens": tokens, "error": process.stderr.strip().rpartition("\n")[2][:300]}
             cells.append(failed if process.returncode else json.loads(process.stdout.splitlines()[-1]))
             print(cells[-1], flush=True)
-    on_cuda = arguments.device == "cuda"
-    report = {
-        "device": torch.cuda.get_device_name() if on_cuda else f"CPU {platform.machine()}",
-        "threads": None if on_cuda else torch.get_num_threads(),
-        "torch": torch.__version__,
-        "repeats": REPEATS,
-        "cells": cells,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    save_cells(arguments.output, arguments.device, cells, repeats=REPEATS)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,13 @@ one warm-up, `ms_range` their least and most.
 
 import argparse
 import json
-import platform
-import resource
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measuring import measured, save_cells
 from torch import Tensor, nn
 
 from cab_hf.distillation.losses import chunked_kl_ce
@@ -71,33 +67,6 @@ def measure(device: str, method: str, tokens: int, vocabulary: int) -> dict:
     return cell | measured(step, device, settings["repeats"])
 
 
-def measured(step: Callable[[], None], device: str, repeats: int) -> dict:
-    """Peak memory above what is there now, and milliseconds after one warm-up: the median and the range."""
-
-    def timed() -> float:
-        started = time.perf_counter()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - started)
-
-    before = torch.cuda.memory_allocated() if device == "cuda" else resident_peak()
-    timed()
-    times = [timed() for _ in range(repeats)]
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak()
-    return {
-        "peak_mib": round((peak - before) / 2**20, 1),
-        "ms": round(statistics.median(times), 2),
-        "ms_range": [round(min(times), 2), round(max(times), 2)],
-    }
-
-
-def resident_peak() -> int:
-    """Bytes of this process's largest resident set so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=sorted(SETTINGS), default="cpu", help="device that computes")
@@ -121,19 +90,8 @@ def main() -> None:
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 cells.append(json.loads(output.splitlines()[-1]))
                 print(cells[-1], flush=True)
-    on_cuda = arguments.device == "cuda"
-    report = {
-        "device": torch.cuda.get_device_name() if on_cuda else f"CPU {platform.machine()}",
-        "threads": None if on_cuda else torch.get_num_threads(),
-        "torch": torch.__version__,
-        "hidden": settings["hidden"],
-        "dtype": settings["dtype"],
-        "chunk_size": CHUNK_SIZES[arguments.device],
-        "repeats": settings["repeats"],
-        "cells": cells,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    facts = {name: settings[name] for name in ("hidden", "dtype", "repeats")}
+    save_cells(arguments.output, arguments.device, cells, **facts, chunk_size=CHUNK_SIZES[arguments.device])
 
 
 if __name__ == "__main__":

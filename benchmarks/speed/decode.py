@@ -9,13 +9,12 @@ median over tokens, `ms_range` their least and most, `cache_mib` what the contex
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from measuring import save_cells
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cab_hf import CABMambaForCausalLM
@@ -71,8 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    on_cuda = arguments.device == "cuda"
-    dtype = torch.bfloat16 if on_cuda else torch.float32
+    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(LlamaConfig(**SHAPE, max_position_embeddings=2 * max(CONTEXTS)))
     teacher = teacher.to(arguments.device, dtype).eval()
@@ -97,16 +95,8 @@ def main() -> None:
                     }
                 )
                 print(cells[-1], flush=True)
-    report = {
-        "device": torch.cuda.get_device_name() if on_cuda else f"CPU {platform.machine()}",
-        "threads": None if on_cuda else torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "tokens": TOKENS,
-        "cells": cells,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    facts = {"dtype": str(dtype).removeprefix("torch."), "tokens": TOKENS}
+    save_cells(arguments.output, arguments.device, cells, **facts)
 
 
 if __name__ == "__main__":
