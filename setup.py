@@ -55,7 +55,6 @@ setup(
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["cab-hf = cab_hf.cli:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
