@@ -35,19 +35,19 @@ def _saved_elements(b: int, t: int, n: int, d: int) -> int:
     return b * -(-t // SCAN_CHUNK) * n * d
 
 
+def _rows(tensor: Tensor, block: slice) -> Tensor:
+    """A block of chunks, position by position: (b, chunk, position, ...) -> (position, m, ...), m = b * chunk."""
+    return tensor[:, block].movedim(2, 0).flatten(1, 2).contiguous()
+
+
+def _unrows(rows: Tensor, b: int) -> Tensor:
+    """The inverse of `_rows`: (position, m, ...) -> (b, chunk, position, ...)."""
+    return rows.unflatten(1, (b, -1)).movedim(0, 2)
+
+
 def _scan_decay(dt: Tensor, A: Tensor, keep: Tensor | None, out: Tensor | None = None) -> Tensor:
-    out = torch.mul(dt.unsqueeze(-2), A, out=out).exp_()  # (b, chunk, n, d)
-    return out if keep is None else out.mul_(keep[..., None, None])
-
-
-def _sum_over_states(h: Tensor, weights: Tensor) -> Tensor:
-    with torch.autocast(h.device.type, enabled=False):
-        return (weights.unsqueeze(-2) @ h).squeeze(-2)  # (b, chunk, n, d), (b, chunk, n) -> (b, chunk, d)
-
-
-def _sum_over_width(h: Tensor, weights: Tensor) -> Tensor:
-    with torch.autocast(h.device.type, enabled=False):
-        return (h @ weights.unsqueeze(-1)).squeeze(-1)  # (b, chunk, n, d), (b, chunk, d) -> (b, chunk, n)
+    out = torch.mul(dt, A, out=out).exp_()  # (m, 1, d), (n, d) -> (m, n, d)
+    return out if keep is None else out.mul_(keep)
 
 
 # An operator of its own, so that torch.compile and torch.export see one node instead of a loop over positions. Its
@@ -77,23 +77,28 @@ def chunked_scan(
     for block in (slice(first, first + side) for first in range(0, chunks, side)):
         enter = incoming[:, block]
         enter[:, 0] = state
-        decay = enter.new_empty(enter.shape)
-
-        def walk(h: Tensor, emit: bool, block: slice = block, decay: Tensor = decay) -> Tensor:
-            for position in range(length):
-                at = (slice(None), block, position)
-                _scan_decay(dt[at], A, None if keep is None else keep[at], out=decay)
-                h.mul_(decay).addcmul_(u[at].unsqueeze(-2), B[at].unsqueeze(-1))
-                if emit:
-                    y[at] = _sum_over_states(h, C[at])
-            return h
+        u_rows, dt_rows, C_rows = (_rows(tensor, block).unsqueeze(2) for tensor in (u, dt, C))
+        B_rows = _rows(B, block).unsqueeze(3)
+        keeps = [None] * length if keep is None else _rows(keep, block)[..., None, None].unbind()
+        y_rows = torch.empty_like(u_rows)
+        inputs = list(zip(u_rows.unbind(), dt_rows.unbind(), B_rows.unbind(), keeps))
+        decay = u.new_empty(u_rows.shape[1], n, d)
 
         if enter.shape[1] > 1:
-            own = walk(torch.zeros_like(decay), emit=False)
-            across = _scan_decay(dt[:, block].sum(2), A, None if keep is None else keep[:, block].prod(2))
+            own = torch.zeros_like(decay)
+            for u_row, dt_row, B_row, kept in inputs:
+                own.mul_(_scan_decay(dt_row, A, kept, out=decay)).addcmul_(u_row, B_row)
+            all_kept = None if keep is None else torch.stack(keeps).prod(0)
+            across = _scan_decay(dt_rows.sum(0), A, all_kept)
+            own, across = (tensor.unflatten(0, (b, -1)) for tensor in (own, across))
             for chunk in range(1, enter.shape[1]):
                 enter[:, chunk] = torch.addcmul(own[:, chunk - 1], across[:, chunk - 1], enter[:, chunk - 1])
-        state = walk(enter.clone(memory_format=torch.contiguous_format), emit=True)[:, -1].contiguous()
+        h = enter.flatten(0, 1).clone(memory_format=torch.contiguous_format)
+        for (u_row, dt_row, B_row, kept), C_row, y_row in zip(inputs, C_rows.unbind(), y_rows.unbind()):
+            h.mul_(_scan_decay(dt_row, A, kept, out=decay)).addcmul_(u_row, B_row)
+            torch.bmm(C_row, h, out=y_row)  # the sum over states: (m, 1, n) @ (m, n, d)
+        y[:, block] = _unrows(y_rows.squeeze(2), b)
+        state = h.unflatten(0, (b, -1))[:, -1].contiguous()
     return y.flatten(1, 2)[:, :t].contiguous(), state, saved
 
 
@@ -126,40 +131,52 @@ def chunked_scan_backward(
     grad_A, grad_state = torch.zeros_like(A), grad_state.clone(memory_format=torch.contiguous_format)
     u, dt, B, C, grad_y = (into_chunks(tensor, chunks, length) for tensor in (u, dt, B, C, grad_y))
     keep = None if keep is None else into_chunks(keep, chunks, length, 1.0)
-    grad_u, grad_dt, grad_B, grad_C = (tensor.new_empty(tensor.shape) for tensor in (u, dt, B, C))
+    grads = [tensor.new_empty(tensor.shape) for tensor in (u, dt, B, C)]
     workspace = u.new_empty(2, length, b * min(side, chunks) * n * d)
     for block in (slice(first, first + side) for first in reversed(range(0, chunks, side))):
-        at = [(slice(None), block, position) for position in range(length)]
         enter = incoming[:, block].contiguous()
-        states, decays = ([row.view_as(enter) for row in rows] for rows in workspace[..., : enter.numel()])
-        previous = [enter, *states[:-1]]
-        for here, h, before, decay in zip(at, states, previous, decays):
-            _scan_decay(dt[here], A, None if keep is None else keep[here], out=decay)
-            torch.mul(before, decay, out=h).addcmul_(u[here].unsqueeze(-2), B[here].unsqueeze(-1))
-            grad_C[here] = _sum_over_width(h, grad_y[here])
+        u_rows, dt_rows, y_rows = (_rows(tensor, block).unsqueeze(2) for tensor in (u, dt, grad_y))
+        B_rows, C_rows = (_rows(tensor, block).unsqueeze(3) for tensor in (B, C))
+        keeps = None if keep is None else _rows(keep, block)[..., None, None]
+        sums = [torch.empty_like(rows) for rows in (u_rows, dt_rows, B_rows, C_rows)]  # of the block's gradients
+        u_sums, dt_sums, B_sums, C_sums = (rows.unbind() for rows in sums)
+        states, decays = (rows.unflatten(-1, (-1, n, d)) for rows in workspace[..., : enter.numel()])
+        states, decays = states.unbind(), _scan_decay(dt_rows, A, keeps, out=decays).unbind()
+        previous = [enter.flatten(0, 1), *states[:-1]]
+        inputs = list(zip(u_rows.unbind(), dt_rows.unbind(), B_rows.unbind(), C_rows.unbind(), y_rows.unbind()))
+        for (u_row, _, B_row, _, y_row), h, before, decay, C_sum in zip(inputs, states, previous, decays, C_sums):
+            torch.mul(before, decay, out=h).addcmul_(u_row, B_row)
+            torch.bmm(h, y_row.mT, out=C_sum)  # the sum over the width: (m, n, d) @ (m, d, 1)
 
         leave = torch.empty_like(enter)  # the adjoints of the chunks' final states
         leave[:, -1] = grad_state
         if enter.shape[1] > 1:
-            g = torch.zeros_like(enter)
-            for here, decay in zip(reversed(at), reversed(decays)):
-                g.addcmul_(grad_y[here].unsqueeze(-2), C[here].unsqueeze(-1)).mul_(decay)
-            across = _scan_decay(dt[:, block].sum(2), A, None if keep is None else keep[:, block].prod(2))
+            g = torch.zeros_like(states[0])
+            for (_, _, _, C_row, y_row), decay in zip(reversed(inputs), reversed(decays)):
+                g.addcmul_(y_row, C_row).mul_(decay)
+            all_kept = None if keep is None else keeps.prod(0)
+            across = _scan_decay(dt_rows.sum(0), A, all_kept)
+            g, across = (tensor.unflatten(0, (b, -1)) for tensor in (g, across))
             for chunk in reversed(range(enter.shape[1] - 1)):
                 leave[:, chunk] = torch.addcmul(g[:, chunk + 1], across[:, chunk + 1], leave[:, chunk + 1])
 
-        g, r, sum_A = leave, torch.empty_like(leave), torch.zeros_like(leave)
-        for here, before, decay in zip(reversed(at), reversed(previous), reversed(decays)):
-            g.addcmul_(grad_y[here].unsqueeze(-2), C[here].unsqueeze(-1))
-            grad_u[here] = _sum_over_states(g, B[here])
-            grad_B[here] = _sum_over_width(g, u[here])
+        g = leave.flatten(0, 1)
+        r, sum_A = torch.empty_like(g), torch.zeros_like(g)
+        for (u_row, dt_row, B_row, C_row, y_row), before, decay, u_sum, dt_sum, B_sum in zip(
+            *map(reversed, (inputs, previous, decays, u_sums, dt_sums, B_sums))
+        ):
+            g.addcmul_(y_row, C_row)
+            torch.bmm(B_row.mT, g, out=u_sum)
+            torch.bmm(g, u_row.mT, out=B_sum)
             torch.mul(g.mul_(decay), before, out=r)
-            sum_A.addcmul_(r, dt[here].unsqueeze(-2))
-            grad_dt[here] = r.mul_(A).sum(-2)
-        grad_A += sum_A.sum((0, 1))
-        grad_state = g[:, 0].contiguous()
-    grads = [grad.flatten(1, 2)[:, :t].contiguous() for grad in (grad_u, grad_dt, grad_B, grad_C)]
-    return grads[0], grads[1], grad_A, grads[2], grads[3], grad_state
+            sum_A.addcmul_(r, dt_row)
+            torch.sum(r.mul_(A), 1, keepdim=True, out=dt_sum)
+        grad_A += sum_A.sum(0)
+        grad_state = g.unflatten(0, (b, -1))[:, 0].contiguous()
+        for grad, rows in zip(grads, sums):
+            grad[:, block] = _unrows(rows.flatten(2), b)
+    grad_u, grad_dt, grad_B, grad_C = (grad.flatten(1, 2)[:, :t].contiguous() for grad in grads)
+    return grad_u, grad_dt, grad_A, grad_B, grad_C, grad_state
 
 
 @chunked_scan_backward.register_fake
