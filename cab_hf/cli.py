@@ -149,6 +149,53 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"\n  in {arguments.output or arguments.folder}: {', '.join([EVALUATION_NAME, *report['plots']])}")
 
 
+def _sample_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", metavar="TEACHER", help="Hub id or folder of a language model, or smollm2-demo")
+    parser.add_argument("out", metavar="OUT.npz", help="file of tokens to write: a recipe's `dataset` reads it")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens to write (default: 1,000,000)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a document at most (default: 512)")
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        metavar="D",
+        help="texts (builtin, a file, folder, glob or Hub id) whose pieces the samples continue (default: they start "
+        "from nothing)",
+    )
+    parser.add_argument("--prompt_length", type=int, default=16, help="tokens of a piece (default: 16)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="smaller: less varied (default: 1.0)")
+    parser.add_argument("--batch_size", type=int, default=64, help="documents written side by side (default: 64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the model (default: bfloat16 on a GPU, else float32)"
+    )
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from cab_hf.data import load_documents
+    from cab_hf.packing import check_token_path, save_tokens
+    from cab_hf.run_text import load_teacher
+    from cab_hf.sampling import sample_documents
+
+    check_token_path(arguments.out)
+    model, tokenizer = load_teacher(arguments.teacher)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    documents = sample_documents(
+        model.to(device, getattr(torch, dtype)),
+        tokenizer,
+        arguments.tokens,
+        length=arguments.length,
+        prompts=None if arguments.prompts is None else load_documents(arguments.prompts),
+        prompt_length=arguments.prompt_length,
+        temperature=arguments.temperature,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    count = save_tokens(arguments.out, documents, tokenizer)
+    print(f"{arguments.out}: {count:,} tokens in {len(documents):,} documents.")
+
+
 def _card_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="output folder of a finished recipe")
     parser.add_argument("--license", help="licence of the student (default: the recipe's, or else the teacher's)")
@@ -165,6 +212,7 @@ COMMANDS = {
     "evaluate": Command("measure a student beside its teacher: quality, recall, speed", _evaluate_options, _evaluate),
     "card": Command("write the model card of a finished run again", _card_options, _card),
     "export": Command("write a student as a model that runs without cab_hf's code", _export_options, _export),
+    "sample": Command("write training text with the teacher itself", _sample_options, _sample),
     "inspect": Command("show a student's layers and parameters, and how it attends", _inspect_options, _inspect),
 }
 

@@ -262,24 +262,30 @@ def save_tokens(path: str | os.PathLike, documents: Dataset, tokenizer: PreTrain
 
     Args:
         path: File name, ending in `.npz`. It appears complete or not at all.
-        documents: Rows of {"text", "name"?}.
-        tokenizer: Its special tokens are added the way it does it by itself.
+        documents: Rows of {"text", "name"?}, or of {"input_ids", "vocabulary", "name"?}, written as they are.
+        tokenizer: Its special tokens are added to a text the way it does it by itself.
 
     Returns:
         The number of tokens written.
 
     Raises:
-        ValueError: `path` does not end in `.npz`, or `documents` are tokenised already.
+        ValueError: `path` does not end in `.npz`, or `documents` are tokenised with another vocabulary.
     """
-    path = Path(path)
-    if path.suffix != TOKEN_SUFFIX:
-        raise ValueError(f"path is {path}, which does not end in {TOKEN_SUFFIX}.")
-    if "text" not in documents.column_names:
-        raise ValueError(f"documents have no column text (columns {documents.column_names}).")
+    path = check_token_path(path)
+    columns, digest = set(documents.column_names), vocabulary_digest(tokenizer)
+    if "text" not in columns and not {"input_ids", "vocabulary"} <= columns:
+        raise ValueError(
+            f"documents have the columns {documents.column_names}, but need text, or input_ids and vocabulary."
+        )
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     arrays, names = [np.zeros(0, dtype=dtype)], []
-    for index, document in enumerate(tqdm(documents, desc=f"Tokenising {path.name}")):
-        for row in _tokenize_batch({"text": [document["text"]]}, tokenizer, eos_token_id=None)["input_ids"]:
+    for index, document in enumerate(tqdm(documents, desc=f"Writing {path.name}")):
+        if "text" in columns:
+            rows = _tokenize_batch({"text": [document["text"]]}, tokenizer, eos_token_id=None)["input_ids"]
+        else:
+            batch = {"input_ids": [document["input_ids"]], "vocabulary": [document["vocabulary"]]}
+            rows = _checked_tokens(batch, vocabulary=digest, eos_token_id=None)["input_ids"]
+        for row in rows:
             arrays.append(np.asarray(row, dtype=dtype))
             names.append(document.get("name", str(index)))
     tokens = np.concatenate(arrays)
@@ -288,16 +294,23 @@ def save_tokens(path: str | os.PathLike, documents: Dataset, tokenizer: PreTrain
     scratch = path.with_name(f".{path.stem}.{os.getpid()}{TOKEN_SUFFIX}")
     try:
         np.savez_compressed(
-            scratch,
-            tokens=tokens,
-            offsets=offsets,
-            names=np.array(names, dtype=np.str_),
-            vocabulary=np.array(vocabulary_digest(tokenizer)),
+            scratch, tokens=tokens, offsets=offsets, names=np.array(names, dtype=np.str_), vocabulary=np.array(digest)
         )
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
     return len(tokens)
+
+
+def check_token_path(path: str | os.PathLike) -> Path:
+    """The path of a file of tokens.
+
+    Raises:
+        ValueError: it does not end in `.npz`.
+    """
+    if Path(path).suffix != TOKEN_SUFFIX:
+        raise ValueError(f"path is {path}, which does not end in {TOKEN_SUFFIX}.")
+    return Path(path)
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
