@@ -5,7 +5,7 @@ import functools
 import sys
 from argparse import SUPPRESS
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +335,14 @@ def _parser() -> HfArgumentParser:
 
 def _known_options() -> set[str]:
     return {field.name for kind in ARGUMENT_CLASSES for field in fields(kind) if field.init}
+
+
+def default_of(name: str) -> Any:
+    """What an option is where a recipe does not give it; None for one without a default, and for a list of runs."""
+    option = next((one for kind in ARGUMENT_CLASSES for one in fields(kind) if one.name == name), None)
+    if option is None or option.default is not MISSING:
+        return None if option is None else option.default
+    return None if option.default_factory is MISSING else option.default_factory()
 
 
 def _parse_options(options: list[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from cab_hf.files import write_whole
 from cab_hf.hub import hub_ids, license_of, write_model_card
 from cab_hf.plots import learning_curves
 from cab_hf.publish import CARD_NAME, check_access, publish_folder
-from cab_hf.recipes import Recipe, parse_recipe
+from cab_hf.recipes import Recipe, default_of, parse_recipe
 
 
 RECIPE_NAME, REPORT_NAME = "recipe.yaml", "report.json"
@@ -158,21 +158,22 @@ def reload_in_fresh_process(recipe: Recipe) -> str:
     return f"In a fresh process without cab_hf, the student {title}:\n{process.stdout.strip()}\n"
 
 
+def differences(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """What two recipes' results can differ by, as texts; an option that is not there has its default."""
+    names = sorted((found.keys() | asked.keys()) - FREE_OPTIONS)
+    pairs = [(name, *(values.get(name, default_of(name)) for values in (found, asked))) for name in names]
+    return [f"{name}: {there!r} there, {now!r} now" for name, there, now in pairs if there != now]
+
+
 def _claim(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """Makes `output_dir` this recipe's; returns the report if the run is finished there."""
-    asked = {name: value for name, value in recipe.values.items() if name not in FREE_OPTIONS}
     path = folder / RECIPE_NAME
     if path.is_file():
-        found = yaml.safe_load(path.read_text()) or {}
-        found = {name: value for name, value in found.items() if name not in FREE_OPTIONS}
-        differing = sorted(name for name in asked.keys() | found.keys() if asked.get(name) != found.get(name))
+        differing = differences(yaml.safe_load(path.read_text()) or {}, recipe.values)
         if differing:
-            details = "; ".join(
-                f"{name}: {found.get(name)!r} there, {asked.get(name)!r} now" for name in differing[:4]
-            )
             raise ValueError(
-                f"`output_dir` {folder} holds a run of another recipe ({details}). Choose another `--output_dir`, or "
-                "remove the folder."
+                f"`output_dir` {folder} holds a run of another recipe ({'; '.join(differing[:4])}). Choose another "
+                "`--output_dir`, or remove the folder."
             )
     if (folder / REPORT_NAME).is_file():
         return json.loads((folder / REPORT_NAME).read_text())

@@ -94,7 +94,8 @@ class TestParsing:
 
 class TestRun:
     def test_smoke(self, tmp_path):
-        recipe = smoke(tmp_path, "--license", "mit", "--recall_gaps", "4")
+        options = ["--license", "mit", "--recall_gaps", "4"]
+        recipe = smoke(tmp_path, *options)
         report = run_recipe(recipe)
         ((text, after),) = report["after"].items()
         assert after["n_tokens"] > 0 and "4" in after["recall"]
@@ -113,8 +114,11 @@ class TestRun:
         modified = (folder / "model.safetensors").stat().st_mtime
         assert run_recipe(recipe)["after"] == report["after"]
         assert (folder / "model.safetensors").stat().st_mtime == modified
+        assert run_recipe(smoke(tmp_path, *options, "--bridge_end", "1.0"))["after"] == report["after"]  # the default
+        with pytest.raises(ValueError, match=r"bridge_end: 1.0 there, 0.5 now"):
+            run_recipe(smoke(tmp_path, *options, "--bridge_end", "0.5"))
         with pytest.raises(ValueError, match=r"learning_rate: 0.001 there, 0.5 now"):
-            run_recipe(smoke(tmp_path, "--license", "mit", "--recall_gaps", "4", "--learning_rate", "0.5"))
+            run_recipe(smoke(tmp_path, *options, "--learning_rate", "0.5"))
 
     def test_a_killed_run_goes_on_in_its_stage(self, tmp_path, monkeypatch):
         whole = run_recipe(smoke(tmp_path / "whole"))

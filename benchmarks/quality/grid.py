@@ -326,14 +326,9 @@ def _run_one(run: Run, recipe: "Recipe", path: Path, command: str) -> None:
 
 
 def _warn_of_other_options(path: Path, recipe: "Recipe") -> None:
-    from cab_hf.run import FREE_OPTIONS
+    from cab_hf.run import differences
 
-    found, now = read_result(path)["options"], _plain(_options(recipe))
-    differing = [
-        f"{name}: {found.get(name)!r} there, {now.get(name)!r} now"
-        for name in sorted((found.keys() | now.keys()) - FREE_OPTIONS)
-        if found.get(name) != now.get(name)
-    ]
+    differing = differences(read_result(path)["options"], _plain(_options(recipe)))
     if differing:
         details = "; ".join(differing[:4])
         print(f"warning: {path} is of other options ({details}). It stays; remove it to run again.", file=sys.stderr)
