@@ -200,14 +200,15 @@ class _BridgeError(torch.autograd.Function):
             )
             before = torch.baddbmm(up_bias.unsqueeze(1), x, up_weight.transpose(1, 2))  # (directions * m, r, k)
             hidden = nn.functional.silu(before)
-            predicted = torch.baddbmm(down_bias.unsqueeze(1), hidden, down_weight.transpose(1, 2))
-            error = (predicted.unflatten(0, (-1, len(target))) - target).flatten(0, 1)  # (directions * m, r, f)
+            # (directions * m, r, f), the largest tensor here: one of it, changed in place.
+            error = torch.baddbmm(down_bias.unsqueeze(1), hidden, down_weight.transpose(1, 2))
+            error.unflatten(0, (-1, len(target))).sub_(target)
             if real is not None:
-                error = error.masked_fill(~real.unsqueeze(-1), 0)
+                error.masked_fill_(~real.unsqueeze(-1), 0)
             factors = factors.repeat(len(x) // len(target))
             norms = torch.linalg.vector_norm(error, dim=(1, 2), dtype=factors.dtype)
             if is_trained:
-                error = error * (2 * factors).to(dtype)[:, None, None]
+                error.mul_((2 * factors).to(dtype)[:, None, None])
                 grad_before = torch.ops.aten.silu_backward(error @ down_weight, before)
                 ctx.save_for_backward(
                     grad_before @ up_weight,
