@@ -1,0 +1,38 @@
+"""Little text, and what the teacher writes beside it: the data of `grid.yaml` beside this file.
+
+    python benchmarks/quality/small_lm/teacher.py
+    python benchmarks/quality/samples/samples.py
+
+Of the training speeches 1 % and 5 % of the documents, and 2M tokens that the small teacher writes: from nothing, and
+continuing pieces of either share. All go to `outputs/small_lm/tokens`.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cab_hf.data import load_documents, save_tokens, split_documents
+from cab_hf.sampling import sample_documents
+
+
+OUTPUT = Path("outputs/small_lm")
+SHARES = {"1pct": 0.01, "5pct": 0.05}
+SAMPLING = {"num_tokens": 1_000_000, "length": 256, "batch_size": 512, "prompt_length": 16}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model, tokenizer = (kind.from_pretrained(OUTPUT / "teacher") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    documents = load_documents(OUTPUT / "tokens/speeches.train.npz")
+    prompts = {"nothing": None}
+    for name, share in SHARES.items():
+        prompts[name] = split_documents(documents, share)[1]
+        print(f"{name}: {save_tokens(OUTPUT / f'tokens/speeches.{name}.npz', prompts[name], tokenizer):,} tokens")
+    for name, texts in prompts.items():
+        samples = sample_documents(model, tokenizer, prompts=texts, **SAMPLING)
+        save_tokens(OUTPUT / f"tokens/samples.{name}.npz", samples, tokenizer)
+
+
+if __name__ == "__main__":
+    main()
