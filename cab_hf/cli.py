@@ -174,15 +174,15 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
 def _sample(arguments: argparse.Namespace) -> None:
     from cab_hf.data import load_documents
     from cab_hf.packing import check_token_path, save_tokens
+    from cab_hf.report import place_and_dtype
     from cab_hf.run_text import load_teacher
     from cab_hf.sampling import sample_documents
 
     check_token_path(arguments.out)
+    device, dtype = place_and_dtype(arguments.device, arguments.dtype)
     model, tokenizer = load_teacher(arguments.teacher)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     documents = sample_documents(
-        model.to(device, getattr(torch, dtype)),
+        model.to(device, dtype),
         tokenizer,
         arguments.tokens,
         length=arguments.length,

@@ -118,14 +118,11 @@ def evaluate(
     output = Path(folder if output is None else output)
     if output.is_file():
         raise ValueError(f"output is {output}, which is a file. Name a folder for {EVALUATION_NAME} and the plots.")
-    place = _device(device)
-    dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}. It must be {' or '.join(_DTYPES)}.")
+    place, dtype = place_and_dtype(device, dtype)
     student = read_student(folder)
-    if student.dtype != getattr(torch, dtype):
+    if student.dtype != dtype:
         # Unlike `.to`, loading leaves the transitions in float32.
-        student = type(student).from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        student = type(student).from_pretrained(folder, dtype=dtype).eval()
     student.to(place)
     recipe = read_recipe(Path(folder))
     report: dict[str, Any] = {
@@ -133,7 +130,7 @@ def evaluate(
         "student": public_name(str(folder)),
         "teacher": public_name(teacher),
         "student_parameters": student.num_parameters(),
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         "hardware": torch.cuda.get_device_name(place) if place.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
@@ -147,7 +144,7 @@ def evaluate(
         teacher_model, tokenizer = _load_teacher(load_teacher, teacher)
         teacher_size = teacher_model.config.get_text_config().vocab_size
         check_vocabularies(student.config.vocab_size, teacher_size, own, tokenizer if own else None)
-        teacher_model.to(place, getattr(torch, dtype)).eval()
+        teacher_model.to(place, dtype).eval()
         models = {"teacher": teacher_model, "student": student}
         texts, origins = {}, {}
         for one in data:
@@ -412,14 +409,21 @@ def _check_finite(name: str, results: Mapping[str, Any]) -> None:
         )
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def place_and_dtype(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where a command runs its models, and in which dtype: on a GPU in bfloat16 if there is one, else in float32.
+
+    Raises:
+        ValueError: a device that can't be used here, or another dtype than these two.
+    """
     try:
-        return torch.empty(0, device=name).device
+        place = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} can't be used here ({reason}). Use cpu, or leave it out.") from error
+        raise ValueError(f"device {device!r} can't be used here ({reason}). Use cpu, or leave it out.") from error
+    dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}. It must be {' or '.join(_DTYPES)}.")
+    return place, getattr(torch, dtype)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

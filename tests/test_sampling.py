@@ -128,4 +128,7 @@ def test_bad_input(teacher, tmp_path, capsys):
         with pytest.raises(ValueError, match=message):
             sample_documents(model, tokenizer, **{"num_tokens": 10, "length": 40} | options)
     assert "does not end in .npz" in error_of(capsys, "sample", "random-llama", tmp_path / "samples.txt")
+    assert "device 'nowhere' can't be used here" in error_of(
+        capsys, "sample", "random-llama", tmp_path / "samples.npz", "--device", "nowhere"
+    )
     assert not list(tmp_path.iterdir())
