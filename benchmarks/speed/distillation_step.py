@@ -8,6 +8,7 @@ labels. Ceiling: what a step of both parts, one after the other, would reach.
 """
 
 import argparse
+import functools
 import gc
 import json
 import statistics
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -220,31 +222,42 @@ def installed(package: str) -> str | None:
         return None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def step_parser(description: str, variants: dict[str, Any]) -> argparse.ArgumentParser:
+    """The options of a benchmark of steps."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--batches", nargs="+", default=["32x512", "16x1024"], help="batch x length")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=variants, default=list(variants))
     parser.add_argument("--warm_up", type=int, default=10)
     parser.add_argument("--spans", type=int, default=3)
     parser.add_argument("--span", type=int, default=10, help="steps timed together")
-    options = parser.parse_args()
-    report = {
+    return parser
+
+
+def step_report(options: argparse.Namespace, **facts: Any) -> dict[str, Any]:
+    """A report without results: where, of what, over how many steps."""
+    return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "dtype": "bfloat16 autocast",
-        "shape": options.shape,
+        **facts,
         "steps": {"warm_up": options.warm_up, "spans": options.spans, "span": options.span},
         "versions": {p: installed(p) for p in ("torch", "transformers", "mamba-ssm", "causal-conv1d", "triton")},
         "results": {},
     }
 
-    def save() -> None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
 
+def save_report(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = step_parser(__doc__, VARIANTS)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--batches", nargs="+", default=["32x512", "16x1024"], help="batch x length")
+    options = parser.parse_args()
+    report = step_report(options, dtype="bfloat16 autocast", shape=options.shape)
     for batch in options.batches:
         report["results"][batch] = {}
+        save = functools.partial(save_report, options, report)
         measure(options, *map(int, batch.split("x")), report["results"][batch], save)
     for batch, table in report["results"].items():
         for name, result in table.items():

@@ -7,13 +7,11 @@ teacher's weights are random where its folder is missing, which speed does not d
 """
 
 import argparse
-import json
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from distillation_step import StepTimer, fresh_memory, installed, row
+from distillation_step import StepTimer, fresh_memory, row, save_report, step_parser, step_report
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, Dinov2Config
 
@@ -89,29 +87,17 @@ def measure(variant: list[str], options: argparse.Namespace) -> dict[str, float 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser = step_parser(__doc__, VARIANTS)
     parser.add_argument("--recipe", default=RECIPE)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--warm_up", type=int, default=10)
-    parser.add_argument("--spans", type=int, default=3)
-    parser.add_argument("--span", type=int, default=10, help="steps timed together")
     options = parser.parse_args()
-    report = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "recipe": options.recipe,
-        "steps": {"warm_up": options.warm_up, "spans": options.spans, "span": options.span},
-        "versions": {p: installed(p) for p in ("torch", "transformers", "mamba-ssm", "causal-conv1d", "triton")},
-        "results": {},
-    }
+    report = step_report(options, recipe=options.recipe)
     for name in options.variants:
         try:
             report["results"][name] = measure(VARIANTS[name], options)
         except Exception as error:  # a variant that does not run is a result, too
             report["results"][name] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
         print(f"{name}: {report['results'][name]}", flush=True)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+        save_report(options, report)
 
 
 if __name__ == "__main__":
