@@ -9,13 +9,12 @@ Shape legend: `b` batch, `t` token.
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, Value
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.packing import TOKENS, Documents, pack_documents, vocabulary_digest
 
@@ -138,22 +137,25 @@ def _generate(
     """
     device = model.device
     ends = _end_tokens(model, tokenizer)
-    options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    if ends:
-        options |= {"eos_token_id": ends, "pad_token_id": ends[0]}
     inputs = torch.from_numpy(starts).to(device)
-    was_training = model.training
+    was_training, own = model.training, model.generation_config
     model.eval()
+    # Its own settings may hold penalties and cut tails: not the distribution that a student learns.
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length - inputs.shape[1],
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else None,
+    )
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-            output = model.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=length - inputs.shape[1],
-                **options,
-            )
+            output = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs))
     finally:
+        model.generation_config = own
         model.train(was_training)
     rows = []
     for row in output.cpu().numpy():

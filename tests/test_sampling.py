@@ -43,9 +43,10 @@ def test_tokens_follow_the_models_whole_distribution(teacher, temperature):
     plain = [token for token in range(len(tokenizer)) if token not in tokenizer.all_special_ids][:6]
     logits = torch.full((len(tokenizer),), -30.0)
     logits[plain] = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, 0.5])
-    documents = sample_documents(
-        with_constant_logits(tokenizer, logits), tokenizer, 8000, length=40, batch_size=100, temperature=temperature
-    )
+    model = with_constant_logits(tokenizer, logits)
+    model.generation_config.repetition_penalty, model.generation_config.top_k = 1.5, 2  # as some models ship them
+    documents = sample_documents(model, tokenizer, 8000, length=40, batch_size=100, temperature=temperature)
+    assert model.generation_config.top_k == 2
     tokens = np.concatenate([np.array(row) for row in documents["input_ids"]])
     assert len(tokens) == 8000 and set(tokens) <= set(plain)
     found = np.array([(tokens == token).mean() for token in plain])
