@@ -72,7 +72,8 @@ class DistillationTrainingArguments(TrainingArguments):
     layer_map: str = field(
         default="floor",
         metadata={
-            "help": "Teacher layer of each student layer: floor (the paper's), uniform, last, or indices '0,2,5'."
+            "help": "Teacher layer of each student layer: floor (the paper's), uniform, last, or indices '0,2,5', for "
+            "instance those of `cab_hf.distillation.alignment.layers_by_influence`."
         },
     )
     target_map: str = field(
