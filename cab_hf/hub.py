@@ -362,8 +362,10 @@ def _training_rows(recipe: Recipe, report: Mapping[str, Any], teacher: str, sour
             "Images seen": f"{report['images_seen']:,}",
         }
     else:
+        own = recipe.data.teacher_tokens
+        written = f", and {own:,} tokens that the teacher wrote" if own else ""
         rows |= {
-            "Text": f"{', '.join(sources)}, in rows of {recipe.data.block_size:,} tokens",
+            "Text": f"{', '.join(sources)}{written}, in rows of {recipe.data.block_size:,} tokens",
             "Tokens": f"{report['train_tokens']:,}",
         }
     return rows | {

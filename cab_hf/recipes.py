@@ -122,6 +122,15 @@ class DataArguments:
         default=65536, metadata={"help": "Tokens of the evaluation of each text, at most."}
     )
     eval_batch_size: int = field(default=8, metadata={"help": "Rows of a batch of the evaluation."})
+    teacher_tokens: int = field(
+        default=0,
+        metadata={"help": "Tokens that the teacher writes first, trained on beside the data: for little data."},
+    )
+    teacher_prompt_length: int = field(
+        default=0,
+        metadata={"help": "The teacher goes on from pieces of the training text, of so many tokens; 0: from nothing."},
+    )
+    teacher_batch_size: int = field(default=64, metadata={"help": "Documents that the teacher writes side by side."})
     repeat_fraction: float = field(
         default=0.0,
         metadata={"help": "Share of the training rows in which spans come again after a gap, to learn copying from."},

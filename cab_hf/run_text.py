@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,9 +23,10 @@ from cab_hf.distillation.trainer import make_teacher
 from cab_hf.evaluation import compare, copying_recall, sample
 from cab_hf.hub import public_name
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
-from cab_hf.packing import LanguageCollator, pack_documents
+from cab_hf.packing import LanguageCollator, pack_documents, save_tokens
 from cab_hf.recipes import Recipe
 from cab_hf.repeats import insert_repeats
+from cab_hf.sampling import sample_documents
 from cab_hf.stages import run_facts, run_stage
 from cab_hf.transfer import fit_output_projection, student_from_teacher
 
@@ -46,10 +47,10 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
     set_seed(args.seed)
     with args.main_process_first(desc="teacher"):
         teacher_model, tokenizer = load_teacher(recipe.model.teacher)
-    with args.main_process_first(desc="data"):
-        train_blocks, heldout = load_blocks(recipe, tokenizer)
-    collator = LanguageCollator(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
     teacher_model.to(args.teacher_device or args.device)
+    with args.main_process_first(desc="data"):
+        train_blocks, heldout = load_blocks(recipe, tokenizer, teacher_model)
+    collator = LanguageCollator(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
     rows = min(-(-recipe.model.calibration_tokens // recipe.data.block_size), len(train_blocks))
     batches = [
         collator([train_blocks[i] for i in range(start, min(start + CALIBRATION_ROWS, rows))])
@@ -131,8 +132,10 @@ def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
 
 
-def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, Dataset]]:
-    """Training blocks, and the blocks of each text that is evaluated, by name."""
+def load_blocks(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """Training blocks, those of the teacher's own text among them, and the blocks of each evaluated text, by name."""
     data = recipe.data
 
     def load(sources: list[str]) -> Dataset:
@@ -155,7 +158,31 @@ def load_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dat
     else:
         training, kept = split_documents(documents, _number_or_text(data.holdout), seed=seed)
         heldout = {f"held-out part of {', '.join(map(public_name, data.dataset))}": pack(kept)}
-    return insert_repeats(pack(training), data.repeat_fraction, _plain_tokens(tokenizer), seed=seed), heldout
+    blocks = pack(training)
+    if data.teacher_tokens:
+        written = _teacher_text(recipe, teacher, tokenizer, training)
+        blocks = concatenate_datasets([blocks, pack(load_documents(written))])
+    return insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=seed), heldout
+
+
+def _teacher_text(
+    recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, training: Dataset
+) -> Path:
+    """A file of `teacher_tokens` tokens that the teacher writes; one that an earlier start wrote is kept."""
+    data, path = recipe.data, recipe.output_dir / "stages" / "teacher_text.npz"
+    if not path.is_file():
+        prompts = {"prompts": training, "prompt_length": data.teacher_prompt_length}
+        documents = sample_documents(
+            teacher,
+            tokenizer,
+            data.teacher_tokens,
+            length=data.block_size,
+            batch_size=data.teacher_batch_size,
+            seed=recipe.stages[0][1].seed,
+            **(prompts if data.teacher_prompt_length else {}),
+        )
+        save_tokens(path, documents, tokenizer)
+    return path
 
 
 def _plain_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

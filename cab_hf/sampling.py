@@ -104,21 +104,27 @@ def _check(
 def _starts(
     tokenizer: PreTrainedTokenizerBase, prompts: Documents | None, prompt_length: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """What samples start from, without end: (t,) each, prompts in an order of their own in each round."""
+    """What samples start from, without end: (t,) each, prompts from any place of the texts, each as likely."""
     if prompts is None:
         first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if first is None:
             raise ValueError("The tokenizer has neither a bos_token nor an eos_token to start from. Give prompts.")
         while True:
             yield np.array([first])
-    try:
-        blocks = pack_documents(prompts, tokenizer, prompt_length, isolate_documents=False, append_eos=False)
-    except ValueError as error:
-        raise ValueError(f"prompts can't be cut into pieces of prompt_length {prompt_length}: {error}") from error
+    rows = pack_documents(
+        prompts, tokenizer, 64 * prompt_length, isolate_documents=False, append_eos=False, drop_last=False
+    )
+    places = np.cumsum([max(len(row) - prompt_length + 1, 0) for row in rows["input_ids"]])
+    if len(places) == 0 or places[-1] == 0:
+        raise ValueError(
+            f"prompts hold fewer tokens than a prompt_length of {prompt_length}. Give more text, or a shorter length."
+        )
     generator = np.random.default_rng(seed)
     while True:
-        for index in generator.permutation(len(blocks)):
-            yield np.array(blocks[int(index)]["input_ids"])
+        place = generator.integers(places[-1])
+        row = int(np.searchsorted(places, place, side="right"))
+        start = int(place - (places[row - 1] if row else 0))
+        yield np.array(rows[row]["input_ids"][start : start + prompt_length])
 
 
 @torch.no_grad()

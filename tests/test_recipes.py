@@ -12,9 +12,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from cab_hf import run as run_module
+from cab_hf.data import load_documents
+from cab_hf.demo import random_llama
 from cab_hf.distillation.trainer import DistillationTrainer
 from cab_hf.recipes import build_recipe, load_recipe, parse_recipe
 from cab_hf.run import run_recipe, summary
+from cab_hf.run_text import load_blocks
 
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +122,37 @@ class TestRun:
             run_recipe(smoke(tmp_path, *options, "--bridge_end", "0.5"))
         with pytest.raises(ValueError, match=r"learning_rate: 0.001 there, 0.5 now"):
             run_recipe(smoke(tmp_path, *options, "--learning_rate", "0.5"))
+
+    def test_the_teacher_writes_text_to_train_on(self, tmp_path, monkeypatch):
+        options = [
+            "--license",
+            "mit",
+            "--teacher_tokens",
+            "700",
+            "--teacher_batch_size",
+            "4",
+            "--teacher_prompt_length",
+            "5",
+        ]
+        model, tokenizer = random_llama()
+        plain = load_blocks(smoke(tmp_path / "plain"), tokenizer, model)[0]
+        recipe = smoke(tmp_path, *options)
+        blocks, heldout = load_blocks(recipe, tokenizer, model)
+        assert 9 <= len(blocks) - len(plain) <= 11 and blocks["input_ids"][: len(plain)] == plain["input_ids"]
+        file = recipe.output_dir / "stages/teacher_text.npz"
+        written = load_documents(file)["input_ids"]
+        assert sum(map(len, written)) == 700
+        pieces = {tuple(row[i : i + 5]) for row in plain["input_ids"] for i in range(len(row) - 4)}
+        assert sum(tuple(row[:5]) in pieces for row in written) > 0.8 * len(written)  # the rest lie across two rows
+
+        def never(*args, **kwargs):
+            raise AssertionError("text that is there was written again")
+
+        monkeypatch.setattr("cab_hf.run_text.sample_documents", never)
+        assert load_blocks(recipe, tokenizer, model)[0]["input_ids"] == blocks["input_ids"]
+        report = run_recipe(recipe)
+        assert report["after"].keys() == {"held-out part of the language reference of CPython"}
+        assert "and 700 tokens that the teacher wrote" in (recipe.output_dir / "README.md").read_text()
 
     def test_a_killed_run_goes_on_in_its_stage(self, tmp_path, monkeypatch):
         whole = run_recipe(smoke(tmp_path / "whole"))

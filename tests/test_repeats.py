@@ -97,7 +97,7 @@ def test_bad_arguments(length, fraction, tokens, message):
 
 def test_a_recipe_repeats_spans_in_training_rows_alone():
     plain, repeating = (
-        load_blocks(parse_recipe([str(SMOKE), "--repeat_fraction", fraction]), random_llama()[1])
+        load_blocks(parse_recipe([str(SMOKE), "--repeat_fraction", fraction]), *reversed(random_llama()))
         for fraction in ("0", "0.5")
     )
     changed = [before != after for before, after in zip(plain[0], repeating[0])]
