@@ -116,6 +116,18 @@ def test_figures_of_the_small_language_model():
         assert shown.format(f"{kl[name]:.3f}") in README, name
 
 
+def test_figures_of_sampled_text():
+    measures = result("quality/samples/table.json")["measures"]
+    for start, method in (
+        ("1 % of the training text", "1 % of the text"),
+        ("1 % of it, and", "1 %, and samples that continue it"),
+        ("1M tokens that the teacher", "samples from nothing alone"),
+        ("all of the training text", "all of the text"),
+    ):
+        cells = [measures[f"{text}: KL"][method]["2M tokens"] for text in ("speeches", "brown (out of domain)")]
+        assert row(start) == [f"{cell['mean']:.3f}" for cell in cells] and {cell["n"] for cell in cells} == {1}
+
+
 def test_figures_of_quickstart_vision():
     report = result("quality/quickstart_vision/results_cpu.json")
     for name, shown in (("from scratch", "from scratch"), ("soft KD", "soft KD"), ("CAB", "CAB")):
