@@ -26,7 +26,7 @@ from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 from cab_hf.packing import LanguageCollator, pack_documents, save_tokens
 from cab_hf.recipes import Recipe
 from cab_hf.repeats import insert_repeats
-from cab_hf.sampling import sample_documents
+from cab_hf.sampling import longest_document, sample_documents
 from cab_hf.stages import run_facts, run_stage
 from cab_hf.transfer import fit_output_projection, student_from_teacher
 
@@ -170,18 +170,28 @@ def _teacher_text(
 ) -> Path:
     """A file of `teacher_tokens` tokens that the teacher writes; one that an earlier start wrote is kept."""
     data, path = recipe.data, recipe.output_dir / "stages" / "teacher_text.npz"
-    if not path.is_file():
-        prompts = {"prompts": training, "prompt_length": data.teacher_prompt_length}
+    if path.is_file():
+        return path
+    if data.teacher_tokens < data.block_size:
+        raise ValueError(
+            f"`teacher_tokens` is {data.teacher_tokens}, less than a row of `block_size` {data.block_size}. "
+            "Give more, or 0 for none."
+        )
+    prompts = {"prompts": training, "prompt_length": data.teacher_prompt_length} if data.teacher_prompt_length else {}
+    longest = longest_document(teacher, bool(prompts)) or data.block_size
+    try:
         documents = sample_documents(
             teacher,
             tokenizer,
             data.teacher_tokens,
-            length=data.block_size,
+            length=min(data.block_size, longest),
             batch_size=data.teacher_batch_size,
             seed=recipe.stages[0][1].seed,
-            **(prompts if data.teacher_prompt_length else {}),
+            **prompts,
         )
-        save_tokens(path, documents, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"`teacher_tokens` is {data.teacher_tokens}, but the teacher can't write: {error}") from error
+    save_tokens(path, documents, tokenizer)
     return path
 
 

@@ -56,11 +56,11 @@ def sample_documents(
             or a tokenizer without any token to start from.
     """
     _check(num_tokens, length, prompt_length, temperature, batch_size, prompts is not None)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length + (prompts is None) > limit:
+    longest = longest_document(model, prompts is not None)
+    if longest is not None and length > longest:
         raise ValueError(
-            f"length is {length}, but {type(model).__name__} has {limit} positions, one of them for the token that "
-            f"a sample starts from. Give a length of at most {limit - 1}."
+            f"length is {length}, but {type(model).__name__} has positions for documents of {longest} tokens. "
+            f"Give a length of at most {longest}."
         )
     starts = _starts(tokenizer, prompts, prompt_length, seed)
     stored = 0 if prompts is not None else 1  # tokens of a start that are not the document's
@@ -86,6 +86,12 @@ def sample_documents(
         },
         features=Features({"input_ids": TOKENS, "name": Value("string"), "vocabulary": Value("string")}),
     )
+
+
+def longest_document(model: PreTrainedModel, has_prompts: bool) -> int | None:
+    """Tokens that a model's positions have room for; without a prompt, one of them is what a document starts from."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if positions is None else positions - (not has_prompts)
 
 
 def _check(

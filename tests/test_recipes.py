@@ -154,6 +154,19 @@ class TestRun:
         assert report["after"].keys() == {"held-out part of the language reference of CPython"}
         assert "and 700 tokens that the teacher wrote" in (recipe.output_dir / "README.md").read_text()
 
+    def test_what_the_teacher_cannot_write(self, tmp_path):
+        model, tokenizer = random_llama()
+        model.config.max_position_embeddings = 64  # as many as a row has tokens; what it writes starts from one more
+        load_blocks(smoke(tmp_path / "short", "--teacher_tokens", "130"), tokenizer, model)
+        written = load_documents(tmp_path / "short/student/stages/teacher_text.npz")["input_ids"]
+        assert max(map(len, written)) == 63
+        for tokens in ("-5", "63"):
+            with pytest.raises(ValueError, match=f"`teacher_tokens` is {tokens}, less than a row of `block_size` 64"):
+                load_blocks(smoke(tmp_path / tokens, "--teacher_tokens", tokens), tokenizer, model)
+        options = ["--teacher_tokens", "99", "--teacher_prompt_length", "1"]
+        with pytest.raises(ValueError, match=r"`teacher_tokens` is 99, but .* prompt_length is 1. Give at least 2"):
+            load_blocks(smoke(tmp_path / "prompts", *options), tokenizer, model)
+
     def test_a_killed_run_goes_on_in_its_stage(self, tmp_path, monkeypatch):
         whole = run_recipe(smoke(tmp_path / "whole"))
 

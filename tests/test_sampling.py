@@ -113,7 +113,9 @@ def test_the_command_writes_a_file_that_a_recipe_reads(tmp_path, capsys):
 def test_bad_input(teacher, tmp_path, capsys):
     model, tokenizer = teacher
     limit = model.config.max_position_embeddings
-    with pytest.raises(ValueError, match=f"length is {limit}, .* has {limit} positions.*at most {limit - 1}"):
+    with pytest.raises(
+        ValueError, match=f"length is {limit}, .*documents of {limit - 1} tokens. Give a length of at most {limit - 1}"
+    ):
         sample_documents(model, tokenizer, 10, length=limit)
     for options, message in (
         ({"num_tokens": 0}, "num_tokens is 0"),
