@@ -17,7 +17,7 @@ from transformers.utils import logging
 from cab_hf.packing import (
     IGNORE_INDEX,
     TOKEN_SUFFIX,
-    TOKENS,
+    TOKENISED,
     Documents,
     LanguageCollator,
     columns_of,
@@ -202,8 +202,7 @@ def _load_one(
             _text_files, {"paths": paths, "names": names, "encoding": encoding, "stamps": tuple(stamps)}, **local
         )
     if kinds == [TOKEN_SUFFIX]:
-        features = Features({"input_ids": TOKENS, "name": Value("string"), "vocabulary": Value("string")})
-        return _from_generator(_token_files, {"paths": paths, "stamps": tuple(stamps)}, features=features, **local)
+        return _from_generator(_token_files, {"paths": paths, "stamps": tuple(stamps)}, features=TOKENISED, **local)
     readers = {_TABLE_READERS.get(kind) for kind in kinds}
     if len(readers) != 1 or None in readers:
         raise ValueError(f"source {source!r} mixes files of the kinds {kinds}. Name one kind, for instance by a glob.")

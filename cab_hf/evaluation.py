@@ -69,7 +69,7 @@ def perplexity(
         ValueError: No token to predict, or packed rows for a model that can't keep documents apart.
     """
     sums, counts = [], []
-    with _evaluating(model, device=device):
+    with evaluating(model, device=device):
         for batch in _batches(model, blocks, batch_size, max_tokens, padding_side, progress, "Perplexity"):
             logits = _logits(model, batch)
             targets = shift_labels(batch["labels"]).to(logits.device)
@@ -112,7 +112,7 @@ def compare(
         ValueError: As in `perplexity`, or the vocabularies differ by more than padding.
     """
     totals = []
-    with _evaluating(student, teacher, device=device):
+    with evaluating(student, teacher, device=device):
         for batch in _batches(student, blocks, batch_size, max_tokens, padding_side, progress, "Comparing", teacher):
             student_logits = _logits(student, batch)
             teacher_logits = _logits(teacher, batch)
@@ -296,7 +296,7 @@ def generate(
     report = {}
     for way, options in ways.items():
         texts = []
-        with _evaluating(model), torch.random.fork_rng(devices):
+        with evaluating(model), torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             for start in tqdm(range(0, len(prompts), batch_size), desc=f"Generating ({way})"):
                 batch = prompts[start : start + batch_size].to(model.device)
@@ -330,7 +330,7 @@ def _recall(
     """How often the likeliest token after those at `asked` is the one at `answers`, in sequences of one length."""
     tokens = torch.from_numpy(np.stack(sequences))
     right = []
-    with _evaluating(model, device=device):
+    with evaluating(model, device=device):
         for batch in _batches(model, tokens, batch_size, None, "right", progress, title):
             predicted = _logits(model, batch)[:, asked].argmax(-1)
             right += (predicted == batch["input_ids"][:, answers].to(predicted.device)).sum(1).tolist()
@@ -394,7 +394,7 @@ def throughput(
             )
 
     seconds = []
-    with _evaluating(model):
+    with evaluating(model):
         for index in tqdm(range(warmup + repeats), desc=f"Throughput ({mode}, {length} tokens)"):
             _synchronise(device)
             start = time.perf_counter()
@@ -443,7 +443,7 @@ def sample(
     draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     devices = [model.device] if model.device.type == "cuda" else []
-    with _evaluating(model), torch.random.fork_rng(devices):
+    with evaluating(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         output = model.generate(
             **inputs,
@@ -455,7 +455,8 @@ def sample(
 
 
 @contextmanager
-def _evaluating(*models: nn.Module, device: str | torch.device | None = None) -> Iterator[None]:
+def evaluating(*models: nn.Module, device: str | torch.device | None = None) -> Iterator[None]:
+    """Models in evaluation mode, without gradients and, if given, on a device; each module then has its mode back."""
     if device is not None:
         for model in models:
             model.to(device)

@@ -27,6 +27,7 @@ Documents = Dataset | IterableDataset
 IGNORE_INDEX = -100
 TOKEN_SUFFIX = ".npz"
 TOKENS = datasets.List(Value("int32"))
+TOKENISED = Features({"input_ids": TOKENS, "name": Value("string"), "vocabulary": Value("string")})
 # Raised when the rows of a block change: `datasets` finds cached blocks by these arguments, not by the code.
 _BLOCK_LAYOUT = 1
 

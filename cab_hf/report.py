@@ -29,10 +29,10 @@ from cab_hf.data import load_documents, split_documents
 from cab_hf.distillation.teacher import Teacher, check_vocabularies
 from cab_hf.evaluation import (
     Blocks,
-    _evaluating,
     associative_recall,
     compare,
     copying_recall,
+    evaluating,
     generate,
     throughput,
 )
@@ -213,7 +213,7 @@ def text_speed(
             pad_token_id=0,
         )
 
-    with _evaluating(model):
+    with evaluating(model):
         peak = _peak_bytes(model, read_and_continue)
     return {
         "prefill": prefill,
@@ -235,7 +235,7 @@ def image_speed(model: PreTrainedModel, size: int, batch_size: int, *, repeats: 
     pixels = torch.randn(batch_size, model.config.num_channels, size, size, generator=generator)
     pixels = pixels.to(model.device, model.dtype)
     seconds = []
-    with _evaluating(model):
+    with evaluating(model):
         for index in range(1 + repeats):
             start = time.perf_counter()
             # Reading a number waits for a GPU to finish.

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cab_hf.packing import TOKENS, Documents, pack_documents, vocabulary_digest
+from cab_hf.evaluation import evaluating
+from cab_hf.packing import TOKENISED, Documents, pack_documents, vocabulary_digest
 
 
 def sample_documents(
@@ -64,19 +65,19 @@ def sample_documents(
         )
     starts = _starts(tokenizer, prompts, prompt_length, seed)
     stored = 0 if prompts is not None else 1  # tokens of a start that are not the document's
+    batches = (np.stack([*itertools.islice(starts, batch_size)]) for _ in itertools.count())
+    written = (
+        row[stored:]
+        for index, batch in enumerate(batches)
+        for row in _generate(model, tokenizer, batch, length + stored, temperature, [seed, index])
+    )
     rows: list[list[int]] = []
     missing = num_tokens
     with tqdm(total=num_tokens, desc="Sampling tokens", unit="tok") as progress:
-        for index in itertools.count():
-            batch = np.stack([next(starts) for _ in range(batch_size)])
-            for row in _generate(model, tokenizer, batch, length + stored, temperature, [seed, index]):
-                rows.append(row[stored : stored + missing])
-                progress.update(len(rows[-1]))
-                missing -= len(rows[-1])
-                if missing == 0:
-                    break
-            if missing == 0:
-                break
+        while missing:
+            rows.append(next(written)[:missing])
+            missing -= len(rows[-1])
+            progress.update(len(rows[-1]))
     digest = vocabulary_digest(tokenizer)
     return Dataset.from_dict(
         {
@@ -84,7 +85,7 @@ def sample_documents(
             "name": [f"sample {index}" for index in range(len(rows))],
             "vocabulary": [digest] * len(rows),
         },
-        features=Features({"input_ids": TOKENS, "name": Value("string"), "vocabulary": Value("string")}),
+        features=TOKENISED,
     )
 
 
@@ -120,20 +121,19 @@ def _starts(
     rows = pack_documents(
         prompts, tokenizer, 64 * prompt_length, isolate_documents=False, append_eos=False, drop_last=False
     )
-    places = np.cumsum([max(len(row) - prompt_length + 1, 0) for row in rows["input_ids"]])
-    if len(places) == 0 or places[-1] == 0:
+    # All rows but the last are full; a prompt may start anywhere in a row where it still fits.
+    places_a_row = 63 * prompt_length + 1
+    places = (len(rows) - 1) * places_a_row + max(len(rows[-1]["input_ids"]) - prompt_length + 1, 0)
+    if places == 0:
         raise ValueError(
             f"prompts hold fewer tokens than a prompt_length of {prompt_length}. Give more text, or a shorter length."
         )
     generator = np.random.default_rng(seed)
     while True:
-        place = generator.integers(places[-1])
-        row = int(np.searchsorted(places, place, side="right"))
-        start = int(place - (places[row - 1] if row else 0))
+        row, start = divmod(int(generator.integers(places)), places_a_row)
         yield np.array(rows[row]["input_ids"][start : start + prompt_length])
 
 
-@torch.no_grad()
 def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -150,8 +150,7 @@ def _generate(
     device = model.device
     ends = _end_tokens(model, tokenizer)
     inputs = torch.from_numpy(starts).to(device)
-    was_training, own = model.training, model.generation_config
-    model.eval()
+    own = model.generation_config
     # Its own settings may hold penalties and cut tails: not the distribution that a student learns.
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -163,12 +162,11 @@ def _generate(
         pad_token_id=ends[0] if ends else None,
     )
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
             output = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs))
     finally:
         model.generation_config = own
-        model.train(was_training)
     rows = []
     for row in output.cpu().numpy():
         stops = np.flatnonzero(np.isin(row[starts.shape[1] :], ends))

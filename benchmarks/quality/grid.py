@@ -412,7 +412,7 @@ def thinned(log: Sequence[Mapping[str, Any]], count: int = LOG_ENTRIES) -> list[
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all, as `cab_hf.stages.write_whole`, but without loading torch for it."""
+    """Whole or not at all, as `cab_hf.files.write_whole`, but without loading torch for it."""
     unfinished = path.with_name(f".{path.name}")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

@@ -68,10 +68,32 @@ def layer_map(
     )
 
 
+def layer_influence(hidden_states: Sequence[Tensor], mask: Tensor | None = None) -> list[float]:
+    """How much each layer turns its tokens: `1 - cos(h_in, h_out)`, the mean over real tokens.
+
+    Args:
+        hidden_states, mask: as for `layers_by_influence`.
+
+    Raises:
+        ValueError: no layer, or no real token.
+
+    Source: block influence, arXiv 2403.03853, equation 1.
+    """
+    if len(hidden_states) < 2:
+        raise ValueError(f"hidden_states holds {len(hidden_states)} states: give the embeddings and a layer's output.")
+    real = torch.ones_like(hidden_states[0][..., 0], dtype=torch.bool) if mask is None else mask != 0
+    if not real.any():
+        raise ValueError("mask leaves no real token. Give at least one row with text.")
+    return [
+        1 - F.cosine_similarity(before[real].double(), after[real].double(), dim=-1).mean().item()
+        for before, after in zip(hidden_states, hidden_states[1:])
+    ]
+
+
 def layers_by_influence(hidden_states: Sequence[Tensor], student_layers: int, mask: Tensor | None = None) -> list[int]:
     """A layer map by similarity of representations: teacher layers that change the tokens most come first.
 
-    A layer's influence is `1 - cos(h_in, h_out)`, the mean over tokens. A student with fewer layers learns from the
+    A layer's influence is `layer_influence`. A student with fewer layers learns from the
     most influential ones, in the teacher's order; in one with more, every teacher layer teaches once, and each further
     student layer goes to the layer with most influence per student layer so far.
 
@@ -88,21 +110,11 @@ def layers_by_influence(hidden_states: Sequence[Tensor], student_layers: int, ma
     Raises:
         ValueError: no layer, no real token, or a depth below 1.
 
-    Source: block influence, arXiv 2403.03853, equation 1; the rule for deeper students is not from there.
+    Source: arXiv 2403.03853, which drops the layers of least influence; the rule for deeper students is our own.
     """
     if student_layers < 1:
         raise ValueError(f"student_layers is {student_layers}, but a model has at least 1 layer.")
-    if len(hidden_states) < 2:
-        raise ValueError(f"hidden_states holds {len(hidden_states)} states: give the embeddings and a layer's output.")
-    real = torch.ones_like(hidden_states[0][..., 0], dtype=torch.bool) if mask is None else mask != 0
-    if not real.any():
-        raise ValueError("mask leaves no real token. Give at least one row with text.")
-    influence = torch.stack(
-        [
-            1 - F.cosine_similarity(before[real].double(), after[real].double(), dim=-1).mean()
-            for before, after in zip(hidden_states, hidden_states[1:])
-        ]
-    ).tolist()
+    influence = layer_influence(hidden_states, mask)
     teacher_layers = len(influence)
     shares = [int(student_layers >= teacher_layers)] * teacher_layers
     for _ in range(student_layers - sum(shares)):

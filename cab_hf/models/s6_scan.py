@@ -79,7 +79,8 @@ def chunked_scan(
         enter[:, 0] = state
         u_rows, dt_rows, C_rows = (_rows(tensor, block).unsqueeze(2) for tensor in (u, dt, C))
         B_rows = _rows(B, block).unsqueeze(3)
-        keeps = [None] * length if keep is None else _rows(keep, block)[..., None, None].unbind()
+        kept_rows = None if keep is None else _rows(keep, block)[..., None, None]
+        keeps = [None] * length if kept_rows is None else kept_rows.unbind()
         y_rows = torch.empty_like(u_rows)
         inputs = list(zip(u_rows.unbind(), dt_rows.unbind(), B_rows.unbind(), keeps))
         decay = u.new_empty(u_rows.shape[1], n, d)
@@ -88,8 +89,7 @@ def chunked_scan(
             own = torch.zeros_like(decay)
             for u_row, dt_row, B_row, kept in inputs:
                 own.mul_(_scan_decay(dt_row, A, kept, out=decay)).addcmul_(u_row, B_row)
-            all_kept = None if keep is None else torch.stack(keeps).prod(0)
-            across = _scan_decay(dt_rows.sum(0), A, all_kept)
+            across = _scan_decay(dt_rows.sum(0), A, None if kept_rows is None else kept_rows.prod(0))
             own, across = (tensor.unflatten(0, (b, -1)) for tensor in (own, across))
             for chunk in range(1, enter.shape[1]):
                 enter[:, chunk] = torch.addcmul(own[:, chunk - 1], across[:, chunk - 1], enter[:, chunk - 1])
@@ -137,11 +137,11 @@ def chunked_scan_backward(
         enter = incoming[:, block].contiguous()
         u_rows, dt_rows, y_rows = (_rows(tensor, block).unsqueeze(2) for tensor in (u, dt, grad_y))
         B_rows, C_rows = (_rows(tensor, block).unsqueeze(3) for tensor in (B, C))
-        keeps = None if keep is None else _rows(keep, block)[..., None, None]
+        kept_rows = None if keep is None else _rows(keep, block)[..., None, None]
         sums = [torch.empty_like(rows) for rows in (u_rows, dt_rows, B_rows, C_rows)]  # of the block's gradients
         u_sums, dt_sums, B_sums, C_sums = (rows.unbind() for rows in sums)
         states, decays = (rows.unflatten(-1, (-1, n, d)) for rows in workspace[..., : enter.numel()])
-        states, decays = states.unbind(), _scan_decay(dt_rows, A, keeps, out=decays).unbind()
+        states, decays = states.unbind(), _scan_decay(dt_rows, A, kept_rows, out=decays).unbind()
         previous = [enter.flatten(0, 1), *states[:-1]]
         inputs = list(zip(u_rows.unbind(), dt_rows.unbind(), B_rows.unbind(), C_rows.unbind(), y_rows.unbind()))
         for (u_row, _, B_row, _, y_row), h, before, decay, C_sum in zip(inputs, states, previous, decays, C_sums):
@@ -154,8 +154,7 @@ def chunked_scan_backward(
             g = torch.zeros_like(states[0])
             for (_, _, _, C_row, y_row), decay in zip(reversed(inputs), reversed(decays)):
                 g.addcmul_(y_row, C_row).mul_(decay)
-            all_kept = None if keep is None else keeps.prod(0)
-            across = _scan_decay(dt_rows.sum(0), A, all_kept)
+            across = _scan_decay(dt_rows.sum(0), A, None if kept_rows is None else kept_rows.prod(0))
             g, across = (tensor.unflatten(0, (b, -1)) for tensor in (g, across))
             for chunk in reversed(range(enter.shape[1] - 1)):
                 leave[:, chunk] = torch.addcmul(g[:, chunk + 1], across[:, chunk + 1], leave[:, chunk + 1])

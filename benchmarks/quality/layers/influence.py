@@ -8,10 +8,9 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from cab_hf.data import load_documents, pack_documents
-from cab_hf.distillation.alignment import layers_by_influence
+from cab_hf.distillation.alignment import layer_influence, layers_by_influence
 from cab_hf.run_text import load_teacher
 
 
@@ -27,7 +26,7 @@ def main() -> None:
     rows = torch.tensor(blocks[: options.rows]["input_ids"])
     with torch.no_grad():
         states = teacher.float().eval()(rows, output_hidden_states=True).hidden_states
-    influence = [1 - F.cosine_similarity(a, b, dim=-1).mean().item() for a, b in zip(states, states[1:])]
+    influence = layer_influence(states)
     half = len(influence) // 2
     report = {"teacher": options.teacher, "data": options.data, "tokens": rows.numel()}
     report |= {"influence": [round(value, 4) for value in influence], "layers": layers_by_influence(states, half)}

@@ -3,8 +3,8 @@
     python benchmarks/quality/small_lm/teacher.py
     python benchmarks/quality/samples/samples.py
 
-Of the training speeches 1 % and 5 % of the documents, and 2M tokens that the small teacher writes: from nothing, and
-continuing pieces of either share. All go to `outputs/small_lm/tokens`.
+Of the training speeches 1 % and 5 % of the documents, and 1M tokens that the small teacher writes: from nothing, and,
+another million each, continuing pieces of either share. All go to `outputs/small_lm/tokens`.
 """
 
 from pathlib import Path
