@@ -138,6 +138,18 @@ def test_figures_of_quickstart_vision():
     assert f"{lead:.1f} points with a standard error of {error:.1f}" in README
 
 
+def test_figures_of_cifar10():
+    steps = result("speed/results/image_step_h200.json")["results"]
+    added = steps["mamba kd + bridge"]["milliseconds"] / steps["mamba kd"]["milliseconds"] - 1
+    assert f"the bridge adds {100 * added:.0f} % time to its step" in README
+    report = result("quality/cifar10/vim_tiny_h200.json")["student"]
+    (after,) = report["after"].values()
+    log = report["stages"][0]["log"]
+    assert report["stages"][0]["steps"] == 2000 and all(value == value for entry in log for value in entry.values())
+    shown = f"Its top-1 of {after['student_top1']:.2f} after so few steps on {report['train_images']:,} images"
+    assert f"{shown}, of a teacher's {after['teacher_top1']:.3f}, is no claim" in README
+
+
 def test_figures_of_decoding():
     cells = {(c["model"], c["context"]): c for c in result("speed/results/decode_cpu.json")["cells"]}
     for start, model in (("Transformer teacher", "teacher"), ("Mamba student", "student")):
