@@ -160,6 +160,8 @@ def _generate(
         max_new_tokens=length - inputs.shape[1],
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else None,
+        # Compiled, one CUDA graph a token; a cache that grows would take new memory at each.
+        cache_implementation="static" if device.type == "cuda" and model._can_compile_fullgraph else None,
     )
     try:
         with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
