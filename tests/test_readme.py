@@ -50,19 +50,52 @@ def test_figures_of_the_demo():
     assert f"{after['n_tokens']:,} tokens" in README and f"{report['seconds'] / 60:.1f} minutes" in README
 
 
+TOKENS = ("5M tokens", "20M tokens", "60M tokens")
+LONGEST = "text and samples, state of 128"
+
+
+def over_tokens(measure: str, method: str = LONGEST) -> list[float | None]:
+    cells = result("quality/smollm2_long/table.json")["measures"][measure][method]
+    return [cells[tokens]["mean"] if tokens in cells else None for tokens in TOKENS]
+
+
 @pytest.mark.parametrize(
     ("start", "text"),
     [("speeches", "speeches"), ("Python documentation", "python docs"), ("Brown corpus", "brown (out of domain)")],
 )
-def test_figures_of_the_transfer(start, text):
-    after = result("quality/smollm2_transfer/report_h200.json")["after"][text]
-    assert row(start) == [
-        f"{after['teacher_perplexity']:.1f}",
-        f"{after['student_perplexity']:.1f}",
-        f"{after['kl']:.2f}",
-        f"{after['agreement']:.2f}",
-    ]
-    assert f"{after['n_tokens']:,}" in README
+def test_figures_of_the_language_default(start, text):
+    pairs = zip(over_tokens(f"{text}: KL"), over_tokens(f"{text}: ppl ratio"))
+    assert row(start) == [f"{kl:.2f} / {ratio:.2f}" for kl, ratio in pairs]
+    run = result("quality/smollm2_long/runs/text-and-samples-state-of-128__60m-tokens__seed0.json")
+    assert f"{run['after'][text]['n_tokens']:,} held-out tokens" in README
+
+
+@pytest.mark.parametrize("gap", [16, 64, 256])
+def test_figures_of_copying(gap):
+    teacher = over_tokens(f"copying, gap {gap}, teacher")[-1]
+    shown = [f"{recall:.2f}" for recall in over_tokens(f"copying, gap {gap}")]
+    assert row(f"random tokens copied over a gap of {gap}, teacher {teacher:.2f}") == shown
+
+
+def test_what_the_parts_of_the_language_default_bring():
+    def at_20m(measure: str) -> list[float]:
+        return [over_tokens(measure, method)[1] for method in ("text", "text and samples", LONGEST)]
+
+    brown, copying = at_20m("brown (out of domain): KL"), at_20m("copying, gap 64")
+    assert f"KL on Brown from {brown[0]:.2f} to {brown[1]:.2f}" in README
+    assert f"gap of 64 from {copying[0]:.2f} to {copying[1]:.2f}" in README
+    assert f"takes that copying to {copying[2]:.2f}" in README
+    for text in ("speeches", "python docs"):
+        plain, sampled, larger = at_20m(f"{text}: KL")
+        assert f"{sampled - plain:.2f}" == "0.01" and abs(larger - sampled) < 0.01
+    assert max(over_tokens("copying, gap 1024")) < 0.001
+    assert f"(teacher {over_tokens('copying, gap 1024, teacher')[0]:.2f})" in README
+
+
+def test_what_perplexity_hides():
+    speeches = result("quality/smollm2_transfer/report_h200.json")["after"]["speeches"]
+    assert f"{speeches['perplexity_ratio']:.2f} times the teacher's perplexity on speeches" in README
+    assert all(gap["student"]["recall"] == 0.0 for gap in speeches["recall"].values())
 
 
 @pytest.mark.parametrize(
@@ -157,6 +190,31 @@ def test_figures_of_decoding():
         assert row(start) == [*shown, f"{cells[model, 32768]['cache_mib']:,.0f} MiB"]
 
 
+def test_figures_of_decoding_on_a_gpu():
+    cells = [cell for cell in result("speed/results/decode_h200.json")["cells"] if cell["batch_size"] == 16]
+    for model in ("teacher", "student"):
+        times = [cell["ms"] for cell in cells if cell["model"] == model]
+        assert f"the {model} {min(times):.0f} to {max(times):.0f} ms" in README
+    longest = {cell["model"]: cell["cache_mib"] for cell in cells if cell["context"] == 32768}
+    assert f"cache holds {longest['teacher']:,.0f} MiB, the student's state {longest['student']:.0f}" in README
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        ("the released training loop", "released, float32, script"),
+        ("the released model", "released, bfloat16, bare"),
+        ("ours under the Trainer, float32", "ours, float32, cuda graph"),
+        ("ours under the Trainer, bfloat16", "ours, bfloat16, cuda graph"),
+    ],
+)
+def test_figures_of_the_released_code(start, name):
+    results = result("speed/results/released_step_h200.json")["results"]
+    assert row(start) == [f"{results[name]['images_per_second']:.0f}"]
+    gradients = results["released, gradients of its bridge loss"]
+    assert gradients["student"] == 0.0 and gradients["aligner"] > 0.0 and "no gradient (0.0 on that GPU" in README
+
+
 def test_figures_of_the_alignment():
     cells = {(c["method"], c["tokens"]): c for c in result("speed/results/alignment_cpu.json")["cells"]}
     for method in ("bridge", "matrix"):
@@ -177,8 +235,8 @@ def test_figures_of_the_starts():
         ("teacher forward and student step", "distillation_step_h200.json", "ceiling of the parts"),
         ("KD, eager", "distillation_step_h200.json", "kd"),
         ("KD, `cuda_graph: true` |", "distillation_step_h200.json", "kd, cuda graph"),
-        ("KD, `cuda_graph: true`, `torch", "distillation_step_h200_compiled.json", "kd, torch.compile, cuda graph"),
-        ("KD and bridge, both", "distillation_step_h200_compiled.json", "kd + bridge, torch.compile, cuda graph"),
+        ("KD, `cuda_graph: true`, `torch", "distillation_step_h200_batched.json", "kd, torch.compile, cuda graph"),
+        ("KD and bridge, both", "distillation_step_h200_batched.json", "kd + bridge, torch.compile, cuda graph"),
     ],
 )
 def test_figures_of_speed(start, file, name):

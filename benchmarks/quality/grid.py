@@ -50,6 +50,7 @@ KEYS = {"recipe": str, "options": dict, "seeds": list, "methods": dict, "data": 
 KEYS |= {"reference": str, "plot": list, "plot_data": str}
 FORCED = {"verify_reload": False, "report_to": "none"}
 LOG_ENTRIES = 40
+MOST_CURVES = 6  # of methods, beside those without a curve
 LOWER_IS_BETTER = ("kl", "ppl ratio")
 Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # measure -> method -> data -> numbers
 
@@ -551,7 +552,9 @@ def _cell(numbers: Mapping[str, Any], best: float | None) -> str:
 
 
 def draw(grid: Grid, table: Table, path: Path) -> str:
-    """Draws one measure, 800 pixels wide: over the data each method that has two or more, or bars of one column.
+    """Draws one measure, 800 pixels wide, over the data, or bars of one column.
+
+    Of many methods, those at a single one of several data are left to the table.
 
     Returns:
         The measure.
@@ -566,7 +569,8 @@ def draw(grid: Grid, table: Table, path: Path) -> str:
         columns = [grid.plot_data]
     methods = {name: cells for name, cells in table[measure].items() if any(data in cells for data in columns)}
     over_data = {name: cells for name, cells in methods.items() if len(cells.keys() & set(columns)) > 1}
-    methods = over_data or methods  # the others are in the table
+    if over_data and len(methods) > MOST_CURVES:
+        methods = over_data
     height = 1.5 + 0.3 * len(methods) if len(columns) == 1 else 5
     figure = Figure(figsize=(8, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
