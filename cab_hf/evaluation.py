@@ -487,9 +487,8 @@ def _batches(
     with tqdm(desc=description, total=total, unit="row", disable=not progress) as bar:
         for rows in _grouped(_rows(blocks, max_tokens), batch_size):
             batch = collate(rows)
-            if "seq_idx" in batch or "position_ids" in batch:
-                for one in (model, *others):
-                    _check_packing(one, batch)
+            for one in (model, *others):
+                check_packing(one, batch)
             yield batch
             bar.update(len(rows))
 
@@ -517,7 +516,10 @@ def _grouped(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
         yield group
 
 
-def _check_packing(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
+def check_packing(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
+    """Raises a ValueError where a batch holds packed documents that a model would not keep apart."""
+    if not batch.keys() & {"seq_idx", "position_ids"}:
+        return
     needed = "seq_idx" if _core(model)._is_stateful else "position_ids"
     if needed not in _accepted(model) or needed not in batch:
         raise ValueError(

@@ -31,16 +31,16 @@ class ModelArguments:
         },
     )
     teacher_recipe: str | None = field(
-        default=None, metadata={"help": "Recipe that makes the teacher where its folder is missing (images)."}
+        default=None, metadata={"help": "Recipe that makes the teacher where its folder is missing."}
     )
     finetune: bool = field(
-        default=False, metadata={"help": "Train the teacher itself, on labels, and save it; no student (images)."}
+        default=False, metadata={"help": "Train the teacher itself, on labels, and save it; no student."}
     )
     teacher_config: dict = field(
         default_factory=dict,
         metadata={
-            "help": "With `finetune`: fields of a new model's config, `model_type` among them, or those to change in "
-            "a loaded one."
+            "help": "With `finetune` of an image classifier: fields of a new model's config, `model_type` among them, "
+            "or those to change in a loaded one."
         },
     )
     student: str | None = field(default=None, metadata={"help": "Hub id or folder of a student to go on with."})
@@ -224,6 +224,19 @@ class Recipe:
     @property
     def output_dir(self) -> Path:
         return Path(self.values["output_dir"])
+
+    @property
+    def only_stage(self) -> tuple[str, DistillationTrainingArguments]:
+        """The stage of a recipe with `finetune`.
+
+        Raises:
+            ValueError: the recipe lists more than one.
+        """
+        if len(self.stages) > 1:
+            raise ValueError(
+                f"`finetune` is one stage, but the recipe has {len(self.stages)}: write a recipe for each."
+            )
+        return self.stages[0]
 
     @property
     def is_main_process(self) -> bool:

@@ -97,10 +97,10 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _run(recipe: Recipe) -> dict[str, Any]:
-    if not recipe.model.reads_images:
-        return run_text.distil_text(recipe)
     _make_teacher(recipe)
-    return run_images.finetune(recipe) if recipe.model.finetune else run_images.distil_images(recipe)
+    if recipe.model.reads_images:
+        return run_images.finetune(recipe) if recipe.model.finetune else run_images.distil_images(recipe)
+    return run_text.finetune(recipe) if recipe.model.finetune else run_text.distil_text(recipe)
 
 
 def _make_teacher(recipe: Recipe) -> None:

@@ -194,9 +194,7 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
 def finetune(recipe: Recipe) -> dict[str, Any]:
     """Trains a teacher on labels and saves it with its processor; returns the report."""
     started = time.time()
-    (name, args), *others = recipe.stages
-    if others:
-        raise ValueError(f"`finetune` is one stage, but the recipe has {len(recipe.stages)}: write a recipe for each.")
+    name, args = recipe.only_stage
     set_seed(args.seed)
     size = recipe.images.image_size or _side(recipe.model.teacher_config.get("image_size", 224))
     with args.main_process_first(desc="data"):

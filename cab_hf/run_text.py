@@ -1,7 +1,9 @@
-"""The language run of a recipe: a causal language model becomes a Mamba."""
+"""The language run of a recipe: a causal language model becomes a Mamba; or a teacher is finetuned."""
 
+import copy
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,22 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     set_seed,
 )
 
 from cab_hf.data import load_documents, split_documents
 from cab_hf.demo import fetch_smollm2, random_llama
 from cab_hf.distillation.modeling_distillation import parse_layer_map
-from cab_hf.distillation.teacher import Teacher
 from cab_hf.distillation.trainer import make_teacher
-from cab_hf.evaluation import compare, copying_recall, sample
+from cab_hf.evaluation import check_packing, compare, copying_recall, sample
 from cab_hf.hub import public_name
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 from cab_hf.packing import LanguageCollator, pack_documents, save_tokens
 from cab_hf.recipes import Recipe
 from cab_hf.repeats import insert_repeats
 from cab_hf.sampling import longest_document, sample_documents
-from cab_hf.stages import run_facts, run_stage
+from cab_hf.stages import read_history, run_facts, run_stage, train_stage
 from cab_hf.transfer import fit_output_projection, student_from_teacher
 
 
@@ -50,7 +52,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
     teacher_model.to(args.teacher_device or args.device)
     with args.main_process_first(desc="data"):
         train_blocks, heldout = load_blocks(recipe, tokenizer, teacher_model)
-    collator = LanguageCollator(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    collator = _collator(tokenizer)
     rows = min(-(-recipe.model.calibration_tokens // recipe.data.block_size), len(train_blocks))
     batches = [
         collator([train_blocks[i] for i in range(start, min(start + CALIBRATION_ROWS, rows))])
@@ -59,7 +61,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
     student = build_student(recipe, teacher_model, batches).to(args.device)
     teacher = make_teacher(teacher_model, args)
 
-    before = _evaluate(recipe, student, teacher, tokenizer, heldout) if recipe.is_main_process else None
+    before = _evaluate(recipe, student, teacher.model, tokenizer, heldout) if recipe.is_main_process else None
     histories = []
     for name, stage_args in recipe.stages:
         history = run_stage(
@@ -68,7 +70,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
             student,
             teacher,
             train_dataset=train_blocks,
-            eval_dataset=heldout if len(heldout) > 1 else next(iter(heldout.values())),
+            eval_dataset=_one_or_all(heldout),
             data_collator=collator,
             processing_class=tokenizer,
         )
@@ -81,7 +83,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
         "train_tokens": sum(history["tokens"] for history in histories),
         "seconds": round(time.time() - started, 1),
         "before": before,
-        "after": _evaluate(recipe, student, teacher, tokenizer, heldout) if recipe.is_main_process else None,
+        "after": _evaluate(recipe, student, teacher.model, tokenizer, heldout) if recipe.is_main_process else None,
         "stages": histories,
         **run_facts(args),
         "folder": str(recipe.output_dir),
@@ -97,10 +99,66 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
     return report
 
 
+def finetune(recipe: Recipe) -> dict[str, Any]:
+    """Trains a language model itself on labels and saves it; returns the report, in which it stands as the student.
+
+    What it gains on the text is adaptation: the control beside a student, and a teacher for one of that domain.
+    """
+    started = time.time()
+    name, args = recipe.only_stage
+    if recipe.model.teacher_config:
+        raise ValueError("`teacher_config` is for image classifiers; `finetune` trains a language model as it is.")
+    set_seed(args.seed)
+    with args.main_process_first(desc="teacher"):
+        original, tokenizer = load_teacher(recipe.model.teacher)
+    with args.main_process_first(desc="data"):
+        train_blocks, heldout = load_blocks(recipe, tokenizer, original.to(args.device))
+    collator = _collator(tokenizer)
+    check_packing(original, collator([train_blocks[0]]))
+    model = copy.deepcopy(original).to(torch.float32)
+    history = read_history(name, args, model)
+    if history is None:
+        trainer = Trainer(
+            model,
+            replace(args, push_to_hub=False),
+            train_dataset=train_blocks,
+            eval_dataset=_one_or_all(heldout),
+            data_collator=collator,
+            processing_class=tokenizer,
+        )
+        history = train_stage(name, trainer)
+        model.config.use_cache = original.config.use_cache  # the Trainer's own is False
+    model.to(args.device)
+    tokens = history["examples"] * len(train_blocks[0]["input_ids"])
+    report = {
+        "teacher": recipe.model.teacher,
+        "dataset": recipe.data.dataset,
+        "teacher_parameters": model.num_parameters(),
+        "train_tokens": tokens,
+        "after": _evaluate(recipe, model, original, tokenizer, heldout) if recipe.is_main_process else None,
+        "stages": [history | {"tokens": tokens}],
+        **run_facts(args),
+        "folder": str(recipe.output_dir),
+        "seconds": round(time.time() - started, 1),
+    }
+    if recipe.is_main_process:
+        model.save_pretrained(recipe.output_dir)
+        tokenizer.save_pretrained(recipe.output_dir)
+    return report
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase) -> LanguageCollator:
+    return LanguageCollator(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def _one_or_all(heldout: dict[str, Dataset]) -> Dataset | dict[str, Dataset]:
+    return heldout if len(heldout) > 1 else next(iter(heldout.values()))
+
+
 def _evaluate(
     recipe: Recipe,
-    student: CABMambaForCausalLM,
-    teacher: Teacher,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     heldout: dict[str, Dataset],
 ) -> dict[str, dict[str, Any]]:
@@ -108,7 +166,7 @@ def _evaluate(
     data, args = recipe.data, recipe.stages[0][1]
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         results = {
-            name: compare(student, teacher.model, blocks, data.eval_batch_size, max_tokens=data.eval_max_tokens)
+            name: compare(student, teacher, blocks, data.eval_batch_size, max_tokens=data.eval_max_tokens)
             for name, blocks in heldout.items()
         }
         if data.recall_gaps:
@@ -116,7 +174,7 @@ def _evaluate(
             next(iter(results.values()))["recall"] = {
                 str(gap): {
                     name: copying_recall(model, tokens, gap)
-                    for name, model in (("teacher", teacher.model), ("student", student))
+                    for name, model in (("teacher", teacher), ("student", student))
                 }
                 for gap in data.recall_gaps
             }
@@ -242,26 +300,28 @@ def text_summary(report: dict[str, Any]) -> str:
     """A short table of a report, for the terminal."""
     if report["after"] is None:
         return ""
+    before = report.get("before")
+    whose = "student" if before else "finetuned teacher"
     lines = []
     for text, after in report["after"].items():
-        before = report["before"][text]
         lines += [
             "",
             f"{text} ({after['n_tokens']:,} tokens)",
             f"  {'':<18}{'perplexity':>12}{'KL to teacher':>16}{'top-1 agreement':>18}",
             f"  {'teacher':<18}{after['teacher_perplexity']:>12.2f}",
         ]
-        for name, numbers in (("before", before), ("after", after)):
+        rows = {"student, before": before[text], "student, after": after} if before else {whose: after}
+        for name, numbers in rows.items():
             columns = f"{numbers['student_perplexity']:>12.2f}{numbers['kl']:>16.3f}{numbers['agreement']:>18.3f}"
-            lines.append(f"  {f'student, {name}':<18}{columns}")
+            lines.append(f"  {name:<18}{columns}")
         for gap, recall in after.get("recall", {}).items():
             teacher, student = recall["teacher"]["recall"], recall["student"]["recall"]
-            lines.append(f"  copying over a gap of {gap}: teacher {teacher:.3f}, student {student:.3f}")
+            lines.append(f"  copying over a gap of {gap}: teacher {teacher:.3f}, {whose} {student:.3f}")
     lines += ["", f"trained on {report['train_tokens']:,} tokens; {report['seconds']:,.0f} s on {report['hardware']}"]
     if report.get("sample"):
         text = textwrap.shorten(report["sample_prompt"] + report["sample"], 600)
         lines += ["", textwrap.fill("sample: " + text, 110, subsequent_indent="        ")]
-    return "\n".join([*lines, "", f"The student is in {report['folder']}", ""])
+    return "\n".join([*lines, "", f"The {whose} is in {report['folder']}", ""])
 
 
 def _number_or_text(value: str) -> float | int | str:

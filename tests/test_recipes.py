@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Trainer, set_seed
 
 from cab_hf import run as run_module
 from cab_hf.data import load_documents
 from cab_hf.demo import random_llama
 from cab_hf.distillation.trainer import DistillationTrainer
+from cab_hf.evaluation import compare
+from cab_hf.packing import LanguageCollator
 from cab_hf.recipes import build_recipe, load_recipe, parse_recipe
 from cab_hf.run import run_recipe, summary
 from cab_hf.run_text import load_blocks
@@ -214,6 +216,63 @@ class TestRun:
         report = run_recipe(second)
         (before,), (after,) = report["before"].values(), run_recipe(first)["after"].values()
         assert before["student_perplexity"] == pytest.approx(after["student_perplexity"], rel=1e-5)
+
+    def test_a_finetuned_teacher(self, tmp_path):
+        """It is the model itself, trained on labels as the Trainer does it, and may then teach a student."""
+        recipe = tmp_path / "teacher.yaml"
+        values = {name: value for name, value in load_recipe(SMOKE).items() if name not in ("stages", "save_steps")}
+        recipe.write_text(yaml.safe_dump(values | {"finetune": True, "max_steps": 30, "learning_rate": 3e-3}))
+        folder = tmp_path / "teacher"
+        student = smoke(tmp_path, "--teacher", str(folder), "--teacher_recipe", str(recipe))
+        report = run_recipe(student)
+        tuned = json.loads((folder / "report.json").read_text())
+        (after,) = tuned["after"].values()
+        assert after["perplexity_ratio"] < 0.9 and after["kl"] > 0.05 and "before" not in tuned
+        assert tuned["train_tokens"] == 30 * 2 * 64 and "finetuned teacher" in summary(tuned)
+        (of_student,) = report["after"].values()
+        assert of_student["teacher_perplexity"] == pytest.approx(after["student_perplexity"], rel=1e-4)
+        model, tokenizer = random_llama()
+        blocks, heldout = load_blocks(parse_recipe([str(recipe)]), tokenizer, model)
+        saved = AutoModelForCausalLM.from_pretrained(folder)
+        assert saved.config.use_cache is True
+        found = compare(saved, model, next(iter(heldout.values())), max_tokens=512, progress=False)
+        assert found["kl"] == pytest.approx(after["kl"], rel=1e-4)
+        args = parse_recipe([str(recipe), "--output_dir", str(tmp_path / "again")]).only_stage[1]
+        set_seed(args.seed)
+        trainer = Trainer(model, args, train_dataset=blocks, data_collator=LanguageCollator(0))
+        trainer.train()
+        for name, weight in model.state_dict().items():
+            torch.testing.assert_close(weight, saved.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+    def test_a_teacher_that_mixes_documents_is_not_finetuned_on_packed_ones(self, tmp_path):
+        tokenizer = random_llama()[1]
+        config = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2)
+        BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+        tokenizer.save_pretrained(tmp_path / "bloom")
+        options = [
+            "--teacher",
+            str(tmp_path / "bloom"),
+            "--finetune",
+            "true",
+            "--max_steps",
+            "1",
+            "--block_size",
+            "64",
+        ]
+        folder = ["--output_dir", str(tmp_path / "tuned"), "--eval_max_tokens", "100", "--report_to", "none", *ON_CPU]
+        with pytest.raises(ValueError, match="packed documents .* but BloomForCausalLM keeps documents apart only by"):
+            run_recipe(parse_recipe([*options, *folder]))
+        run_recipe(parse_recipe([*options, *folder, "--isolate_documents", "false"]))
+
+    def test_a_finetuned_teacher_has_one_stage(self, tmp_path):
+        with pytest.raises(ValueError, match="`finetune` is one stage, but the recipe has 2: write a recipe for each"):
+            run_recipe(smoke(tmp_path, "--finetune", "true"))
+        with pytest.raises(ValueError, match="`teacher_config` is for image classifiers"):
+            run_recipe(
+                parse_recipe(
+                    ["--output_dir", str(tmp_path / "x"), "--finetune", "true", "--teacher_config", "{a: 1}", *ON_CPU]
+                )
+            )
 
     def test_several_texts(self, tmp_path):
         for name in ("a", "b"):
