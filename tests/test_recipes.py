@@ -249,20 +249,11 @@ class TestRun:
         config = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2)
         BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
         tokenizer.save_pretrained(tmp_path / "bloom")
-        options = [
-            "--teacher",
-            str(tmp_path / "bloom"),
-            "--finetune",
-            "true",
-            "--max_steps",
-            "1",
-            "--block_size",
-            "64",
-        ]
-        folder = ["--output_dir", str(tmp_path / "tuned"), "--eval_max_tokens", "100", "--report_to", "none", *ON_CPU]
+        options = ["--teacher", str(tmp_path / "bloom"), "--finetune", "true", "--max_steps", "1", *ON_CPU]
+        options += ["--block_size", "64", "--eval_max_tokens", "100", "--report_to", "none"]
         with pytest.raises(ValueError, match="packed documents .* but BloomForCausalLM keeps documents apart only by"):
-            run_recipe(parse_recipe([*options, *folder]))
-        run_recipe(parse_recipe([*options, *folder, "--isolate_documents", "false"]))
+            run_recipe(parse_recipe([*options, "--output_dir", str(tmp_path / "packed")]))
+        run_recipe(parse_recipe([*options, "--output_dir", str(tmp_path / "long"), "--isolate_documents", "false"]))
 
     def test_a_finetuned_teacher_has_one_stage(self, tmp_path):
         with pytest.raises(ValueError, match="`finetune` is one stage, but the recipe has 2: write a recipe for each"):
