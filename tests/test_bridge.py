@@ -210,6 +210,22 @@ def test_mlps_of_equal_sizes_are_one_product(layers):
     assert products.count == 2
 
 
+@pytest.mark.parametrize(("width", "kept"), [(6, 6), (64, 8)])
+def test_of_each_token_the_narrower_gradient_is_kept(width, kept):
+    """In a language model's layer B is wider than the bridge's hidden layer."""
+    layers, tokens, features, hidden = 3, 1000, 32, 8
+    bridge = AttentionBridge([width] * layers, [features] * layers, [features] * layers, hidden)
+    shown = [torch.randn(1, tokens, width, requires_grad=True)]
+    pairs = [
+        BridgePair(layer, role, shown, torch.randn(1, tokens, features)) for layer in range(layers) for role in ROLES
+    ]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        bridge.loss(pairs)
+    of_weights = 2 * sum(parameter.numel() for parameter in bridge.parameters())
+    assert 2 * layers * tokens * kept <= sum(saved) <= 2 * layers * tokens * kept + of_weights
+
+
 def test_loss_under_autocast_is_near_float32_and_summed_in_float32():
     bridge, Bs, Cs, attentions = make_problem(layers=2)
     truth = our_loss(bridge, Bs, Cs, attentions)

@@ -149,7 +149,7 @@ class AttentionBridge(nn.Module):
     def _group_loss(self, pairs: list[BridgePair], mask: Tensor | None) -> Tensor:
         shown = []
         for direction in range(self.num_directions):
-            x = torch.stack([pair.projections[direction].flatten(2) for pair in pairs])  # (m, b, t, n)
+            x = _stacked([pair.projections[direction].flatten(2) for pair in pairs])  # (m, b, t, n)
             shown.append(x.flip(2) if direction else x)
         mlps = [
             (self.layers[pair.layer][direction], pair.role)
@@ -158,16 +158,16 @@ class AttentionBridge(nn.Module):
         ]
         ups = [mlp.up[mlp.up_names[role]] for mlp, role in mlps]
         downs = [mlp.down[mlp.down_names[role]] for mlp, role in mlps]
-        target = torch.stack([pair.target for pair in pairs]).flatten(1, 2)  # (m, r, f)
+        target = _stacked([pair.target for pair in pairs]).flatten(1, 2)  # (m, r, f)
         features = target.shape[-1]
         dtype = accumulation_dtype(target.dtype)
         scales = [target.new_ones((), dtype=dtype) if pair.scale is None else pair.scale.to(dtype) for pair in pairs]
         device = target.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ups[0].weight.dtype
         return _BridgeError.apply(
-            torch.cat(shown).flatten(1, 2),  # (directions * m, r, n)
-            *(torch.stack([getattr(linear, name) for linear in ups]) for name in ("weight", "bias")),
-            *(torch.stack([getattr(linear, name) for linear in downs]) for name in ("weight", "bias")),
+            (torch.cat(shown) if len(shown) > 1 else shown[0]).flatten(1, 2),  # (directions * m, r, n)
+            *(_stacked([getattr(linear, name) for linear in ups]) for name in ("weight", "bias")),
+            *(_stacked([getattr(linear, name) for linear in downs]) for name in ("weight", "bias")),
             target,
             1 / (features * torch.stack(scales).clamp(min=SMALLEST_MEAN_SQUARE)),
             None if mask is None else (mask != 0).flatten(),
@@ -176,8 +176,16 @@ class AttentionBridge(nn.Module):
         )
 
 
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, without a copy where there is nothing to stack."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
 class _BridgeError(torch.autograd.Function):
-    """Squared error of `m` MLPs side by side, with the gradients made in the forward pass: only they are kept."""
+    """Squared error of `m` MLPs side by side, with the gradients made in the forward pass: only they are kept.
+
+    That of the projections is kept before the first linear layer where it is smaller there.
+    """
 
     @staticmethod
     def forward(
@@ -200,7 +208,7 @@ class _BridgeError(torch.autograd.Function):
             )
             before = torch.baddbmm(up_bias.unsqueeze(1), x, up_weight.transpose(1, 2))  # (directions * m, r, k)
             hidden = nn.functional.silu(before)
-            # (directions * m, r, f), the largest tensor here: one of it, changed in place.
+            # (directions * m, r, f), the largest tensor here: one of it, changed in place, seldom read.
             error = torch.baddbmm(down_bias.unsqueeze(1), hidden, down_weight.transpose(1, 2))
             error.unflatten(0, (-1, len(target))).sub_(target)
             if real is not None:
@@ -208,21 +216,27 @@ class _BridgeError(torch.autograd.Function):
             factors = factors.repeat(len(x) // len(target))
             norms = torch.linalg.vector_norm(error, dim=(1, 2), dtype=factors.dtype)
             if is_trained:
-                error.mul_((2 * factors).to(dtype)[:, None, None])
-                grad_before = torch.ops.aten.silu_backward(error @ down_weight, before)
+                slopes = 2 * factors
+                in_dtype = slopes.to(dtype)[:, None, None]
+                grad_before = torch.ops.aten.silu_backward((error @ down_weight).mul_(in_dtype), before)
+                ctx.is_narrow = x.shape[-1] <= before.shape[-1]
                 ctx.save_for_backward(
-                    grad_before @ up_weight,
+                    grad_before @ up_weight if ctx.is_narrow else grad_before,
                     grad_before.transpose(1, 2) @ x,
                     grad_before.sum(1),
-                    error.transpose(1, 2) @ hidden,
-                    error.sum(1),
+                    error.transpose(1, 2) @ hidden.mul_(in_dtype),
+                    error.sum(1, dtype=slopes.dtype) * slopes.unsqueeze(1),
+                    up_weight,
                 )
         return (norms.square() * factors).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (saved.to(dtype) * gradient.to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        of_x, *of_weights, up_weight = ctx.saved_tensors
+        if not ctx.is_narrow:
+            of_x = of_x @ up_weight
+        gradients = (made.to(dtype) * gradient.to(dtype) for made, dtype in zip((of_x, *of_weights), ctx.dtypes))
         return *gradients, None, None, None, None, None
 
 

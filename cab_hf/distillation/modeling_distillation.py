@@ -33,7 +33,7 @@ from cab_hf.packing import shift_labels
 
 ALIGNMENT_LOSSES = ("bridge", "output", "hidden", "attention")
 SCALED_TARGETS = (*ROLES, "output", "hidden")
-BRIDGED_TOGETHER = 2**26
+BRIDGED_TOGETHER = 2**23
 """Numbers that the bridges of neighbouring layers predict at once: more would cost memory and save no time."""
 
 
