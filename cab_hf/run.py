@@ -54,7 +54,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         The report that is also in `report.json`.
 
     Raises:
-        ValueError: `output_dir` holds a run of another recipe, or with `push_to_hub` the token may not write.
+        ValueError: `output_dir` holds a run of another recipe, or with `push_to_hub` the token may not write or the
+            recipe makes a teacher.
         ConnectionError: with `push_to_hub`, the Hub can't be reached.
     """
     folder, args = recipe.output_dir, recipe.stages[-1][1]
@@ -62,6 +63,11 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         torch.set_num_threads(recipe.model.cpu_threads)
     pushes = args.push_to_hub and recipe.is_main_process
     if pushes:  # before a long training, not after it
+        if recipe.model.finetune:
+            raise ValueError(
+                "`push_to_hub` publishes students with their cards; `finetune` makes a teacher. Leave it out, and push "
+                f"the result with `hf upload ORG/NAME {folder}`."
+            )
         if not (folder / CARD_NAME).is_file() and license_of(recipe) is None:
             raise ValueError(
                 f"The licence of teacher {recipe.model.teacher!r} is unknown, and a student without one is not "

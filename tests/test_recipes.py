@@ -255,9 +255,11 @@ class TestRun:
             run_recipe(parse_recipe([*options, "--output_dir", str(tmp_path / "packed")]))
         run_recipe(parse_recipe([*options, "--output_dir", str(tmp_path / "long"), "--isolate_documents", "false"]))
 
-    def test_a_finetuned_teacher_has_one_stage(self, tmp_path):
+    def test_what_a_finetuned_teacher_has_not(self, tmp_path):
         with pytest.raises(ValueError, match="`finetune` is one stage, but the recipe has 2: write a recipe for each"):
             run_recipe(smoke(tmp_path, "--finetune", "true"))
+        with pytest.raises(ValueError, match="`push_to_hub` publishes students .*; `finetune` makes a teacher"):
+            run_recipe(smoke(tmp_path, "--finetune", "true", "--push_to_hub", "true"))
         with pytest.raises(ValueError, match="`teacher_config` is for image classifiers"):
             run_recipe(
                 parse_recipe(
