@@ -65,8 +65,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     if pushes:  # before a long training, not after it
         if recipe.model.finetune:
             raise ValueError(
-                "`push_to_hub` publishes students with their cards; `finetune` makes a teacher. Leave it out, and push "
-                f"the result with `hf upload ORG/NAME {folder}`."
+                "`push_to_hub` publishes students with their cards; `finetune` makes a teacher. Leave it out, and "
+                f"push the result with `hf upload ORG/NAME {folder}`."
             )
         if not (folder / CARD_NAME).is_file() and license_of(recipe) is None:
             raise ValueError(
