@@ -165,6 +165,9 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="smaller: less varied (default: 1.0)")
     parser.add_argument("--batch_size", type=int, default=64, help="documents written side by side (default: 64)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--torch_compile", action="store_true", help="compile the model on a GPU: a minute once, then twice the speed"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the model (default: bfloat16 on a GPU, else float32)"
@@ -191,6 +194,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
+        torch_compile=arguments.torch_compile,
     )
     count = save_tokens(arguments.out, documents, tokenizer)
     print(f"{arguments.out}: {count:,} tokens in {len(documents):,} documents.")

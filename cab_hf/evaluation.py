@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import datasets
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.data import IGNORE_INDEX, LanguageCollator, shift_labels
 from cab_hf.distillation.teacher import check_vocabularies
@@ -279,34 +280,19 @@ def generate(
         Under `greedy` and `sampled`: `repetition_rate` of 4-grams, `distinct_1`, `distinct_2`, `distinct_3`,
         `n_tokens` made and `n_texts`.
     """
-    # Always given: a teacher's own generation config may penalise repetition or sample.
-    ways = {
-        "greedy": {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
-        "sampled": {
-            "do_sample": True,
-            "temperature": 1.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "repetition_penalty": 1.0,
-            "no_repeat_ngram_size": 0,
-        },
-    }
     ends = np.atleast_1d(model.generation_config.eos_token_id or [])
-    devices = [model.device] if model.device.type == "cuda" else []
+    settings = {
+        "max_new_tokens": new_tokens,
+        "eos_token_id": ends.tolist() or None,
+        "pad_token_id": int(ends[0]) if len(ends) else 0,
+    }
     report = {}
-    for way, options in ways.items():
+    for way, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         texts = []
-        with evaluating(model), torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+        with generating(model, seed, temperature, **settings):
             for start in tqdm(range(0, len(prompts), batch_size), desc=f"Generating ({way})"):
                 batch = prompts[start : start + batch_size].to(model.device)
-                out = model.generate(
-                    batch,
-                    attention_mask=torch.ones_like(batch),
-                    max_new_tokens=new_tokens,
-                    pad_token_id=int(ends[0]) if len(ends) else 0,
-                    **options,
-                )
+                out = model.generate(batch, attention_mask=torch.ones_like(batch))
                 texts += [_before_end(row, ends) for row in out[:, batch.shape[1] :].tolist()]
         report[way] = {
             "repetition_rate": repetition_rate(texts),
@@ -440,18 +426,40 @@ def sample(
         The new text, without the prompt.
     """
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    devices = [model.device] if model.device.type == "cuda" else []
-    with evaluating(model), torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad_token_id,
-            **(draws if temperature > 0 else {"do_sample": False}),
-        )
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": model.generation_config.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    }
+    with generating(model, seed, temperature, **settings):
+        output = model.generate(**inputs)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@contextmanager
+def generating(model: PreTrainedModel, seed: int, temperature: float, **settings: Any) -> Iterator[None]:
+    """`model.generate` draws from the model's whole distribution, the same for the same seed.
+
+    A model's own settings, which may hold penalties or cut tails, are put aside; the global random state is left
+    alone.
+
+    Args:
+        model: Any causal language model.
+        seed: Of the random draws.
+        temperature: Divides the logits; 0.0 takes the most likely token each time.
+        settings: Others of a `GenerationConfig`.
+    """
+    draws = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    core = _core(model)
+    own = core.generation_config
+    # As an argument of `generate` it would be filled up with the model's own.
+    core.generation_config = GenerationConfig(**(draws if temperature > 0 else {"do_sample": False}), **settings)
+    try:
+        with evaluating(model), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        core.generation_config = own
 
 
 @contextmanager

@@ -245,6 +245,7 @@ def _teacher_text(
             length=min(data.block_size, longest),
             batch_size=data.teacher_batch_size,
             seed=recipe.stages[0][1].seed,
+            torch_compile=recipe.stages[0][1].torch_compile,
             **prompts,
         )
     except ValueError as error:

@@ -306,6 +306,9 @@ class TestThroughputAndSample:
         texts = [sample(model, tokenizer, "w5", 12, seed=seed, temperature=3.0) for seed in (0, 0, 1)]
         assert texts[0] == texts[1] != texts[2]
         assert torch.equal(torch.random.get_rng_state(), state)
+        model.generation_config.update(repetition_penalty=1e6, top_k=1)  # of its own, not of its distribution
+        assert sample(model, tokenizer, "w5", 12, seed=0, temperature=3.0) == texts[0]
+        assert model.generation_config.top_k == 1
         greedy = sample(model, tokenizer, "w5", 1, temperature=0.0)
         with torch.no_grad():
             assert greedy == words[model(torch.tensor([[5]])).logits[0, -1].argmax()]

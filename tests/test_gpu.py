@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from cab_hf import CABMambaConfig, CABMambaForCausalLM, CABVisionMambaConfig, CABVisionMambaForImageClassification
+from cab_hf.demo import random_llama
 from cab_hf.models.mixers import S6Mixer, SSDMixer
+from cab_hf.sampling import sample_documents
 
 
 pytestmark = [
@@ -129,3 +131,14 @@ def test_bidirectional_kernels_equal_torch(mixer_type, monkeypatch):
         logits = model(pixel_values=images).logits
         found[backend] = {"logits": logits} | gradients(model, logits, images)
     assert_close(found["auto"], found["torch"], 1e-3 if mixer_type == "mamba" else 1e-2)
+
+
+def test_compiled_samples_are_the_models_own():
+    model, tokenizer = random_llama()
+    model.cuda()
+    options = {"length": 24, "batch_size": 4, "temperature": 1e-3}  # next to nothing is left to chance
+    texts = [
+        sample_documents(model, tokenizer, 300, torch_compile=compiles, **options)["input_ids"]
+        for compiles in (False, True)
+    ]
+    assert texts[0] == texts[1]
