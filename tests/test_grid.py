@@ -39,6 +39,7 @@ NUMBERS = {"student_top1": 0.5, "kl": 1.0, "agreement": 0.25}
 
 @pytest.fixture
 def grid(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("quality_grid", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
@@ -356,7 +357,7 @@ def test_listing_and_tables_do_without_torch(write):
     path = write()
     save(path, "A", "1 %", 0, top1=0.5)
     code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['cab_hf'] = None\n"
-    code += f"import runpy; sys.argv = ['grid.py', sys.argv[1], {str(path)!r}]\n"
+    code += f"import runpy; sys.argv = ['grid.py', sys.argv[1], {str(path)!r}]; sys.path[0] = {str(SCRIPT.parent)!r}\n"
     code += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     for action in ("list", "tables"):
         subprocess.run([sys.executable, "-c", code, action], check=True, capture_output=True)
