@@ -3,8 +3,9 @@
     python benchmarks/quality/recall/toy.py [--steps 1500] [--only NAME ...]
 
 A two-layer Transformer learns to copy: random tokens in which spans come again after a gap. It is distilled, by KL
-alone, into students that differ in their text, start, state and taps. `toy_cpu.json` beside this file then holds the
-recall of each at three gaps (`copying_recall`, spans of 16), and the training KL at the end. What is finished stays.
+alone or behind another loss, into students that differ in their text, start, state, taps and decay. `toy_cpu.json`
+beside this file then holds the recall of each at three gaps (`copying_recall`, spans of 16), and the training KL at
+the end. What is finished stays.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,15 +34,36 @@ GAPS, SPAN = (1, 8, 24), 16
 COMMON = {"max_steps": 1500, "per_device_train_batch_size": BATCH, "lr_scheduler_type": "cosine", "warmup_steps": 100}
 COMMON |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 100}
 COMMON |= {"weight_decay": 0.01, "learning_rate": 3e-3}
-# name -> (text repeats spans, fields of the student's config; None: a Mamba-2 with its usual start)
-STUDENTS: dict[str, tuple[bool, dict[str, Any] | None]] = {
-    "random tokens, fitted weights": (False, {}),
-    "repeats, fitted weights": (True, {}),
-    "repeats, state of 64": (True, {"state_size": 64}),
-    "repeats, usual taps": (True, {"conv_init": "usual", "conv_activation": "silu"}),
-    "repeats, usual taps, state of 64": (True, {"conv_init": "usual", "conv_activation": "silu", "state_size": 64}),
-    "repeats, usual Mamba-2": (True, None),
-    "random tokens, state of 64": (False, {"state_size": 64}),
+FIRST = 0.3  # share of the steps that a student's first losses have before the KL
+
+
+class Student(NamedTuple):
+    """What tells one student from the others.
+
+    Attributes:
+        repeats: spans come again in its text.
+        fields: of its config; None: a Mamba-2 from scratch with its usual start.
+        first: weights of the losses that come before the KL.
+    """
+
+    repeats: bool
+    fields: dict[str, Any] | None = {}
+    first: dict[str, float] = {}
+
+
+USUAL_TAPS = {"conv_init": "usual", "conv_activation": "silu"}
+STUDENTS = {
+    "random tokens, fitted weights": Student(False),
+    "repeats, fitted weights": Student(True),
+    "repeats, state of 64": Student(True, {"state_size": 64}),
+    "repeats, usual taps": Student(True, USUAL_TAPS),
+    "repeats, usual taps, state of 64": Student(True, USUAL_TAPS | {"state_size": 64}),
+    "repeats, usual Mamba-2": Student(True, None),
+    "random tokens, state of 64": Student(False, {"state_size": 64}),
+    "repeats, A as the identity": Student(True, {"transition_init": "identity"}),
+    "repeats, mixer outputs first": Student(True, first={"output_weight": 1.0}),
+    "repeats, attention maps first": Student(True, first={"attention_weight": 1.0}),
+    "repeats, bridge first": Student(True, first={"bridge_weight": 1.0}),
 }
 
 
@@ -79,16 +101,19 @@ def make_student(teacher: LlamaForCausalLM, fields: dict[str, Any] | None, text:
     return student
 
 
-def distil(teacher: LlamaForCausalLM, repeats: bool, fields: dict[str, Any] | None, steps: int) -> dict[str, Any]:
+def distil(teacher: LlamaForCausalLM, kind: Student, steps: int) -> dict[str, Any]:
     set_seed(0)
-    text, started = rows(repeats, 1), time.time()
-    student = make_student(teacher, fields, text)
+    text, started = rows(kind.repeats, 1), time.time()
+    student = make_student(teacher, kind.fields, text)
     before = recall(student)
-    args = DistillationTrainingArguments(
-        output_dir=tempfile.mkdtemp(), bridge_weight=0.0, **COMMON | {"max_steps": steps}
-    )
-    trainer = DistillationTrainer(student, teacher, args, train_dataset=text, data_collator=LanguageCollator(0))
-    trainer.train()
+    before_kl = round(FIRST * steps) if kind.first else 0
+    for weights, count in ((kind.first | {"kl_weight": 0.0}, before_kl), ({}, steps - before_kl)):
+        if count == 0:
+            continue
+        losses = {"bridge_weight": 0.0} | weights
+        args = DistillationTrainingArguments(output_dir=tempfile.mkdtemp(), **losses, **COMMON | {"max_steps": count})
+        trainer = DistillationTrainer(student, teacher, args, train_dataset=text, data_collator=LanguageCollator(0))
+        trainer.train()
     log = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     return {
         "recall_before": before,
@@ -111,7 +136,7 @@ def main() -> None:
     print(f"teacher: {report['teacher']}", flush=True)
     for name in options.only:
         if name not in report["students"]:
-            report["students"][name] = distil(teacher, *STUDENTS[name], options.steps)
+            report["students"][name] = distil(teacher, STUDENTS[name], options.steps)
             RESULTS.write_text(json.dumps(report, indent=1) + "\n")
         print(f"{name}: {report['students'][name]}", flush=True)
 
