@@ -166,7 +166,7 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="documents written side by side (default: 64)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--torch_compile", action="store_true", help="compile the model on a GPU: a minute once, then twice the speed"
+        "--torch_compile", action="store_true", help="compile the model on a GPU: a minute once, then faster"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(

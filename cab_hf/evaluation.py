@@ -280,7 +280,8 @@ def generate(
         Under `greedy` and `sampled`: `repetition_rate` of 4-grams, `distinct_1`, `distinct_2`, `distinct_3`,
         `n_tokens` made and `n_texts`.
     """
-    ends = np.atleast_1d(model.generation_config.eos_token_id or [])
+    end = model.generation_config.eos_token_id
+    ends = np.atleast_1d([] if end is None else end).astype(int)
     settings = {
         "max_new_tokens": new_tokens,
         "eos_token_id": ends.tolist() or None,
@@ -315,6 +316,14 @@ def _recall(
 ) -> dict[str, float | int | list[float]]:
     """How often the likeliest token after those at `asked` is the one at `answers`, in sequences of one length."""
     tokens = torch.from_numpy(np.stack(sequences))
+    config = _core(model).config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    is_table = getattr(config, "rope_parameters", None) is None  # rotary positions go on beyond their number
+    if positions and is_table and tokens.shape[1] > positions:
+        raise ValueError(
+            f"{title}: a row has {tokens.shape[1]} tokens, but {type(_core(model)).__name__} has positions for "
+            f"{positions}. Use a smaller gap."
+        )
     right = []
     with evaluating(model, device=device):
         for batch in _batches(model, tokens, batch_size, None, "right", progress, title):
@@ -551,7 +560,8 @@ def _accepted(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
 
 
 def _core(model: PreTrainedModel | nn.Module) -> PreTrainedModel:
-    """The model without an adapter of PEFT around it, whose own signature hides what the model takes."""
+    """The model without torch.compile or an adapter of PEFT around it, whose own signature hides what it takes."""
+    model = getattr(model, "_orig_mod", model)
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 

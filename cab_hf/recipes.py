@@ -197,6 +197,7 @@ CHOICES = {
     "test_crop": ("resize", "center_crop"),
 }
 LISTS = {"stages", "baselines"}
+STUDENTS_ALONE = ("trainable", "ema_decay", "cuda_graph", "student")
 STAGE_FIELDS = {field.name for field in fields(DistillationTrainingArguments) if field.init} - {"output_dir"}
 
 
@@ -230,12 +231,18 @@ class Recipe:
         """The stage of a recipe with `finetune`.
 
         Raises:
-            ValueError: the recipe lists more than one.
+            ValueError: the recipe lists more than one, or sets what only a student's training has.
         """
         if len(self.stages) > 1:
             raise ValueError(
                 f"`finetune` is one stage, but the recipe has {len(self.stages)}: write a recipe for each."
             )
+        for name in STUDENTS_ALONE:
+            if self.values.get(name, default_of(name)) != default_of(name):
+                raise ValueError(
+                    f"`{name}` is {self.values[name]!r}, but `finetune` trains the teacher itself, and all of it, by "
+                    f"the Trainer's own step. Leave `{name}` out."
+                )
         return self.stages[0]
 
     @property

@@ -20,6 +20,7 @@ from transformers import (
 
 from cab_hf.data import load_documents, split_documents
 from cab_hf.demo import fetch_smollm2, random_llama
+from cab_hf.distillation.checkpoints import load_student
 from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.evaluation import check_packing, compare, copying_recall, sample
@@ -102,7 +103,8 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
 def finetune(recipe: Recipe) -> dict[str, Any]:
     """Trains a language model itself on labels and saves it; returns the report, in which it stands as the student.
 
-    What it gains on the text is adaptation: the control beside a student, and a teacher for one of that domain.
+    What it gains on the text is adaptation: the control beside a student, and a teacher for one of that domain. Its
+    weights are float32.
     """
     started = time.time()
     name, args = recipe.only_stage
@@ -115,11 +117,18 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         train_blocks, heldout = load_blocks(recipe, tokenizer, original.to(args.device))
     collator = _collator(tokenizer)
     check_packing(original, collator([train_blocks[0]]))
+    if recipe.data.recall_gaps:  # whether the model has positions enough, before a long training
+        copying_recall(original, _plain_tokens(tokenizer), max(recipe.data.recall_gaps), n=1, progress=False)
+    if not any(parameter.requires_grad for parameter in original.parameters()):
+        raise ValueError(
+            f"`teacher` {recipe.model.teacher!r} loads with all its weights frozen, as an adapter's folder does. "
+            "Merge the adapter (merge_and_unload) and save the model, or name its base model."
+        )
     model = copy.deepcopy(original).to(torch.float32)
     history = read_history(name, args, model)
     if history is None:
         trainer = Trainer(
-            model,
+            copy.deepcopy(model),
             replace(args, push_to_hub=False),
             train_dataset=train_blocks,
             eval_dataset=_one_or_all(heldout),
@@ -127,7 +136,9 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
             processing_class=tokenizer,
         )
         history = train_stage(name, trainer)
-        model.config.use_cache = original.config.use_cache  # the Trainer's own is False
+        # Of the trained model's copy, which FSDP may have cut up and the Trainer's own settings have changed.
+        del trainer
+        load_student(model, Path(args.output_dir))
     model.to(args.device)
     tokens = history["examples"] * len(train_blocks[0]["input_ids"])
     report = {

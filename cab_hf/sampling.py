@@ -49,7 +49,7 @@ def sample_documents(
         seed: Of all draws. The same seed, batch size and machine give the same documents; the global random state is
             left alone.
         torch_compile: On a GPU, compile the model and give it a cache of fixed size, so that a token is one CUDA
-            graph: up to a minute once, then more than twice the speed. For models that transformers can compile.
+            graph: up to a minute once, then faster. For models that transformers can compile.
 
     Returns:
         Rows of {"input_ids": int32 (t,), "name": str, "vocabulary": str}: what `save_tokens` writes and

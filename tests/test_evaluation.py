@@ -309,6 +309,7 @@ class TestThroughputAndSample:
         model.generation_config.update(repetition_penalty=1e6, top_k=1)  # of its own, not of its distribution
         assert sample(model, tokenizer, "w5", 12, seed=0, temperature=3.0) == texts[0]
         assert model.generation_config.top_k == 1
+        assert sample(torch.compile(model, backend="eager"), tokenizer, "w5", 12, seed=0, temperature=3.0) == texts[0]
         greedy = sample(model, tokenizer, "w5", 1, temperature=0.0)
         with torch.no_grad():
             assert greedy == words[model(torch.tensor([[5]])).logits[0, -1].argmax()]

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Trainer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    set_seed,
+)
 
 from cab_hf import run as run_module
 from cab_hf.data import load_documents
@@ -255,11 +263,49 @@ class TestRun:
             run_recipe(parse_recipe([*options, "--output_dir", str(tmp_path / "packed")]))
         run_recipe(parse_recipe([*options, "--output_dir", str(tmp_path / "long"), "--isolate_documents", "false"]))
 
+    def test_a_finetuned_teacher_keeps_its_config(self, tmp_path):
+        """The Trainer writes the tokenizer's special tokens into it, which may lie beyond the embeddings."""
+        model, tokenizer = random_llama()
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / "teacher")
+        options = ["--teacher", str(tmp_path / "teacher"), "--finetune", "true", "--max_steps", "2", *ON_CPU]
+        options += ["--block_size", "64", "--eval_max_tokens", "100", "--report_to", "none"]
+        run_recipe(parse_recipe([*options, "--output_dir", str(tmp_path / "tuned")]))
+        tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+        assert tuned.config.pad_token_id == model.config.pad_token_id and tuned.config.use_cache is True
+        assert not torch.equal(tuned.lm_head.weight, model.lm_head.weight)
+
+    def test_what_cannot_be_finetuned_is_said_before_training(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("cab_hf.run_text.train_stage", lambda *args: 1 / 0)
+        tokenizer = random_llama()[1]
+        config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=128)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+        options = ["--finetune", "true", "--max_steps", "2", "--block_size", "64", *ON_CPU]
+        tokenizer.save_pretrained(tmp_path / "gpt2")
+        options += ["--teacher", str(tmp_path / "gpt2")]
+        with pytest.raises(ValueError, match="a row has 144 tokens, but GPT2LMHeadModel has positions for 128"):
+            run_recipe(parse_recipe([*options, "--recall_gaps", "16", "--output_dir", str(tmp_path / "gap")]))
+        model = random_llama()[0].requires_grad_(False)  # as transformers loads an adapter's folder
+        monkeypatch.setattr("cab_hf.run_text.load_teacher", lambda name: (model, tokenizer))
+        with pytest.raises(ValueError, match="frozen, as an adapter's folder does. Merge the adapter"):
+            run_recipe(parse_recipe([*options, "--output_dir", str(tmp_path / "lora")]))
+
     def test_what_a_finetuned_teacher_has_not(self, tmp_path):
         with pytest.raises(ValueError, match="`finetune` is one stage, but the recipe has 2: write a recipe for each"):
             run_recipe(smoke(tmp_path, "--finetune", "true"))
         with pytest.raises(ValueError, match="`push_to_hub` publishes students .*; `finetune` makes a teacher"):
             run_recipe(smoke(tmp_path, "--finetune", "true", "--push_to_hub", "true"))
+        for option, value in (
+            ("trainable", "layers.0"),
+            ("ema_decay", "0.9"),
+            ("student", "x"),
+            ("cuda_graph", "true"),
+        ):
+            folder = ["--output_dir", str(tmp_path / f"only-{option}"), "--teacher", "random-llama"]
+            recipe = parse_recipe(["--finetune", "true", f"--{option}", value, *folder, *ON_CPU])
+            with pytest.raises(ValueError, match=f"`{option}` is .*, but `finetune` trains the teacher itself"):
+                run_recipe(recipe)
         with pytest.raises(ValueError, match="`teacher_config` is for image classifiers"):
             run_recipe(
                 parse_recipe(

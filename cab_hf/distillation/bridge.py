@@ -217,6 +217,9 @@ class _BridgeError(torch.autograd.Function):
             norms = torch.linalg.vector_norm(error, dim=(1, 2), dtype=factors.dtype)
             if is_trained:
                 slopes = 2 * factors
+                if dtype == torch.float16:  # whose sums over tokens would overflow
+                    error.mul_(slopes.to(dtype)[:, None, None])
+                    slopes = torch.ones_like(slopes)
                 in_dtype = slopes.to(dtype)[:, None, None]
                 grad_before = torch.ops.aten.silu_backward((error @ down_weight).mul_(in_dtype), before)
                 ctx.is_narrow = x.shape[-1] <= before.shape[-1]
