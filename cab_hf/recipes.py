@@ -237,10 +237,11 @@ class Recipe:
             raise ValueError(
                 f"`finetune` is one stage, but the recipe has {len(self.stages)}: write a recipe for each."
             )
+        given = vars(self.model) | vars(self.stages[0][1])
         for name in STUDENTS_ALONE:
-            if self.values.get(name, default_of(name)) != default_of(name):
+            if given[name] != default_of(name):
                 raise ValueError(
-                    f"`{name}` is {self.values[name]!r}, but `finetune` trains the teacher itself, and all of it, by "
+                    f"`{name}` is {given[name]!r}, but `finetune` trains the teacher itself, and all of it, by "
                     f"the Trainer's own step. Leave `{name}` out."
                 )
         return self.stages[0]

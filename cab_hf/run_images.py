@@ -6,7 +6,6 @@ Shape legend: `b` image, `c` channel, `V` label.
 import copy
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +46,7 @@ from cab_hf.images import (
 from cab_hf.metrics import top_k_accuracy
 from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification
 from cab_hf.recipes import Recipe
-from cab_hf.stages import read_history, run_facts, run_stage, train_stage
+from cab_hf.stages import finetune_stage, run_facts, run_stage
 from cab_hf.transfer import fit_output_projection, vision_student_from_teacher
 
 
@@ -201,18 +200,17 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         sets = load_sets(recipe, recipe.images.load_size or size)
     model, processor = new_image_teacher(recipe, size, sets.names)
     transform = make_transform(recipe, processor, sets.names, size, size)
-    history = read_history(name, args, model)
-    if history is None:
-        trainer = ImageTrainer(
-            model,
-            replace(args),
-            train_dataset=sets.train,
-            eval_dataset=sets.validation,
-            data_collator=collate_images,
-            processing_class=processor,
-            batch_transform=transform,
-        )
-        history = train_stage(name, trainer)
+    model, history = finetune_stage(
+        name,
+        args,
+        model,
+        ImageTrainer,
+        train_dataset=sets.train,
+        eval_dataset=sets.validation,
+        data_collator=collate_images,
+        processing_class=processor,
+        batch_transform=transform,
+    )
     model.to(args.device)
     report = {
         "task": recipe.model.task,

@@ -1,9 +1,7 @@
 """The language run of a recipe: a causal language model becomes a Mamba; or a teacher is finetuned."""
 
-import copy
 import textwrap
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,11 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     set_seed,
 )
 
 from cab_hf.data import load_documents, split_documents
 from cab_hf.demo import fetch_smollm2, random_llama
-from cab_hf.distillation.checkpoints import load_student
 from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.evaluation import check_packing, compare, copying_recall, sample
@@ -30,7 +26,7 @@ from cab_hf.packing import LanguageCollator, pack_documents, save_tokens
 from cab_hf.recipes import Recipe
 from cab_hf.repeats import insert_repeats
 from cab_hf.sampling import longest_document, sample_documents
-from cab_hf.stages import read_history, run_facts, run_stage, train_stage
+from cab_hf.stages import finetune_stage, run_facts, run_stage
 from cab_hf.transfer import fit_output_projection, student_from_teacher
 
 
@@ -124,21 +120,15 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
             f"`teacher` {recipe.model.teacher!r} loads with all its weights frozen, as an adapter's folder does. "
             "Merge the adapter (merge_and_unload) and save the model, or name its base model."
         )
-    model = copy.deepcopy(original).to(torch.float32)
-    history = read_history(name, args, model)
-    if history is None:
-        trainer = Trainer(
-            copy.deepcopy(model),
-            replace(args, push_to_hub=False),
-            train_dataset=train_blocks,
-            eval_dataset=_one_or_all(heldout),
-            data_collator=collator,
-            processing_class=tokenizer,
-        )
-        history = train_stage(name, trainer)
-        # Of the trained model's copy, which FSDP may have cut up and the Trainer's own settings have changed.
-        del trainer
-        load_student(model, Path(args.output_dir))
+    model, history = finetune_stage(
+        name,
+        args,
+        original,
+        train_dataset=train_blocks,
+        eval_dataset=_one_or_all(heldout),
+        data_collator=collator,
+        processing_class=tokenizer,
+    )
     model.to(args.device)
     tokens = history["examples"] * len(train_blocks[0]["input_ids"])
     report = {

@@ -1,5 +1,6 @@
 """One stage of a recipe: train, save, remember that it is done."""
 
+import copy
 import json
 import platform
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from cab_hf.distillation.checkpoints import last_whole_checkpoint, load_student
@@ -50,6 +51,37 @@ def run_stage(
     # The whole run is pushed once, at its end.
     trainer = DistillationTrainer(student, teacher, replace(args, push_to_hub=False), **trainer_kwargs)
     return train_stage(name, trainer)
+
+
+def finetune_stage(
+    name: str,
+    args: DistillationTrainingArguments,
+    model: PreTrainedModel,
+    trainer_class: type[Trainer] = Trainer,
+    **trainer_kwargs: Any,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Trains a teacher itself, on labels; a stage that is finished is loaded, one that was cut off goes on.
+
+    Args:
+        name: the stage's, for messages.
+        args: of the stage; `args.output_dir` then holds its checkpoints and the trained model.
+        model: to start from; it stays as it is.
+        trainer_class: of the training.
+        trainer_kwargs: of the trainer.
+
+    Returns:
+        The trained model, whole and in float32, with the given one's config, which the Trainer changes in its own;
+        and the history, as `run_stage` returns it.
+    """
+    history_file = Path(args.output_dir) / HISTORY_NAME
+    if history_file.is_file():
+        logger.warning(f"Stage {name!r} is complete in {args.output_dir}; its model is loaded.")
+        history = json.loads(history_file.read_text())
+    else:
+        trained = copy.deepcopy(model).to(torch.float32)  # FSDP cuts it up in place
+        trainer = trainer_class(trained, replace(args, push_to_hub=False), **trainer_kwargs)
+        history = train_stage(name, trainer)
+    return type(model).from_pretrained(args.output_dir, config=model.config, dtype=torch.float32), history
 
 
 def read_history(name: str, args: DistillationTrainingArguments, student: nn.Module) -> dict[str, Any] | None:

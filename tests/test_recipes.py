@@ -277,7 +277,7 @@ class TestRun:
         assert not torch.equal(tuned.lm_head.weight, model.lm_head.weight)
 
     def test_what_cannot_be_finetuned_is_said_before_training(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("cab_hf.run_text.train_stage", lambda *args: 1 / 0)
+        monkeypatch.setattr("cab_hf.stages.train_stage", lambda *args: 1 / 0)
         tokenizer = random_llama()[1]
         config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=128)
         GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")

@@ -93,9 +93,9 @@ def layer_influence(hidden_states: Sequence[Tensor], mask: Tensor | None = None)
 def layers_by_influence(hidden_states: Sequence[Tensor], student_layers: int, mask: Tensor | None = None) -> list[int]:
     """A layer map by similarity of representations: teacher layers that change the tokens most come first.
 
-    A layer's influence is `layer_influence`. A student with fewer layers learns from the
-    most influential ones, in the teacher's order; in one with more, every teacher layer teaches once, and each further
-    student layer goes to the layer with most influence per student layer so far.
+    A layer's influence is `layer_influence`. A student with fewer layers learns from the most influential ones, in the
+    teacher's order; in one with more, every teacher layer teaches once, and each further student layer goes to the
+    layer with most influence per student layer so far.
 
     Args:
         hidden_states: `(b, t, d)` each: a teacher's embeddings, then every layer's output, as

@@ -147,15 +147,12 @@ class AttentionBridge(nn.Module):
         return sum((self._group_loss(group, mask) for group in groups.values()), start=0.0)
 
     def _group_loss(self, pairs: list[BridgePair], mask: Tensor | None) -> Tensor:
-        shown = []
+        shown, mlps = [], []
         for direction in range(self.num_directions):
-            x = _stacked([pair.projections[direction].flatten(2) for pair in pairs])  # (m, b, t, n)
-            shown.append(x.flip(2) if direction else x)
-        mlps = [
-            (self.layers[pair.layer][direction], pair.role)
-            for direction in range(self.num_directions)
-            for pair in pairs
-        ]
+            for pair in pairs:
+                x = pair.projections[direction].flatten(2)  # (b, t, n)
+                shown.append(x.flip(1) if direction else x)
+                mlps.append((self.layers[pair.layer][direction], pair.role))
         ups = [mlp.up[mlp.up_names[role]] for mlp, role in mlps]
         downs = [mlp.down[mlp.down_names[role]] for mlp, role in mlps]
         target = _stacked([pair.target for pair in pairs]).flatten(1, 2)  # (m, r, f)
@@ -165,7 +162,7 @@ class AttentionBridge(nn.Module):
         device = target.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ups[0].weight.dtype
         return _BridgeError.apply(
-            (torch.cat(shown) if len(shown) > 1 else shown[0]).flatten(1, 2),  # (directions * m, r, n)
+            _stacked(shown).flatten(1, 2),  # (directions * m, r, n)
             *(_stacked([getattr(linear, name) for linear in ups]) for name in ("weight", "bias")),
             *(_stacked([getattr(linear, name) for linear in downs]) for name in ("weight", "bias")),
             target,
@@ -176,9 +173,9 @@ class AttentionBridge(nn.Module):
         )
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+def _stacked(tensors: list[Tensor]) -> Tensor:
     """`torch.stack`, without a copy where there is nothing to stack."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 class _BridgeError(torch.autograd.Function):
