@@ -316,9 +316,8 @@ def _recall(
 ) -> dict[str, float | int | list[float]]:
     """How often the likeliest token after those at `asked` is the one at `answers`, in sequences of one length."""
     tokens = torch.from_numpy(np.stack(sequences))
-    config = _core(model).config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    is_table = getattr(config, "rope_parameters", None) is None  # rotary positions go on beyond their number
+    positions = num_positions(model)
+    is_table = getattr(_core(model).config.get_text_config(), "rope_parameters", None) is None
     if positions and is_table and tokens.shape[1] > positions:
         raise ValueError(
             f"{title}: a row has {tokens.shape[1]} tokens, but {type(_core(model)).__name__} has positions for "
@@ -557,6 +556,11 @@ def _logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Ten
 
 def _accepted(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(_core(model).forward).parameters
+
+
+def num_positions(model: PreTrainedModel) -> int | None:
+    """Tokens of a row that a language model has positions for; None: any number. Rotary positions go on beyond it."""
+    return getattr(_core(model).config.get_text_config(), "max_position_embeddings", None)
 
 
 def _core(model: PreTrainedModel | nn.Module) -> PreTrainedModel:

@@ -34,6 +34,7 @@ from cab_hf.evaluation import (
     copying_recall,
     evaluating,
     generate,
+    num_positions,
     throughput,
 )
 from cab_hf.export import load_image_processor, load_tokenizer, read_student
@@ -190,7 +191,7 @@ def text_speed(
         what was allocated at once beside them while the prompt was read and continued. None altogether where the
         model's positions end before `length`.
     """
-    limit = model.config.get_text_config().to_dict().get("max_position_embeddings")
+    limit = num_positions(model)
     if limit is not None and length + new_tokens + 1 > limit:
         return None
     options = {"repeats": repeats, "warmup": 1}

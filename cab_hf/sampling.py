@@ -16,7 +16,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cab_hf.evaluation import generating
+from cab_hf.evaluation import generating, num_positions
 from cab_hf.packing import TOKENISED, Documents, pack_documents, vocabulary_digest
 
 
@@ -94,7 +94,7 @@ def sample_documents(
 
 def longest_document(model: PreTrainedModel, has_prompts: bool) -> int | None:
     """Tokens that a model's positions have room for; without a prompt, one of them is what a document starts from."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = num_positions(model)
     return None if positions is None else positions - (not has_prompts)
 
 

@@ -73,6 +73,21 @@ def test_shared_roles_share_what_fits():
     assert sum(p.numel() for p in grouped.parameters()) == 6 * 5 + 5 + (5 * 4 + 4) + (5 * 8 + 8)
 
 
+@pytest.mark.parametrize(("query_size", "shared_roles"), [(4, False), (4, True), (8, True)])
+def test_a_centered_bridge_starts_at_the_means(query_size, shared_roles):
+    torch.manual_seed(0)
+    bridge = AttentionBridge([6, 6], [4, 4], [query_size] * 2, 5, shared_roles, num_directions=2)
+    sizes = {"key": 4, "query": query_size}
+    means = {(layer, role): torch.randn(sizes[role]) for layer in (0, 1) for role in ROLES}
+    bridge.center(means)
+    for linear in (linear for layer in bridge.layers for mlps in layer for linear in mlps.down.values()):
+        linear.weight.data.zero_()
+    for (layer, role), mean in means.items():
+        expected = (means[layer, "key"] + means[layer, "query"]) / 2 if shared_roles and query_size == 4 else mean
+        for direction in (0, 1):
+            assert torch.equal(bridge(layer, role, torch.randn(2, 3, 6), direction), expected.expand(2, 3, -1))
+
+
 def test_state_dict_round_trips():
     torch.manual_seed(0)
     arguments = {

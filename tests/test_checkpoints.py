@@ -34,6 +34,7 @@ LONG = {
     "weight_decay": 0.1,
     "kl_decay": "linear",
     "hidden_end": 0.65,
+    "bridge_centered": True,
 }
 
 

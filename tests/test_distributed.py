@@ -40,6 +40,7 @@ TRAININGS = {
     "hidden only": {**NO_LOSS, "hidden_weight": 1.0, "relative_loss": False},
     "after the bridge's end": {**SIX_LOSSES, "bridge_end": 0.5, "output_end": 0.5, "max_steps": 4},
     "after every end": {**NO_LOSS, "bridge_weight": 1.0, "bridge_end": 0.5, "max_steps": 2},
+    "centered": {**SIX_LOSSES, "bridge_centered": True},
     "partly frozen": {**SIX_LOSSES, "trainable": "in_proj|norm"},
     "lora": {**SIX_LOSSES, "lora": True},
     "recomputed": {**SIX_LOSSES, "activation_checkpointing": True},

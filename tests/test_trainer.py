@@ -159,6 +159,38 @@ def weighted(parts: dict[str, Tensor], weights: dict[str, float] = SIX_LOSSES) -
 
 
 @pytest.mark.parametrize("relative", [False, True])
+def test_the_bridge_starts_at_its_targets_means(tmp_path, relative):
+    rows = ragged_rows((11, 3, 5, 2))
+    trainer, _ = make_trainer(
+        tmp_path, rows=rows, relative_loss=relative, bridge_centered=True, per_device_train_batch_size=3
+    )
+    started = copy.deepcopy(trainer.model.state_dict())
+    trainer._calibrate_targets()
+    truths = [naive_teacher(tiny_teacher(), tokens) for tokens in real_tokens(rows)]
+    for layer, index in enumerate(LAYER_MAP):
+        for row, role in enumerate(("key", "query")):
+            targets = torch.cat([(truth.keys if role == "key" else truth.queries)[index] for truth in truths])
+            bias = f"bridge.layers.{layer}.0.down.{role}.bias"
+            torch.testing.assert_close(trainer.model.state_dict()[bias], targets.mean(0), rtol=1e-4, atol=1e-6)
+            scale = (targets - targets.mean(0)).square().mean() if relative else torch.tensor(1.0)
+            torch.testing.assert_close(trainer.model.target_scales[row, layer], scale, rtol=1e-3, atol=0)
+            started[bias] = trainer.model.state_dict()[bias]
+    for name, value in trainer.model.state_dict().items():
+        assert name == "target_scales" or torch.equal(value, started[name]), name
+
+
+def test_a_constant_target_is_not_divided_by_nothing(tmp_path):
+    trainer, _ = make_trainer(tmp_path, bridge_centered=True, relative_loss=True)
+    means = {
+        (layer, role): torch.full_like(linear.bias, 3.0)
+        for layer, (mlps,) in enumerate(trainer.model.bridge.layers)
+        for role, linear in mlps.down.items()
+    }
+    trainer.model.calibrate(torch.full((4, 2), 9.0), means)
+    torch.testing.assert_close(trainer.model.target_scales, torch.tensor([[9e-4] * 2] * 2 + [[9.0] * 2] * 2))
+
+
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize(
     "student", [{"mixer_type": "mamba"}, {"mixer_type": "mamba2"}, {"mixer_type": "mamba2", "n_groups": 2}]
 )

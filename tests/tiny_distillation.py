@@ -76,6 +76,7 @@ def make_arguments(folder: Any, **overrides: Any):
         "max_grad_norm": 0.0,
         "max_steps": 1,
         "per_device_train_batch_size": 8,
+        "bridge_centered": False,  # the model as built, for tests that compute a step again
     }
     return DistillationTrainingArguments(**{**quiet, **overrides})
 

@@ -161,18 +161,19 @@ def measure(
     def student() -> CABMambaForCausalLM:
         return CABMambaForCausalLM.from_teacher(teacher_model.cpu().float()).to(device)
 
-    fresh_memory()
-    with torch.no_grad():
-        seconds = timed(lambda: teacher_model(ids, use_cache=False), options.warm_up, options.spans, options.span)
-    results["part: teacher forward"] = row(seconds, tokens)
+    if options.parts:
+        fresh_memory()
+        with torch.no_grad():
+            seconds = timed(lambda: teacher_model(ids, use_cache=False), options.warm_up, options.spans, options.span)
+        results["part: teacher forward"] = row(seconds, tokens)
 
-    model = student().train()
-    teacher_model.to(device, torch.bfloat16)
-    fresh_memory()
-    results["part: student step"] = row(student_steps(model, ids, options), tokens)
-    del model
-    parts = sum(results[name]["milliseconds"] for name in ("part: teacher forward", "part: student step"))
-    results["ceiling of the parts"] = {"tokens_per_second": 1e3 * tokens / parts, "milliseconds": parts}
+        model = student().train()
+        teacher_model.to(device, torch.bfloat16)
+        fresh_memory()
+        results["part: student step"] = row(student_steps(model, ids, options), tokens)
+        del model
+        parts = sum(results[name]["milliseconds"] for name in ("part: teacher forward", "part: student step"))
+        results["ceiling of the parts"] = {"tokens_per_second": 1e3 * tokens / parts, "milliseconds": parts}
 
     teacher = Teacher(teacher_model)
     for name in options.variants:
@@ -253,6 +254,7 @@ def main() -> None:
     parser = step_parser(__doc__, VARIANTS)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--batches", nargs="+", default=["32x512", "16x1024"], help="batch x length")
+    parser.add_argument("--parts", action=argparse.BooleanOptionalAction, default=True, help="measure them, too")
     options = parser.parse_args()
     report = step_report(options, dtype="bfloat16 autocast", shape=options.shape)
     for batch in options.batches:

@@ -4,7 +4,7 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group
 width, `f` features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -109,6 +109,22 @@ class AttentionBridge(nn.Module):
                 f"direction is {direction}, but the bridge was built with num_directions={self.num_directions}."
             )
         return self.layers[layer][direction](role, projection.flatten(2))
+
+    @torch.no_grad()
+    def center(self, means: Mapping[tuple[int, Role], Tensor]) -> None:
+        """Starts the output biases at the targets' means, so that the MLPs and the student learn what varies.
+
+        Most of a pretrained teacher's keys is one constant vector: adding it to all keys of a softmax changes nothing,
+        so training leaves it anywhere. Biases move by one learning rate a step; B and C would have to carry the rest.
+
+        Args:
+            means: of each (layer, role), `(f,)`: the mean over tokens. A bias that both roles share gets their mean.
+        """
+        for layer, directions in enumerate(self.layers):
+            for mlps in directions:
+                for name, linear in mlps.down.items():
+                    roles = [role for role in ROLES if mlps.down_names[role] == name]
+                    linear.bias.copy_(torch.stack([means[layer, role] for role in roles]).mean(0))
 
     def loss(self, pairs: Sequence[BridgePair], mask: Tensor | None = None) -> Tensor:
         """Squared error of the predictions: mean over features, summed over pairs, directions and real tokens.

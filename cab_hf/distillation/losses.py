@@ -29,6 +29,7 @@ __all__ = [
     "mean_square",
     "output_loss",
     "target_map",
+    "token_mean",
 ]
 
 SMALLEST_MEAN_SQUARE = 1e-12
@@ -150,6 +151,20 @@ def mean_square(target: Tensor, mask: Tensor | None = None) -> Tensor:
     real = mask != 0
     rows = torch.where(real[..., None], rows, 0)
     return _sum_of_squares(rows) / (real.sum().clamp(min=1) * rows.shape[-1])
+
+
+def token_mean(target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A target's mean over its real tokens.
+
+    Args:
+        target: `(b, t, ...)`.
+        mask: as in `mean_square`.
+
+    Returns:
+        The dimensions behind `t`, float32 (float64 for float64 inputs), detached; 0 without real tokens.
+    """
+    rows = target.detach().flatten(0, 1) if mask is None else target.detach()[mask != 0]
+    return rows.sum(0, dtype=accumulation_dtype(rows.dtype)) / max(len(rows), 1)
 
 
 def _squared_error(

@@ -3,6 +3,7 @@
 Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from cab_hf.distillation.losses import (
     mean_square,
     output_loss,
     target_map,
+    token_mean,
 )
 from cab_hf.distillation.teacher import Teacher, TeacherAttention, TeacherOutput
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
@@ -33,6 +35,8 @@ from cab_hf.packing import shift_labels
 
 ALIGNMENT_LOSSES = ("bridge", "output", "hidden", "attention")
 SCALED_TARGETS = (*ROLES, "output", "hidden")
+SMALLEST_VARIANCE = 1e-4
+"""Share of its mean square below which a target counts as constant."""
 BRIDGED_TOGETHER = 2**23
 """Numbers that the bridges of neighbouring layers predict at once: more would cost memory and save no time."""
 
@@ -106,8 +110,8 @@ class DistillationModel(nn.Module):
                 num_directions=2 if self.reads_images and config.bidirectional else 1,
             )
         self._check_widths(teacher)
-        # The targets' mean squares, by which relative losses divide: measured once, on the same examples in every
-        # run, so that a loss does not depend on how a batch is cut into accumulation steps and processes.
+        # By which relative losses divide: measured once, on the same examples in every run, so that a loss does not
+        # depend on how a batch is cut into accumulation steps and processes.
         self.register_buffer("target_scales", torch.ones(len(SCALED_TARGETS), config.num_hidden_layers))
 
     def _check_widths(self, teacher: Teacher) -> None:
@@ -141,19 +145,43 @@ class DistillationModel(nn.Module):
         self.student.activation_checkpointing_enable(**kwargs)
 
     @torch.no_grad()
-    def measure_targets(self, targets: TeacherOutput, mask: Tensor | None) -> Tensor:
-        """The mean squares `(4, layers)` of one batch's targets; one where the teacher was not asked for them."""
-        scales = torch.ones_like(self.target_scales)
+    def measure_targets(
+        self, targets: TeacherOutput, mask: Tensor | None
+    ) -> tuple[Tensor, dict[tuple[int, Role], Tensor]]:
+        """What one batch's targets are like, over its real tokens.
+
+        Returns:
+            Mean squares `(4, layers)`, one where the teacher was not asked for the targets; and, with a bridge, of
+            each (layer, role) the mean `(f,)`.
+        """
+        squares, means = torch.ones_like(self.target_scales), {}
         for layer, index in enumerate(self.layer_map):
             if targets.attentions is not None:
                 bridged = _bridge_targets(targets.attentions[index], self.args.target_map, mask)
                 for row, role in enumerate(ROLES):
-                    scales[row, layer] = mean_square(bridged[role], mask)
+                    squares[row, layer] = mean_square(bridged[role], mask)
+                    if self.bridge is not None:
+                        means[layer, role] = token_mean(bridged[role], mask)
                 if targets.attentions[index].output is not None:
-                    scales[2, layer] = mean_square(targets.attentions[index].output, mask)
+                    squares[2, layer] = mean_square(targets.attentions[index].output, mask)
             if targets.hidden_states is not None:
-                scales[3, layer] = mean_square(self._hidden_pair(None, targets, layer)[1], mask)
-        return scales
+                squares[3, layer] = mean_square(self._hidden_pair(None, targets, layer)[1], mask)
+        return squares, means
+
+    @torch.no_grad()
+    def calibrate(self, squares: Tensor, means: Mapping[tuple[int, Role], Tensor]) -> None:
+        """Starts the bridge at its targets' means, and lets relative losses divide by what is left to predict.
+
+        Args:
+            squares, means: as from `measure_targets`, over as many tokens as there are.
+        """
+        if self.args.bridge_centered and self.bridge is not None:
+            self.bridge.center(means)
+            for (layer, role), mean in means.items():
+                square = squares[ROLES.index(role), layer]
+                square.copy_(torch.maximum(square - mean.square().mean(), SMALLEST_VARIANCE * square))
+        if self.args.relative_loss:
+            self.target_scales.copy_(squares)
 
     def forward(
         self,

@@ -132,7 +132,7 @@ class DistillationTrainer(Trainer):
         self._eval_sums = None
         self._constant_weights = {}
         self._graphed_step = None
-        self._is_calibrated = not args.relative_loss
+        self._is_calibrated = not (args.relative_loss or (args.bridge_centered and args.bridge_weight > 0))
         set_seed(args.seed)  # of the bridge's start, which must be the same on every process
         model = DistillationModel(student, teacher, args)
         self._student_config = model.core.config
@@ -195,7 +195,7 @@ class DistillationTrainer(Trainer):
         return output
 
     def _calibrate_targets(self) -> None:
-        """Measures relative losses' targets on the first examples: the same on every process, no sampler moved."""
+        """Measures the targets on the first examples: the same on every process, no sampler moved."""
         active = frozenset(name for name in ALIGNMENT_LOSSES if getattr(self.args, f"{name}_weight") > 0)
         dataset = self.train_dataset
         if self._is_calibrated or not active or dataset is None:
@@ -208,18 +208,21 @@ class DistillationTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self._move_model_to_device(model, self.args.device)
         model.eval()  # so that the batch transform draws nothing
-        scales, tokens = torch.zeros_like(model.target_scales), 0
+        squares, means, tokens = torch.zeros_like(model.target_scales), {}, 0
         for start in range(0, len(examples), self.args.per_device_train_batch_size):
             batch = self._prepare_inputs(collate(examples[start : start + self.args.per_device_train_batch_size]))
             count = self._local_counts(batch)[0]
-            scales += count * model.measure_targets(self._teach(batch, active), batch.get("attention_mask"))
+            some, their_means = model.measure_targets(self._teach(batch, active), batch.get("attention_mask"))
+            squares += count * some
+            means = {place: count * mean + means.get(place, 0) for place, mean in their_means.items()}
             tokens += count
-        if tokens == 0:
+        if tokens > 0:
+            model.calibrate(squares / tokens, {place: mean / tokens for place, mean in means.items()})
+        elif self.args.relative_loss:
             raise ValueError(
                 f"The first {len(examples)} examples of `train_dataset` hold {int(tokens)} real tokens, on which the "
                 "relative losses' scales are measured. Filter out empty examples, or set `relative_loss=False`."
             )
-        model.target_scales.copy_(scales / tokens)
         self._is_calibrated = True
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:

@@ -84,6 +84,10 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     bridge_hidden_size: int = field(default=128, metadata={"help": "Hidden width of the bridge's MLPs."})
     bridge_shared_roles: bool = field(default=False, metadata={"help": "One MLP body for B and C of a layer."})
+    bridge_centered: bool = field(
+        default=True,
+        metadata={"help": "Start the bridge's output biases at its targets' means: it learns what varies."},
+    )
     bridge_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the bridge; the student's when not given."}
     )
