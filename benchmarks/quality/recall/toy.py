@@ -63,7 +63,7 @@ STUDENTS = {
     "repeats, A as the identity": Student(True, {"transition_init": "identity"}),
     "repeats, mixer outputs first": Student(True, first={"output_weight": 1.0}),
     "repeats, attention maps first": Student(True, first={"attention_weight": 1.0}),
-    "repeats, bridge first": Student(True, first={"bridge_weight": 1.0}),
+    "repeats, bridge first": Student(True, first={"bridge_weight": 1.0, "bridge_centered": False}),
 }
 
 
