@@ -177,11 +177,28 @@ def test_figures_of_cifar10():
     added = steps["mamba kd + bridge"]["milliseconds"] / steps["mamba kd"]["milliseconds"] - 1
     assert f"the bridge adds {100 * added:.0f} % time to its step" in README
     report = result("quality/cifar10/vim_tiny_h200.json")["student"]
-    (after,) = report["after"].values()
     log = report["stages"][0]["log"]
     assert report["stages"][0]["steps"] == 2000 and all(value == value for entry in log for value in entry.values())
-    shown = f"Its top-1 of {after['student_top1']:.2f} after so few steps on {report['train_images']:,} images"
-    assert f"{shown}, of a teacher's {after['teacher_top1']:.3f}, is no claim" in README
+    runs = result("quality/cifar10/weights_5e-4_h200.json")["runs"]
+    assert len(runs) == 6 and {run["options"]["learning_rate"] for run in runs} == {5e-4}
+    forgetful = [run for run in runs if run["before"]["top1"] > 0.5 and run["data"] != "1 %"]
+    assert len(forgetful) == 2 and all(run["after"]["top1"] < run["before"]["top1"] for run in forgetful)
+
+
+def test_figures_of_the_bridges_start():
+    shares = result("quality/bridge_start/constant_share_cpu.json")
+    for teacher, shown in (
+        ("smollm2-135m", "SmolLM2-135M {} to {} %"),
+        ("cifar10_dinov2_small", "DINOv2-S {} to {} %"),
+    ):
+        keys = [f"{100 * share:.0f}" for share in shares[teacher]["key"]["constant_share"]]
+        assert shown.format(min(keys, key=int), max(keys, key=int)) in README
+    assert max(shares["digits_vit"]["key"]["constant_share"]) < 0.2
+    table = result("quality/cifar10/table.json")["measures"]["top1"]
+    paper, kd, scratch = (table[name]["10 %"] for name in ("CAB, not centered", "soft KD", "from scratch"))
+    assert {cell["n"] for cell in (paper, kd, scratch)} == {1}
+    shown = f"the paper's student has a top-1 of {paper['mean']:.3f}, that of soft KD {kd['mean']:.3f}, training from"
+    assert f"{shown} scratch {scratch['mean']:.3f}" in README
 
 
 def test_figures_of_decoding():
