@@ -199,6 +199,10 @@ def test_figures_of_the_bridges_start():
     assert {cell["n"] for cell in (paper, kd, scratch)} == {1}
     shown = f"the paper's student has a top-1 of {paper['mean']:.3f}, that of soft KD {kd['mean']:.3f}, training from"
     assert f"{shown} scratch {scratch['mean']:.3f}" in README
+    pilot = {run["method"]: run for run in result("quality/bridge_start/cifar10_cpu.json")["bridge"]}
+    assert [pilot[name]["options"]["bridge_centered"] for name in ("CAB", "CAB, not centered")] == [True, False]
+    here, kd, paper = (pilot[name]["measures"]["kl"] for name in ("CAB", "soft KD", "CAB, not centered"))
+    assert f"is {here:.2f} with it, {kd:.2f} for soft KD and {paper:.2f} with the paper's start" in README
 
 
 def test_figures_of_decoding():
