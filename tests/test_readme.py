@@ -203,6 +203,10 @@ def test_figures_of_the_bridges_start():
     assert [pilot[name]["options"]["bridge_centered"] for name in ("CAB", "CAB, not centered")] == [True, False]
     here, kd, paper = (pilot[name]["measures"]["kl"] for name in ("CAB", "soft KD", "CAB, not centered"))
     assert f"is {here:.2f} with it, {kd:.2f} for soft KD and {paper:.2f} with the paper's start" in README
+    (text,) = (rows for name, rows in result("quality/bridge_start/table.json")["measures"].items() if "KL" in name)
+    names = ("KL and bridge", "KL", "KL and bridge, not centered")
+    here, kl, paper = (text[name]["56k tokens"]["mean"] for name in names)
+    assert f"KL {here:.2f}, without a bridge {kl:.2f}, with the paper's start {paper:.2f}" in README
 
 
 def test_figures_of_decoding():

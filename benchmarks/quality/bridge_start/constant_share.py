@@ -3,8 +3,8 @@
     python benchmarks/quality/bridge_start/constant_share.py --text TEACHER ... --images DATASET=TEACHER ... \\
         --output benchmarks/quality/bridge_start/constant_share_cpu.json
 
-A constant added to all keys changes no softmax, so that training leaves it anywhere; a bridge with plain squared errors
-learns it first. Text: 4,096 tokens of Python's language reference; images: 64 test images.
+A constant added to all keys changes no softmax, so that training leaves it anywhere; a bridge that compares squared
+errors learns it first. Text: 4,096 tokens of Python's language reference; images: 64 test images.
 """
 
 import argparse
