@@ -67,7 +67,11 @@ class DistillationTrainingArguments(TrainingArguments):
         default=1024, metadata={"help": "Tokens whose logits exist at once; memory grows with it, results do not."}
     )
     relative_loss: bool = field(
-        default=True, metadata={"help": "Divide each layer's alignment error by its target's mean square."}
+        default=True,
+        metadata={
+            "help": "Divide each layer's alignment error by its target's mean square (a centered bridge's by its "
+            "variance)."
+        },
     )
     layer_map: str = field(
         default="floor",
