@@ -22,6 +22,7 @@ from tiny_distillation import (
     tiny_teacher,
 )
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -188,6 +189,24 @@ def test_a_constant_target_is_not_divided_by_nothing(tmp_path):
     }
     trainer.model.calibrate(torch.full((4, 2), 9.0), means)
     torch.testing.assert_close(trainer.model.target_scales, torch.tensor([[9e-4] * 2] * 2 + [[9.0] * 2] * 2))
+
+
+def test_targets_are_measured_without_compiling_for_few_rows(tmp_path):
+    # A teacher first compiled for the measured rows is compiled a second time, for any number of rows.
+    trainer, recorder = make_trainer(
+        tmp_path,
+        rows=ragged_rows((11,) * 12),
+        relative_loss=True,
+        torch_compile=True,
+        torch_compile_backend="eager",
+        per_device_train_batch_size=12,
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        trainer.train()
+    assert counters["stats"]["unique_graphs"] == 2  # the teacher's and the step's
+    assert recorder.logs[0]["kl"] > 0
 
 
 @pytest.mark.parametrize("relative", [False, True])

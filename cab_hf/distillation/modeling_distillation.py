@@ -177,9 +177,10 @@ class DistillationModel(nn.Module):
         """
         if self.args.bridge_centered and self.bridge is not None:
             self.bridge.center(means)
+            constant = torch.zeros_like(squares)
             for (layer, role), mean in means.items():
-                square = squares[ROLES.index(role), layer]
-                square.copy_(torch.maximum(square - mean.square().mean(), SMALLEST_VARIANCE * square))
+                constant[ROLES.index(role), layer] = mean.square().mean()
+            squares = torch.maximum(squares - constant, SMALLEST_VARIANCE * squares)
         if self.args.relative_loss:
             self.target_scales.copy_(squares)
 

@@ -176,7 +176,7 @@ class RecordedTeacher:
         """Documents."""
         return len(self._places)
 
-    def compile(self) -> None:
+    def compile(self, backend: str = "inductor") -> None:
         """There is nothing to compile."""
 
     def __call__(

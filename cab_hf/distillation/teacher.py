@@ -350,10 +350,10 @@ class Teacher:
             hidden_states=tuple(map(home, output.hidden_states)) if hidden_states else None,
         )
 
-    def compile(self) -> None:
+    def compile(self, backend: str = "inductor") -> None:
         """Runs the teacher through `torch.compile` from now on; the model itself is left as it is."""
         if self._compiled_base is None:
-            self._compiled_base = torch.compile(self._body)
+            self._compiled_base = torch.compile(self._body, backend=backend)
 
     def restore(self) -> PreTrainedModel:
         """Gives the model back with the attention implementation that it came with."""

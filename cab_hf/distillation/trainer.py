@@ -121,7 +121,7 @@ class DistillationTrainer(Trainer):
         if args.trainable is not None:
             freeze_others(student, args.trainable)
         if args.torch_compile:
-            teacher.compile()
+            teacher.compile(args.torch_compile_backend)
         self.teacher = teacher
         self._teacher_head = teacher.head
         if teacher.head is not None and teacher.device != args.device:
@@ -212,7 +212,10 @@ class DistillationTrainer(Trainer):
         for start in range(0, len(examples), self.args.per_device_train_batch_size):
             batch = self._prepare_inputs(collate(examples[start : start + self.args.per_device_train_batch_size]))
             count = self._local_counts(batch)[0]
-            some, their_means = model.measure_targets(self._teach(batch, active), batch.get("attention_mask"))
+            # Compiled for these few rows, a teacher would be compiled for any number of rows when training begins.
+            with torch.compiler.set_stance("force_eager"):
+                targets = self._teach(batch, active)
+            some, their_means = model.measure_targets(targets, batch.get("attention_mask"))
             squares += count * some
             means = {place: count * mean + means.get(place, 0) for place, mean in their_means.items()}
             tokens += count
