@@ -44,9 +44,10 @@ def run_stage(
     Returns:
         `name`, `steps`, `examples` seen, `seconds`, `peak_gib` (allocated on a GPU), and the Trainer's `log`.
     """
-    finished = read_history(name, args, student)
-    if finished is not None:
-        return finished
+    history = _read_history(name, args)
+    if history is not None:
+        load_student(student, Path(args.output_dir))
+        return history
     student.requires_grad_(True)  # whatever an earlier stage froze
     # The whole run is pushed once, at its end.
     trainer = DistillationTrainer(student, teacher, replace(args, push_to_hub=False), **trainer_kwargs)
@@ -73,24 +74,20 @@ def finetune_stage(
         The trained model, whole and in float32, with the given one's config, which the Trainer changes in its own;
         and the history, as `run_stage` returns it.
     """
-    history_file = Path(args.output_dir) / HISTORY_NAME
-    if history_file.is_file():
-        logger.warning(f"Stage {name!r} is complete in {args.output_dir}; its model is loaded.")
-        history = json.loads(history_file.read_text())
-    else:
+    history = _read_history(name, args)
+    if history is None:
         trained = copy.deepcopy(model).to(torch.float32)  # FSDP cuts it up in place
         trainer = trainer_class(trained, replace(args, push_to_hub=False), **trainer_kwargs)
         history = train_stage(name, trainer)
     return type(model).from_pretrained(args.output_dir, config=model.config, dtype=torch.float32), history
 
 
-def read_history(name: str, args: DistillationTrainingArguments, student: nn.Module) -> dict[str, Any] | None:
-    """The history of a finished stage, its student loaded into `student`; None if the stage is not finished."""
+def _read_history(name: str, args: DistillationTrainingArguments) -> dict[str, Any] | None:
+    """Of a finished stage; None if the stage is not finished."""
     history_file = Path(args.output_dir) / HISTORY_NAME
     if not history_file.is_file():
         return None
-    logger.warning(f"Stage {name!r} is complete in {args.output_dir}; its student is loaded.")
-    load_student(student, Path(args.output_dir))
+    logger.warning(f"Stage {name!r} is complete in {args.output_dir}; its model is loaded.")
     return json.loads(history_file.read_text())
 
 

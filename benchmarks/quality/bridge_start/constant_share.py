@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cab_hf import Teacher
+from cab_hf.augmentation import normalise
 from cab_hf.data import load_documents
 from cab_hf.distillation.bridge import ROLES, bridge_targets
 from cab_hf.distillation.losses import mean_square, token_mean
@@ -40,7 +41,7 @@ def read_images(dataset: str, name: str) -> tuple[PreTrainedModel, dict[str, Ten
     images = ImageDataset(rows, processor_side(processor), num_channels=getattr(model.config, "num_channels", 3))
     pixels = torch.stack([images[index]["pixel_values"] for index in range(IMAGES)])
     mean, std = (torch.as_tensor(values).view(-1, 1, 1) for values in normalisation(processor))
-    return model, {"pixel_values": (pixels / 255 - mean) / std}
+    return model, {"pixel_values": normalise(pixels, mean, std)}
 
 
 @torch.no_grad()
