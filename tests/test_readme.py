@@ -108,13 +108,34 @@ def test_what_perplexity_hides():
         ("**outputs", "outputs, then KL"),
     ],
 )
-def test_figures_of_the_digits(start, method):
-    measures = result("quality/digits/table.json")["measures"]
-    assert row(start) == [
+@pytest.mark.parametrize(("grid", "prefix", "seeds"), [("cifar10", "", 1), ("digits", "digits: ", 3)])
+def test_figures_of_the_image_grids(grid, prefix, seeds, start, method):
+    measures = result(f"quality/{grid}/table.json")["measures"]
+    shares = ("1 %", "5 %", "10 %", "20 %", "100 %")[grid == "digits" :]
+    assert row(prefix + (start.strip("*") if prefix else start)) == [
         f"{measures['top1'][method][share]['mean']:.3f} / {measures['kl'][method][share]['mean']:.2f}"
-        for share in ("5 %", "10 %", "20 %", "100 %")
+        for share in shares
     ]
-    assert all(measures["top1"][method][share]["n"] == 3 for share in measures["top1"][method])
+    assert {measures["top1"][method][share]["n"] for share in measures["top1"][method]} == {seeds}
+
+
+def test_what_is_said_of_cifar10():
+    top1 = {
+        name: {share: cell["mean"] for share, cell in cells.items()}
+        for name, cells in result("quality/cifar10/table.json")["measures"]["top1"].items()
+    }
+    leads = [round(100 * (top1["CAB"][share] - top1["soft KD"][share])) for share in top1["soft KD"]]
+    assert len(leads) == 5 and f"CAB leads soft KD by {min(leads)} to {max(leads)} points at every share" in README
+    run = result("quality/cifar10/runs/outputs-then-kl__1-pct__seed0.json")
+    assert [stage["steps"] for stage in run["curve"]] == [450, 1050]
+    (after,) = run["after"].values()
+    behind = 100 * (after["teacher_top1"] - after["student_top1"])
+    assert behind < 2.55 and "within 2.5 points of the teacher" in README
+    assert f"to a top-1 of {after['teacher_top1']:.3f}" in README and f"{after['n_images']:,} test images" in README
+    for run in result("quality/cifar10/weights_5e-4_h200.json")["runs"]:
+        if run["method"] == "weight reuse":
+            assert run["after"]["top1"] < top1["weight reuse"][run["data"]]
+            assert run["options"]["learning_rate"] == 10 * 5e-5
 
 
 def test_what_is_said_of_the_digits():
@@ -196,18 +217,20 @@ def test_figures_of_the_bridges_start():
         assert shown.format(min(keys, key=int), max(keys, key=int)) in README
     assert max(shares["digits_vit"]["key"]["constant_share"]) < 0.2
     table = result("quality/cifar10/table.json")["measures"]["top1"]
-    paper, kd, scratch = (table[name]["10 %"] for name in ("CAB, not centered", "soft KD", "from scratch"))
-    assert {cell["n"] for cell in (paper, kd, scratch)} == {1}
-    shown = f"the paper's student has a top-1 of {paper['mean']:.3f}, that of soft KD {kd['mean']:.3f}, training from"
-    assert f"{shown} scratch {scratch['mean']:.3f}" in README
-    pilot = {run["method"]: run for run in result("quality/bridge_start/cifar10_cpu.json")["bridge"]}
-    assert [pilot[name]["options"]["bridge_centered"] for name in ("CAB", "CAB, not centered")] == [True, False]
-    here, kd, paper = (pilot[name]["measures"]["kl"] for name in ("CAB", "soft KD", "CAB, not centered"))
-    assert f"is {here:.2f} with it, {kd:.2f} for soft KD and {paper:.2f} with the paper's start" in README
+    paper, kd, here = (table[name]["10 %"]["mean"] for name in ("CAB, not centered", "soft KD", "CAB"))
+    assert f"takes soft KD's {kd:.3f} at 10 % of the images down to {paper:.3f}" in README
+    assert f"(`bridge_centered`, the default), it takes them up to {here:.3f}" in README
+    ends = [
+        result(f"quality/{grid}/table.json")["measures"]["top1"]["CAB"]["10 %"]["mean"]
+        for grid in ("digits", "digits_questions")  # the second was run with the paper's start
+    ]
+    assert result("quality/digits_questions/runs/cab__10-pct__seed0.json")["options"]["bridge_centered"] is False
+    assert f"both starts end at a top-1 of {ends[0]:.3f}" in README and f"{ends[1]:.3f}" == f"{ends[0]:.3f}"
     (text,) = (rows for name, rows in result("quality/bridge_start/table.json")["measures"].items() if "KL" in name)
     names = ("KL and bridge", "KL", "KL and bridge, not centered")
     here, kl, paper = (text[name]["56k tokens"]["mean"] for name in names)
-    assert f"KL {here:.2f}, without a bridge {kl:.2f}, with the paper's start {paper:.2f}" in README
+    shown = f"{kl:.2f} without a bridge, {paper:.2f} with the paper's start and {here:.2f} with the centered one"
+    assert shown in README
 
 
 def test_figures_of_decoding():
