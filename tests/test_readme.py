@@ -128,6 +128,7 @@ def test_what_is_said_of_cifar10():
     assert len(leads) == 5 and f"CAB leads soft KD by {min(leads)} to {max(leads)} points at every share" in README
     run = result("quality/cifar10/runs/outputs-then-kl__1-pct__seed0.json")
     assert [stage["steps"] for stage in run["curve"]] == [450, 1050]
+    assert not any("ce" in entry for stage in run["curve"] for entry in stage["log"])  # no label is read
     (after,) = run["after"].values()
     behind = 100 * (after["teacher_top1"] - after["student_top1"])
     assert behind < 2.55 and "within 2.5 points of the teacher" in README
