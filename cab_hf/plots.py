@@ -67,6 +67,9 @@ def learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, 
         if held_out[0]:
             axes.plot(*held_out, "D", label=f"{_LABELS[name]}, held out", color=style["color"], markersize=7)
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")  # elsewhere powers of ten suffice
     axes.set_xlabel("step", fontsize=13)
     axes.set_ylabel("loss", fontsize=13)
     axes.tick_params(labelsize=12)

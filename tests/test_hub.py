@@ -536,7 +536,9 @@ class TestLearningCurves:
     def test_stages_follow_each_other(self, tmp_path):
         history = [{"step": 5, "kl": 2.0}, {"step": 10, "kl": 1.0}, {"step": 5, "kl": 0.5}, {"step": 10, "kl": 0.4}]
         path = learning_curves(history, tmp_path / "curves.svg")
-        assert path.read_text().count("<svg") == 1
+        drawing = path.read_text()
+        assert drawing.count("<svg") == 1
+        assert all(f"<!-- {tick} -->" in drawing for tick in ("0.4", "1", "2"))  # as numbers, not as powers
         from cab_hf.plots import _points
 
         assert _points(history, "kl") == ([5, 10, 15, 20], [2.0, 1.0, 0.5, 0.4])
