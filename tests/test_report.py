@@ -15,7 +15,8 @@ from tiny_models import random_ids, tiny_model
 from cab_hf.data import load_documents
 from cab_hf.demo import random_llama
 from cab_hf.evaluation import compare
-from cab_hf.images import load_images, make_image_processor
+from cab_hf.image_data import load_images
+from cab_hf.images import make_image_processor
 from cab_hf.metrics import crossing_length
 from cab_hf.models import CABMambaForSequenceClassification
 from cab_hf.packing import pack_documents

