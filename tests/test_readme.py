@@ -228,10 +228,12 @@ def test_figures_of_the_bridges_start():
     assert result("quality/digits_questions/runs/cab__10-pct__seed0.json")["options"]["bridge_centered"] is False
     assert f"both starts end at a top-1 of {ends[0]:.3f}" in README and f"{ends[1]:.3f}" == f"{ends[0]:.3f}"
     (text,) = (rows for name, rows in result("quality/bridge_start/table.json")["measures"].items() if "KL" in name)
-    names = ("KL and bridge", "KL", "KL and bridge, not centered")
-    here, kl, paper = (text[name]["56k tokens"]["mean"] for name in names)
-    shown = f"{kl:.2f} without a bridge, {paper:.2f} with the paper's start and {here:.2f} with the centered one"
-    assert shown in README
+    names = ("KL", "KL and bridge, not centered", "KL and bridge")
+    few, many = ([f"{text[name][tokens]['mean']:.2f}" for name in names] for tokens in ("56k tokens", "225k tokens"))
+    assert f"{few[0]} without a bridge, {few[1]} with the paper's start and {few[2]} with the centered one" in README
+    slower = [f"{text[f'{name}, 2e-4']['225k tokens']['mean']:.2f}" for name in ("KL", "KL and bridge")]
+    shown = f"{many[0]}, {many[1]} and {many[2]}, and at a third of the learning rate at {slower[0]} without and"
+    assert f"{shown} {slower[1]} with" in README
 
 
 def test_figures_of_decoding():
