@@ -207,7 +207,7 @@ class CountedProducts(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm")
+        self.count += function.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm", "baddbmm_")
         return function(*args, **(kwargs or {}))
 
 

@@ -17,6 +17,8 @@ from cab_hf.distillation.losses import SMALLEST_MEAN_SQUARE
 
 Role = Literal["key", "query"]
 ROLES: tuple[Role, Role] = ("key", "query")
+PRODUCT_ALIGNMENT = 8
+"""Columns that a matrix product of 16-bit numbers should have a multiple of."""
 
 
 class BridgePair(NamedTuple):
@@ -25,7 +27,7 @@ class BridgePair(NamedTuple):
     Attributes:
         layer, role: of the student.
         projections: B or C `(b, t, g, n)` of each direction, in the token order of that direction's scan.
-        target: `(b, t, f)`, in the forward order; receives no gradient.
+        target: `(b, t, f)` or, with heads apart, `(b, t, h, p)`, in the forward order; receives no gradient.
         scale: 0-dim, what the squared error is divided by (the target's mean square); None for 1.
     """
 
@@ -151,11 +153,11 @@ class AttentionBridge(nn.Module):
             tokens, width = pair.projections[0].shape[:2], pair.projections[0].shape[2:].numel()
             mlps = self.layers[pair.layer][0]
             expected = (*tokens, mlps.down[mlps.down_names[pair.role]].out_features)
-            if pair.target.shape != expected:
+            shape = (*pair.target.shape[:2], pair.target.shape[2:].numel())
+            if shape != expected:
                 raise ValueError(
-                    f"the {pair.role}s' target of layer {pair.layer} is {tuple(pair.target.shape)}, but its bridge "
-                    f"predicts {tuple(expected)}: pass the teacher layer that the bridge was built for, and the same "
-                    "tokens."
+                    f"the {pair.role}s' target of layer {pair.layer} is {shape}, but its bridge predicts "
+                    f"{tuple(expected)}: pass the teacher layer that the bridge was built for, and the same tokens."
                 )
             if mask is not None and mask.shape != tokens:
                 raise ValueError(f"mask is {tuple(mask.shape)}, but the projections cover {tuple(tokens)} (b, t).")
@@ -171,18 +173,20 @@ class AttentionBridge(nn.Module):
                 mlps.append((self.layers[pair.layer][direction], pair.role))
         ups = [mlp.up[mlp.up_names[role]] for mlp, role in mlps]
         downs = [mlp.down[mlp.down_names[role]] for mlp, role in mlps]
-        target = _stacked([pair.target for pair in pairs]).flatten(1, 2)  # (m, r, f)
-        features = target.shape[-1]
-        dtype = accumulation_dtype(target.dtype)
-        scales = [target.new_ones((), dtype=dtype) if pair.scale is None else pair.scale.to(dtype) for pair in pairs]
-        device = target.device.type
+        first = pairs[0].target
+        features = first.shape[2:].numel()
+        dtype, device = accumulation_dtype(first.dtype), first.device.type
+        scales = [first.new_ones((), dtype=dtype) if pair.scale is None else pair.scale.to(dtype) for pair in pairs]
+        factors = 1 / (features * torch.stack(scales).clamp(min=SMALLEST_MEAN_SQUARE))
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ups[0].weight.dtype
+        # A copy in any case, which becomes the error in place.
+        targets = torch.stack([pair.target for pair in pairs] * self.num_directions).flatten(1, 2).flatten(2)
         return _BridgeError.apply(
             _stacked(shown).flatten(1, 2),  # (directions * m, r, n)
             *(_stacked([getattr(linear, name) for linear in ups]) for name in ("weight", "bias")),
             *(_stacked([getattr(linear, name) for linear in downs]) for name in ("weight", "bias")),
-            target,
-            1 / (features * torch.stack(scales).clamp(min=SMALLEST_MEAN_SQUARE)),
+            targets.to(autocast),  # (directions * m, r, f)
+            factors.repeat(self.num_directions),
             None if mask is None else (mask != 0).flatten(),
             autocast,
             torch.is_grad_enabled(),
@@ -208,40 +212,43 @@ class _BridgeError(torch.autograd.Function):
         up_bias: Tensor,
         down_weight: Tensor,
         down_bias: Tensor,
-        target: Tensor,  # (m, r, f)
-        factors: Tensor,  # (m,)
+        error: Tensor,  # (directions * m, r, f), the targets, of which it leaves nothing
+        factors: Tensor,  # (directions * m,)
         real: Tensor | None,  # (r,)
         dtype: torch.dtype,
         is_trained: bool,
     ) -> Tensor:
         ctx.dtypes = [tensor.dtype for tensor in (x, up_weight, up_bias, down_weight, down_bias)]
         with torch.autocast(x.device.type, enabled=False):
-            x, up_weight, up_bias, down_weight, down_bias, target = (
-                tensor.to(dtype) for tensor in (x, up_weight, up_bias, down_weight, down_bias, target)
+            x, up_weight, up_bias, down_weight, down_bias = (
+                tensor.to(dtype) for tensor in (x, up_weight, up_bias, down_weight, down_bias)
             )
             before = torch.baddbmm(up_bias.unsqueeze(1), x, up_weight.transpose(1, 2))  # (directions * m, r, k)
-            hidden = nn.functional.silu(before)
-            # (directions * m, r, f), the largest tensor here: one of it, changed in place, seldom read.
-            error = torch.baddbmm(down_bias.unsqueeze(1), hidden, down_weight.transpose(1, 2))
-            error.unflatten(0, (-1, len(target))).sub_(target)
+            k = before.shape[-1]
+            # A column of ones carries the bias, and its gradient, through the products: the error is the largest
+            # tensor here, and each pass over it costs more than all else.
+            ones = nn.functional.pad(before.new_ones(1, 1, 1), (0, -(k + 1) % PRODUCT_ALIGNMENT))
+            hidden = torch.cat([nn.functional.silu(before), ones.expand(*before.shape[:2], -1)], dim=-1)
+            rest = (0, ones.shape[-1] - 1)
+            weight_and_bias = nn.functional.pad(torch.cat([down_weight, down_bias.unsqueeze(-1)], dim=-1), rest)
+            error.baddbmm_(hidden, weight_and_bias.transpose(1, 2), beta=-1)
             if real is not None:
                 error.masked_fill_(~real.unsqueeze(-1), 0)
-            factors = factors.repeat(len(x) // len(target))
             norms = torch.linalg.vector_norm(error, dim=(1, 2), dtype=factors.dtype)
             if is_trained:
-                slopes = 2 * factors
+                slopes = (2 * factors).to(dtype)[:, None, None]
                 if dtype == torch.float16:  # whose sums over tokens would overflow
-                    error.mul_(slopes.to(dtype)[:, None, None])
+                    error.mul_(slopes)
                     slopes = torch.ones_like(slopes)
-                in_dtype = slopes.to(dtype)[:, None, None]
-                grad_before = torch.ops.aten.silu_backward((error @ down_weight).mul_(in_dtype), before)
-                ctx.is_narrow = x.shape[-1] <= before.shape[-1]
+                grad_before = torch.ops.aten.silu_backward((error @ down_weight).mul_(slopes), before)
+                of_weight_and_bias = error.transpose(1, 2) @ hidden.mul_(slopes)
+                ctx.is_narrow = x.shape[-1] <= k
                 ctx.save_for_backward(
                     grad_before @ up_weight if ctx.is_narrow else grad_before,
                     grad_before.transpose(1, 2) @ x,
                     grad_before.sum(1),
-                    error.transpose(1, 2) @ hidden.mul_(in_dtype),
-                    error.sum(1, dtype=slopes.dtype) * slopes.unsqueeze(1),
+                    of_weight_and_bias[..., :k],
+                    of_weight_and_bias[..., k],
                     up_weight,
                 )
         return (norms.square() * factors).sum()

@@ -159,9 +159,9 @@ class DistillationModel(nn.Module):
             if targets.attentions is not None:
                 bridged = _bridge_targets(targets.attentions[index], self.args.target_map, mask)
                 for row, role in enumerate(ROLES):
-                    squares[row, layer] = mean_square(bridged[role], mask)
+                    squares[row, layer] = mean_square(bridged[role].flatten(2), mask)
                     if self.bridge is not None:
-                        means[layer, role] = token_mean(bridged[role], mask)
+                        means[layer, role] = token_mean(bridged[role].flatten(2), mask)
                 if targets.attentions[index].output is not None:
                     squares[2, layer] = mean_square(targets.attentions[index].output, mask)
             if targets.hidden_states is not None:
@@ -372,6 +372,9 @@ class DistillationModel(nn.Module):
 
 
 def _bridge_targets(attention: TeacherAttention, kind: TargetMap, mask: Tensor | None) -> dict[Role, Tensor]:
+    """`(b, t, h * p)`; of the map "none" views `(b, t, h, p)`, which the bridge copies once, as it stacks them."""
+    if kind == "none":
+        return {role: getattr(attention, role).detach().transpose(1, 2) for role in ROLES}
     query, key = bridge_targets(attention)
     return {"key": target_map(key, kind, "key", mask), "query": target_map(query, kind, "query", mask)}
 
