@@ -49,6 +49,7 @@ VARIANTS = {
     "kd": {},
     "kd + bridge": {"bridge_weight": 1.0},
     "kd, cuda graph": {"cuda_graph": True},
+    "kd, all logits at once, cuda graph": {"logits_chunk_size": 2**20, "cuda_graph": True},
     "kd + bridge, cuda graph": {"bridge_weight": 1.0, "cuda_graph": True},
     "kd, torch.compile": {"torch_compile": True},
     "kd, torch.compile, cuda graph": {"torch_compile": True, "cuda_graph": True},
