@@ -44,7 +44,7 @@ setup(
     package_data={"cab_hf.model_cards": ["template.md"]},
     install_requires=[
         "torch>=2.11,<2.14",
-        "transformers>=5.23,<6",
+        "transformers>=5.24,<6",
         "accelerate>=1.10",
         "datasets>=4",
         "evaluate>=0.4.6",

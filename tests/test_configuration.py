@@ -161,7 +161,7 @@ def test_any_shape_runs_and_chunks_do_not_matter(data, mixer_type, length):
     cut = data.draw(st.integers(0, length - 1), label="cut")
     if cut:
         first = model(ids[:, :cut], use_cache=True)
-        second = model(ids[:, cut:], cache_params=first.cache_params, use_cache=True)
+        second = model(ids[:, cut:], cache=first.cache, use_cache=True)
         assert largest_difference(torch.cat([first.logits, second.logits], dim=1), logits) < 1e-4 * scale
 
 

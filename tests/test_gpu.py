@@ -93,9 +93,7 @@ def test_kernels_equal_torch(mixer_type, monkeypatch):
         logits[backend] = model(input_ids=ids, attention_mask=mask).logits
         prefill = model(input_ids=ids[:, :70], attention_mask=mask[:, :70], use_cache=True)
         steps = [
-            model(
-                input_ids=ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache_params=prefill.cache_params
-            ).logits
+            model(input_ids=ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=prefill.cache).logits
             for t in range(70, 77)
         ]
         states[backend] = torch.cat(steps, dim=1)

@@ -366,7 +366,7 @@ def test_decays_steps_and_states_are_float32(mixer_type, dtype, monkeypatch):
         calls.clear()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = model(random_ids(2, 7), use_cache=True, output_projections=True)
-            model(random_ids(2, 1), cache_params=output.cache_params, use_cache=True)
+            model(random_ids(2, 1), cache=output.cache, use_cache=True)
         assert len(calls) == 4
         for name, args, result in calls:
             if name.endswith("update"):
@@ -376,7 +376,7 @@ def test_decays_steps_and_states_are_float32(mixer_type, dtype, monkeypatch):
             assert dt.dtype == A.dtype == state.dtype == torch.float32, name
         for shown in output.projections:
             assert shown.time_step.dtype == torch.float32
-        cached = [output.cache_params.get_recurrent_state(index) for index in range(2)]
+        cached = [output.cache.get_recurrent_state(index) for index in range(2)]
         assert all(state.dtype == torch.float32 for state in cached)
 
 

@@ -102,13 +102,13 @@ def test_learned_positions_count_from_each_document_on():
 def test_a_cache_and_packing_exclude_each_other():
     model, ids = tiny_model(**VARIANTS["s6"]), random_ids(1, 6)
     seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1]])
-    assert model(ids, seq_idx=seq_idx).cache_params is None
-    cache = model(ids, use_cache=True).cache_params
-    for inputs in ({"use_cache": True}, {"cache_params": cache}):
+    assert model(ids, seq_idx=seq_idx).cache is None
+    cache = model(ids, use_cache=True).cache
+    for inputs in ({"use_cache": True}, {"cache": cache}):
         with pytest.raises(ValueError, match="`seq_idx`.*cache.*`use_cache=False`"):
             model(ids, seq_idx=seq_idx, **inputs)
     # with a cache, positions say where a row continues, not where documents begin
     positions = torch.arange(6)[None]
     with_positions = model(ids, position_ids=positions, use_cache=True)
     assert largest_difference(with_positions.logits, model(ids).logits) < 1e-6
-    assert with_positions.cache_params is not None
+    assert with_positions.cache is not None

@@ -86,7 +86,7 @@ def test_checkpointing_keeps_gradients_also_through_projections(name, use_reentr
     assert checkpointed_calls == 2 * plain_calls == 4
     for parameter, gradient in found.items():
         assert largest_difference(gradient, expected[parameter]) < 1e-5 * max(1, expected[parameter].abs().max())
-    assert model(ids, use_cache=True).cache_params is None
+    assert model(ids, use_cache=True).cache is None
     # each field alone reaches the weights
     for index in range(4):
         shown = model(ids, output_projections=True).projections[0]
@@ -168,9 +168,9 @@ def test_a_compiled_step_of_decoding_minds_its_mask(mixer_type):
     logits = []
     for forward in (model, torch.compile(model, fullgraph=True, backend="eager")):
         with torch.no_grad():
-            cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache_params
+            cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
             for end in (7, 8):
-                step = forward(ids[:, end - 1 : end], attention_mask=mask[:, :end], cache_params=cache, use_cache=True)
+                step = forward(ids[:, end - 1 : end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
         logits.append(step.logits)
     assert largest_difference(*logits) < 1e-4
     with torch.no_grad():

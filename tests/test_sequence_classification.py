@@ -123,7 +123,7 @@ def test_packed_rows_cached_chunks_and_outputs():
     first, second = random_ids(1, 5, seed=1), random_ids(1, 6, seed=2)
     packed = torch.cat([first, second], dim=1)
     whole = model(packed, output_projections=True, output_hidden_states=True, output_attentions=True)
-    assert whole.cache_params is None and whole.loss is None
+    assert whole.cache is None and whole.loss is None
     assert len(whole.projections) == len(whole.attentions) == 2 and len(whole.hidden_states) == 3
     alone = model(second).logits
     seq_idx = torch.tensor([[0] * 5 + [1] * 6])
@@ -132,7 +132,7 @@ def test_packed_rows_cached_chunks_and_outputs():
     assert largest_difference(model(packed, position_ids=positions).logits, alone) < 1e-5
     assert largest_difference(whole.logits, alone) > 1e-2
     begun = model(first, use_cache=True)
-    ended = model(second, cache_params=begun.cache_params, attention_mask=torch.ones(1, 11), use_cache=True)
+    ended = model(second, cache=begun.cache, attention_mask=torch.ones(1, 11), use_cache=True)
     assert largest_difference(ended.logits, whole.logits) < 1e-4
     assert torch.equal(model(packed, return_dict=False)[0], whole.logits)
 

@@ -44,17 +44,16 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 def read(student: PreTrainedModel, batch_size: int) -> DynamicCache:
     tokens = torch.randint(student.config.vocab_size, (batch_size, READ), device=student.device)
-    return student(tokens, use_cache=True, logits_to_keep=1).cache_params
+    return student(tokens, use_cache=True, logits_to_keep=1).cache
 
 
 def decode(model: PreTrainedModel, cache: DynamicCache, batch_size: int) -> list[float]:
     """Milliseconds of each of TOKENS tokens, each chosen from the logits before it."""
     token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
-    given = {"cache_params" if isinstance(model, CABMambaForCausalLM) else "past_key_values": cache}
     times = []
     for index in range(WARM_UP + TOKENS):
         start = time.perf_counter()
-        token = model(token, use_cache=True, **given).logits.argmax(-1)
+        token = model(token, cache=cache, use_cache=True).logits.argmax(-1)
         token.sum().item()  # waits for a GPU, as `generate` does to see whether a text has ended
         if index >= WARM_UP:
             times.append(1e3 * (time.perf_counter() - start))

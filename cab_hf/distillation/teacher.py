@@ -30,7 +30,7 @@ _PREFIX = "cab_"
 _BASES: dict[str, str] = {}  # name of a recording attention implementation -> the one that it records
 _WORKING = "Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, BERT, ViT, DeiT, DINO, CLIP and others like them"
 # Entries that only a loss or the student reads: a teacher that accepts them would compute something else, or more.
-_STUDENT_INPUTS = ("labels", "seq_idx", "past_key_values", "cache_position")
+_STUDENT_INPUTS = ("labels", "seq_idx", "cache", "cache_position")
 # Vocabularies are padded to a multiple (64 to 512) or to a round number: Qwen2.5 by 271 or 399 rows, Phi by 905.
 _MAX_VOCABULARY_PADDING = 1024
 

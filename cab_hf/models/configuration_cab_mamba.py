@@ -204,7 +204,7 @@ class CABMambaConfig(MixerConfig):
     """
 
     model_type = "cab_mamba"
-    keys_to_ignore_at_inference = ["cache_params"]
+    keys_to_ignore_at_inference = ["cache"]
 
     vocab_size: int = 50280
     parallel_residual: bool = False

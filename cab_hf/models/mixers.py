@@ -276,14 +276,14 @@ class GatedMixer:
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, SSMProjections]:
         """
         Args:
             hidden_states: `(b, t, hidden_size)`.
-            cache_params: continued and updated when given.
+            cache: continued and updated when given.
             attention_mask: `(b, t)`, zero at padding, which then never reaches the state.
             seq_idx: `(b, t)`, int32 document index of packed sequences; the state resets where it changes.
 
@@ -291,7 +291,7 @@ class GatedMixer:
             output `(b, t, hidden_size)` and the [`SSMProjections`], for S6 with one group.
         """
         stream, gate = self.stream_and_gate(hidden_states)
-        y, B, C, dt = self.scan(stream, cache_params, attention_mask, seq_idx)
+        y, B, C, dt = self.scan(stream, cache, attention_mask, seq_idx)
         y = self.gated(y, gate)
         return self.out_proj(y), SSMProjections(B, C, dt, y)
 

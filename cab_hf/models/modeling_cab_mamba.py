@@ -15,6 +15,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_cab_mamba import CABMambaConfig
 from .mixers import MIXERS, CABMambaMLP, MixerPreTrainedModel, SSMProjections, make_norm
@@ -35,7 +36,7 @@ class CABMambaOutput(ModelOutput):
     """
     Attributes:
         last_hidden_state: `(b, t, hidden_size)`, after the final norm.
-        cache_params: convolution and recurrent states of every layer; with `use_cache`.
+        cache: convolution and recurrent states of every layer; with `use_cache`.
         hidden_states: embeddings, then the output of every block, the last one after the final norm; with
             `output_hidden_states`.
         projections: one [`SSMProjections`] a layer; with `output_projections`.
@@ -43,7 +44,7 @@ class CABMambaOutput(ModelOutput):
     """
 
     last_hidden_state: torch.Tensor | None = None
-    cache_params: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     projections: tuple[SSMProjections, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
@@ -55,7 +56,7 @@ class CABMambaCausalLMOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    cache_params: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     projections: tuple[SSMProjections, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
@@ -67,7 +68,7 @@ class CABMambaSequenceClassifierOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    cache_params: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     projections: tuple[SSMProjections, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
@@ -88,7 +89,7 @@ class CABMambaBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         output_attentions: bool = False,
@@ -99,7 +100,7 @@ class CABMambaBlock(GradientCheckpointingLayer):
         """
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
         normed = self.norm(hidden_states.to(self.norm.weight.dtype))
-        mixed, projections = self.mixer(normed, cache_params, attention_mask, seq_idx)
+        mixed, projections = self.mixer(normed, cache, attention_mask, seq_idx)
         hidden_states = residual + mixed
         if self.mlp is not None:
             if self.mlp_norm is not None:
@@ -138,6 +139,7 @@ class CABMambaModel(CABMambaPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings = value
 
+    @deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -145,7 +147,7 @@ class CABMambaModel(CABMambaPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         seq_idx: torch.Tensor | None = None,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         output_projections: bool = False,
         output_attentions: bool | None = None,
@@ -161,7 +163,7 @@ class CABMambaModel(CABMambaPreTrainedModel):
             position_ids: `(b, t)`. Without a cache a position of zero starts a document of a packed sequence; read for
                 learned positions too, where `seq_idx` and the attention mask give them when they are missing.
             seq_idx: `(b, t)`, index of each token's document in packed sequences: states do not cross documents.
-            cache_params: states to continue from, as returned by an earlier call with `use_cache=True`.
+            cache: states to continue from, as returned by an earlier call with `use_cache=True`.
             output_projections: return every layer's B, C, time step and mixer output.
             output_attentions: return every layer's implied attention map, quadratic in length.
             projections_callback: called with each layer's index and [`SSMProjections`] right after the layer. What it
@@ -169,7 +171,8 @@ class CABMambaModel(CABMambaPreTrainedModel):
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, for packed sequences with a
-                cache, and for learned positions that can't be known or do not exist.
+                cache, for a cache that records its past, and for learned positions that can't be known or do not
+                exist.
         """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -183,8 +186,8 @@ class CABMambaModel(CABMambaPreTrainedModel):
 
         packed = seq_idx is not None
         if not packed and position_ids is not None and length > 1:
-            packed = cache_params is None and not use_cache
-        if packed and (cache_params is not None or use_cache):
+            packed = cache is None and not use_cache
+        if packed and (cache is not None or use_cache):
             raise ValueError(
                 "Packed sequences (`seq_idx`) can't be combined with a cache: a row has one state, but several "
                 "documents. Pass `use_cache=False`, or one sequence a row with an `attention_mask`."
@@ -198,9 +201,14 @@ class CABMambaModel(CABMambaPreTrainedModel):
             use_cache = config.use_cache and not self.training and not packed
         if self.gradient_checkpointing and self.training:
             use_cache = False
-        if use_cache and cache_params is None:
-            cache_params = DynamicCache(config=config)
-        continues = cache_params is not None and cache_params.has_previous_state()
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
+        continues = cache is not None and cache.has_previous_state()
+        if cache is not None and cache.is_recording_past(0):
+            raise ValueError(
+                "The cache records its past to be cropped later (`activate_past_recording`, assisted decoding), but a "
+                "recurrent state can't be rolled back. Pass a cache that does not; a student can't draft for a model."
+            )
 
         hidden_states = inputs_embeds
         if self.position_embeddings is not None:
@@ -219,7 +227,7 @@ class CABMambaModel(CABMambaPreTrainedModel):
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
             hidden_states, *projections, attention_map = layer(
-                hidden_states, cache_params, attention_mask, seq_idx, output_attentions
+                hidden_states, cache, attention_mask, seq_idx, output_attentions
             )
             projections = SSMProjections(*projections)
             if projections_callback is not None:
@@ -232,7 +240,7 @@ class CABMambaModel(CABMambaPreTrainedModel):
 
         output = CABMambaOutput(
             last_hidden_state=hidden_states,
-            cache_params=cache_params if use_cache else None,
+            cache=cache if use_cache else None,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             projections=all_projections if output_projections else None,
             attentions=all_maps if output_attentions else None,
@@ -299,7 +307,7 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -308,13 +316,14 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
         # Positions follow from the mask, on whichever side of the prompt its padding is.
         return super().prepare_inputs_for_generation(
             input_ids,
-            cache_params=cache_params,
+            cache=cache,
             attention_mask=attention_mask,
             position_ids=None if attention_mask is not None else position_ids,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
 
+    @deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -322,7 +331,7 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         seq_idx: torch.Tensor | None = None,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_projections: bool = False,
@@ -345,7 +354,7 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             seq_idx=seq_idx,
-            cache_params=cache_params,
+            cache=cache,
             use_cache=use_cache,
             output_projections=output_projections,
             output_attentions=output_attentions,
@@ -360,7 +369,7 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
         output = CABMambaCausalLMOutput(
             loss=loss,
             logits=logits,
-            cache_params=outputs.cache_params,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             projections=outputs.projections,
             attentions=outputs.attentions,
@@ -401,6 +410,7 @@ class CABMambaForSequenceClassification(CABMambaPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
 
+    @deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -408,7 +418,7 @@ class CABMambaForSequenceClassification(CABMambaPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         seq_idx: torch.Tensor | None = None,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool = False,
         output_projections: bool = False,
@@ -439,7 +449,7 @@ class CABMambaForSequenceClassification(CABMambaPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             seq_idx=seq_idx,
-            cache_params=cache_params,
+            cache=cache,
             use_cache=use_cache,
             output_projections=output_projections,
             output_attentions=output_attentions,
@@ -453,7 +463,7 @@ class CABMambaForSequenceClassification(CABMambaPreTrainedModel):
         output = CABMambaSequenceClassifierOutput(
             loss=None if labels is None else self._loss(logits, labels, **kwargs),
             logits=logits,
-            cache_params=outputs.cache_params,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             projections=outputs.projections,
             attentions=outputs.attentions,
