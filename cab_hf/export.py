@@ -110,7 +110,7 @@ def to_stock(student: PreTrainedModel, *, compact: bool = False) -> PreTrainedMo
     left-padded row sees the projection's bias at padding, and decoding on the torch path ignores `time_step_limit`.
 
     A Bamba gets one more layer behind the others: attention and an MLP whose outputs are zero. Without any attention
-    layer transformers 5.23 can't run a Bamba with a cache ("`get_seq_length` can only be called on Attention layers").
+    layer transformers 5.24 can't run a Bamba with a cache ("`get_seq_length` can only be called on Attention layers").
 
     Args:
         student: a language student.
