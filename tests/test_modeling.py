@@ -4,7 +4,14 @@ import pytest
 import torch
 from tiny_models import MIXER_TYPES, VARIANTS, largest_difference, random_ids, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, pipeline
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    pipeline,
+)
 
 from cab_hf.models import CABMambaModel
 
@@ -34,8 +41,8 @@ def fed(model, ids: torch.Tensor, mask: torch.Tensor, chunks: list[int]) -> torc
     cache, logits, start = None, [], 0
     for chunk in chunks:
         end = start + chunk
-        output = model(ids[:, start:end], attention_mask=mask[:, :end], cache_params=cache, use_cache=True)
-        cache, start = output.cache_params, end
+        output = model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
+        cache, start = output.cache, end
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 
@@ -206,7 +213,10 @@ def test_generation_with_cache_equals_without(name):
         for use_cache in (True, False):
             torch.manual_seed(0)
             settings = {"do_sample": False, "max_new_tokens": 5, "use_cache": use_cache, "pad_token_id": 0, **strategy}
-            results.append(model.generate(ids, attention_mask=mask, **settings))
+            lengths = []
+            with model.backbone.norm_f.register_forward_hook(lambda _, args, out, n=lengths: n.append(out.shape[1])):
+                results.append(model.generate(ids, attention_mask=mask, **settings))
+            assert lengths == ([6, 1, 1, 1, 1] if use_cache else [6, 7, 8, 9, 10])
         assert results[0].shape == (2, 11)
         assert torch.equal(*results), strategy
 
@@ -233,7 +243,7 @@ def test_a_static_cache_and_a_continued_cache_work(mixer_type):
     # the next turn gives the tokens that the cache has not seen: the last one generated and the new ones
     question = random_ids(2, 3, seed=4)
     unseen = torch.cat([first.sequences[:, -1:], question], dim=1)
-    second = model.generate(unseen, cache_params=first.past_key_values, **settings).sequences[:, 4:]
+    second = model.generate(unseen, cache=first.cache, **settings).sequences[:, 4:]
     again = model.generate(torch.cat([first.sequences, question], dim=1), **settings).sequences[:, 13:]
     assert torch.equal(second, again)
 
@@ -244,7 +254,7 @@ def test_the_cache_holds_fixed_size_states():
     cache = DynamicCache(config=model.config)
     shapes = []
     for length in (1, 5, 1):
-        returned = model(random_ids(2, length), cache_params=cache, use_cache=True).cache_params
+        returned = model(random_ids(2, length), cache=cache, use_cache=True).cache
         assert returned is cache
         shapes.append([tuple(f(i).shape) for i in range(2) for f in (cache.get_conv_state, cache.get_recurrent_state)])
     # SSD: 64 channels and B, C of 6; 8 heads of 8. S6: 64 channels.
@@ -252,8 +262,39 @@ def test_the_cache_holds_fixed_size_states():
     assert shapes[0] == shapes[1] == shapes[2]
     assert cache.get_recurrent_state(0).dtype == torch.float32
     static = StaticCache(config=model.config, max_cache_len=8)
-    logits = model(random_ids(2, 5), cache_params=static, use_cache=True).logits
+    logits = model(random_ids(2, 5), cache=static, use_cache=True).logits
     assert largest_difference(logits, model(random_ids(2, 5)).logits) < 1e-4
+
+
+@torch.no_grad()
+def test_a_cache_that_would_be_cropped_is_refused():
+    """Convolution states could be kept to be rolled back, recurrent ones can't."""
+    model, ids = tiny_model(**VARIANTS["mixed"]), random_ids(1, 5)
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=8)):
+        model(ids, cache=cache, use_cache=True)
+        assert not cache.is_croppable
+        cache.activate_past_recording()
+        for length in (1, 5):
+            with pytest.raises(ValueError, match="`activate_past_recording`.*can't be rolled back"):
+                model(ids[:, :length], cache=cache, use_cache=True)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    writer = LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes))
+    with pytest.raises(ValueError, match="student can't draft"):
+        writer.generate(ids, assistant_model=model, max_new_tokens=4, do_sample=False)
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        model.generate(ids, assistant_model=model, max_new_tokens=4, do_sample=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["whole", "backbone"])
+def test_the_old_name_of_the_cache_is_deprecated_not_ignored(part):
+    model, ids = tiny_model(**VARIANTS["mixed"]), random_ids(1, 6)
+    model = model if part == "whole" else model.backbone
+    cache = model(ids[:, :4], use_cache=True).cache
+    with pytest.warns(FutureWarning, match="`cache_params` is deprecated.*Use `cache`"):
+        ended = model(ids[:, 4:], cache_params=cache, use_cache=True)
+    assert ended.cache is cache
+    assert largest_difference(ended[0], model(ids)[0][:, 4:]) < 1e-4
 
 
 @torch.no_grad()
@@ -311,10 +352,10 @@ def test_learned_positions_that_do_not_exist_or_are_not_known_are_refused():
     ids = random_ids(1, 6)
     row, mask, real = padded(ids, 2, 0)
     assert largest_difference(model(row, attention_mask=mask).logits[:, real], model(ids).logits) < 1e-4
-    cache = model(ids[:, :3], use_cache=True).cache_params
+    cache = model(ids[:, :3], use_cache=True).cache
     with pytest.raises(ValueError, match="`position_ids`.*`attention_mask`"):
-        model(ids[:, 3:4], cache_params=cache, use_cache=True)
-    step = model(ids[:, 3:4], cache_params=cache, use_cache=True, position_ids=torch.tensor([[3]])).logits
+        model(ids[:, 3:4], cache=cache, use_cache=True)
+    step = model(ids[:, 3:4], cache=cache, use_cache=True, position_ids=torch.tensor([[3]])).logits
     assert largest_difference(step, model(ids[:, :4]).logits[:, -1:]) < 1e-4
 
 
