@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cab_hf import Teacher
 from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair, bridge_targets
-from cab_hf.distillation.modeling_distillation import DistillationModel
+from cab_hf.distillation.modeling_distillation import DistillationModel, DistillationOutput
 from cab_hf.distillation.training_args import LOSSES
 from cab_hf.models import mixers
 
@@ -288,6 +288,8 @@ def test_compiles_once_for_all_layers_where_kernels_break_the_graph(tmp_path, mo
     model, keywords = make_step(tmp_path)
     expected = model(**keywords).parts
     torch._dynamo.reset()
+    # transformers 5.24 wraps the __init__ of all outputs in one code object, which is compiled once for each class.
+    torch._dynamo.eval_frame.skip_code(DistillationOutput.__init__.__code__)
     with torch._dynamo.config.patch(error_on_recompile=True):
         parts = torch.compile(model, backend="eager")(**keywords).parts
     torch.testing.assert_close(parts, expected)
