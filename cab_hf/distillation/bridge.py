@@ -174,10 +174,11 @@ class AttentionBridge(nn.Module):
         ups = [mlp.up[mlp.up_names[role]] for mlp, role in mlps]
         downs = [mlp.down[mlp.down_names[role]] for mlp, role in mlps]
         first = pairs[0].target
-        features = first.shape[2:].numel()
-        dtype, device = accumulation_dtype(first.dtype), first.device.type
-        scales = [first.new_ones((), dtype=dtype) if pair.scale is None else pair.scale.to(dtype) for pair in pairs]
-        factors = 1 / (features * torch.stack(scales).clamp(min=SMALLEST_MEAN_SQUARE))
+        features, device = first.shape[2:].numel(), first.device.type
+        factors = first.new_full((len(pairs),), 1 / features, dtype=accumulation_dtype(first.dtype))
+        if any(pair.scale is not None for pair in pairs):
+            scales = [torch.ones_like(factors[0]) if pair.scale is None else pair.scale for pair in pairs]
+            factors = factors / torch.stack(scales).to(factors.dtype).clamp(min=SMALLEST_MEAN_SQUARE)
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ups[0].weight.dtype
         # A copy in any case, which becomes the error in place.
         targets = torch.stack([pair.target for pair in pairs] * self.num_directions).flatten(1, 2).flatten(2)
