@@ -252,6 +252,35 @@ def test_no_run_starts_that_would_end_too_late(grid, write, trained, capsys):
     assert "No run is started any more" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("workers", "expected"), [(None, ["2", "5"]), ("5", ["2", "5", "2", "5", "2"])])
+def test_workers_take_gpus_in_turn(grid, write, trained, monkeypatch, workers, expected):
+    path, visible = write(seeds=[0]), []
+
+    class Worker:
+        def __init__(self, command, env):
+            visible.append(env["CUDA_VISIBLE_DEVICES"])
+            assert grid.make_parser().parse_args(command[2 : command.index("--")]).workers == 1
+
+        def wait(self):
+            return 0
+
+        terminate = wait
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(grid.subprocess, "Popen", Worker)
+    trained.act = lambda recipe: (
+        visible.insert(0, os.environ["CUDA_VISIBLE_DEVICES"]) if len(trained.seen) == 1 else None
+    )
+    options = [] if workers is None else ["--workers", workers]
+    assert grid.main(["run", str(path), "--gpus", "2", "5", *options]) == 0
+    assert visible == expected and len(trained.seen) == 4
+
+
+def test_gpus_without_workers_are_an_error(grid, write, trained, capsys):
+    assert grid.main(["run", str(write()), "--gpus", "0", "1", "--workers", "1"]) == 1
+    assert "`--workers` is 1 for 2 GPUs" in capsys.readouterr().err and trained.seen == []
+
+
 def test_a_failing_run_does_not_stop_the_others(grid, write, trained, capsys):
     path = write(seeds=[0])
 

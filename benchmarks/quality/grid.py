@@ -1,7 +1,7 @@
 """A grid of runs: methods x data x seeds over one recipe, each run a JSON, all of them tables and a plot.
 
     python benchmarks/quality/grid.py run GRID.yaml [--methods M ...] [--data D ...] [--seeds S ...]
-        [--seconds N] [--workers K] [--keep] [-- --any_recipe_option value ...]
+        [--seconds N] [--workers K] [--gpus G ...] [--keep] [-- --any_recipe_option value ...]
     python benchmarks/quality/grid.py list GRID.yaml
     python benchmarks/quality/grid.py tables GRID.yaml
 
@@ -13,11 +13,13 @@ lists measures, of which the first that was measured is drawn, over all data or 
 
 A run's values are the recipe's, then those of `options`, the method, its data and the command line, each over the one
 before, its seed and folder last; where two are mappings in the grid, their keys are merged, and null takes one away.
-What is finished is in `runs/` beside the grid and is not run again, what was cut off goes on.
+What is finished is in `runs/` beside the grid and is not run again, what was cut off goes on. `--gpus 0 1 2 3
+--workers 16` runs four workers on each of four GPUs; small students share one well.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
@@ -478,10 +480,21 @@ def run_command(grid: Grid, options: argparse.Namespace, arguments: Sequence[str
     """Runs what is missing, in this process and the other workers; returns the exit code."""
     began = time.time()
     command = options.command or f"{socket.gethostname()}-{os.getpid()}-{began}"
+    count = options.workers or len(options.gpus or [None])
+    if options.gpus and options.command is None:
+        if count < len(options.gpus):
+            raise ValueError(
+                f"`--workers` is {count} for {len(options.gpus)} GPUs, of which some would idle: give one for each."
+            )
+        os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus[0]
     runs = select(grid, options.methods, options.data, options.seeds)
     recipes = build_recipes(grid, runs, overrides)
-    again = [*arguments, "--workers", "1", "--command", command, "--", *overrides]
-    workers = [subprocess.Popen([sys.executable, __file__, *again]) for _ in range(options.workers - 1)]
+    again = [sys.executable, __file__, *arguments, "--workers", "1", "--command", command, "--", *overrides]
+    gpus = itertools.islice(itertools.cycle(options.gpus or [os.environ.get("CUDA_VISIBLE_DEVICES")]), 1, count)
+    workers = [
+        subprocess.Popen(again, env=os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}))
+        for gpu in gpus
+    ]
     try:
         run_grid(grid, recipes, command, ends=began + options.seconds, keep=options.keep)
         codes = [worker.wait() for worker in workers]
@@ -537,7 +550,10 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--seconds", type=float, metavar="N", default=math.inf, help="start no run that would end later than this"
     )
-    run.add_argument("--workers", type=int, default=1, metavar="K", help="processes that share the runs (default: 1)")
+    run.add_argument(
+        "--workers", type=int, metavar="K", help="processes that share the runs (default: 1, or one for each GPU)"
+    )
+    run.add_argument("--gpus", nargs="+", metavar="G", help="GPUs that take the workers in turn, such as 0 1 2 3")
     run.add_argument("--keep", action="store_true", help="keep the folders of finished runs, students among them")
     run.add_argument("--command", help=argparse.SUPPRESS)
     listing = subparsers.add_parser("list", help="what is finished and what is missing")

@@ -3,9 +3,9 @@
     python benchmarks/quality/recall/toy.py [--steps 1500] [--only NAME ...]
 
 A two-layer Transformer learns to copy: random tokens in which spans come again after a gap. It is distilled, by KL
-alone or behind another loss, into students that differ in their text, start, state, taps and decay. `toy_cpu.json`
-beside this file then holds the recall of each at three gaps (`copying_recall`, spans of 16), and the training KL at
-the end. What is finished stays.
+alone, behind or beside another loss, into students that differ in their text, start, state, taps and decay.
+`toy_cpu.json` beside this file then holds the recall of each at three gaps (`copying_recall`, spans of 16), and the
+training KL at the end. What is finished stays.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from cab_hf import CABMambaConfig, CABMambaForCausalLM, DistillationTrainer, DistillationTrainingArguments
 from cab_hf.evaluation import copying_recall
-from cab_hf.packing import LanguageCollator
+from cab_hf.packing import IGNORE_INDEX, LanguageCollator
 from cab_hf.repeats import insert_repeats
 from cab_hf.transfer import fit_output_projection
 
@@ -44,11 +44,15 @@ class Student(NamedTuple):
         repeats: spans come again in its text.
         fields: of its config; None: a Mamba-2 from scratch with its usual start.
         first: weights of the losses that come before the KL.
+        beside: weights of the losses beside the KL; labels are those of the tokens that come again.
+        previous: half of the channels that are written start with the token before, as previous-token heads read it.
     """
 
     repeats: bool
     fields: dict[str, Any] | None = {}
     first: dict[str, float] = {}
+    beside: dict[str, float] = {}
+    previous: bool = False
 
 
 USUAL_TAPS = {"conv_init": "usual", "conv_activation": "silu"}
@@ -64,6 +68,8 @@ STUDENTS = {
     "repeats, mixer outputs first": Student(True, first={"output_weight": 1.0}),
     "repeats, attention maps first": Student(True, first={"attention_weight": 1.0}),
     "repeats, bridge first": Student(True, first={"bridge_weight": 1.0, "bridge_centered": False}),
+    "repeats, previous-token taps": Student(True, previous=True),
+    "repeats, labels of what comes again": Student(True, beside={"ce_weight": 1.0}),
 }
 
 
@@ -71,6 +77,13 @@ def rows(repeats: bool, seed: int) -> Dataset:
     ids = np.random.default_rng(seed).integers(VOCABULARY, size=(ROWS, LENGTH))
     blocks = Dataset.from_dict({"input_ids": ids, "labels": ids})
     return insert_repeats(blocks, float(repeats), range(VOCABULARY), seed=seed)
+
+
+def label_repeats(text: Dataset, seed: int) -> Dataset:
+    """The same rows, with labels at those tokens alone that came again."""
+    ids = np.array(text["input_ids"][:])
+    labels = np.where(ids == np.array(rows(False, seed)["input_ids"][:]), IGNORE_INDEX, ids)
+    return text.remove_columns("labels").add_column("labels", labels.tolist())
 
 
 def recall(model: torch.nn.Module) -> dict[str, float]:
@@ -91,12 +104,21 @@ def make_teacher(steps: int) -> LlamaForCausalLM:
     return model
 
 
-def make_student(teacher: LlamaForCausalLM, fields: dict[str, Any] | None, text: Dataset) -> CABMambaForCausalLM:
-    if fields is None:
+@torch.no_grad()
+def read_previous_tokens(student: CABMambaForCausalLM) -> None:
+    for layer in student.backbone.layers:
+        taps = layer.mixer.conv1d.weight  # (d, 1, k)
+        taps[: student.config.mixer_width : 2] = taps[: student.config.mixer_width : 2].roll(-1, dims=-1)
+
+
+def make_student(teacher: LlamaForCausalLM, kind: Student, text: Dataset) -> CABMambaForCausalLM:
+    if kind.fields is None:
         sizes = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16, "state_size": 64, "mixer_type": "mamba2"}
         return CABMambaForCausalLM(CABMambaConfig(vocab_size=VOCABULARY, transition_init="s4d", **sizes))
     batches = [{"input_ids": torch.tensor(text[start : start + 16]["input_ids"])} for start in (0, 16, 32, 48)]
-    student = CABMambaForCausalLM.from_teacher(teacher, calibration_inputs=batches[0], **fields)
+    student = CABMambaForCausalLM.from_teacher(teacher, calibration_inputs=batches[0], **kind.fields)
+    if kind.previous:
+        read_previous_tokens(student)
     fit_output_projection(student, teacher, batches, "floor")
     return student
 
@@ -104,10 +126,11 @@ def make_student(teacher: LlamaForCausalLM, fields: dict[str, Any] | None, text:
 def distil(teacher: LlamaForCausalLM, kind: Student, steps: int) -> dict[str, Any]:
     set_seed(0)
     text, started = rows(kind.repeats, 1), time.time()
-    student = make_student(teacher, kind.fields, text)
+    text = label_repeats(text, 1) if kind.beside else text
+    student = make_student(teacher, kind, text)
     before = recall(student)
     before_kl = round(FIRST * steps) if kind.first else 0
-    for weights, count in ((kind.first | {"kl_weight": 0.0}, before_kl), ({}, steps - before_kl)):
+    for weights, count in ((kind.first | {"kl_weight": 0.0}, before_kl), (kind.beside, steps - before_kl)):
         if count == 0:
             continue
         losses = {"bridge_weight": 0.0} | weights
