@@ -9,11 +9,16 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser
+from transformers.utils import logging
 
 from cab_hf.augmentation import AugmentationArguments
 from cab_hf.distillation.training_args import DistillationTrainingArguments
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -318,9 +323,29 @@ def _training_runs(
         _check_keys(run, STAGE_FIELDS, f"key in {kind} {name!r} (a {kind} sets training options only)")
         training = {name: value for name, value in whole.items() if name in STAGE_FIELDS}
         training |= {name: _typed(name, value) for name, value in run.items()}
+        training |= _precision_here(training)
         folder = Path(whole["output_dir"]) / f"{kind}s" / f"{number}-{name.replace(' ', '-')}"
         result.append((name, DistillationTrainingArguments(output_dir=str(folder), **training)))
     return result
+
+
+def _precision_here(training: dict[str, Any]) -> dict[str, Any]:
+    """float32 in place of bfloat16 where a run is on a CPU that has no arithmetic for it."""
+    if not training.get("use_cpu") or cpu_has_bfloat16():
+        return {}
+    if training.get("bf16"):
+        logger.warning_once(
+            "`bf16` is True, but this CPU has no bfloat16 arithmetic: products would take tens of times as long as in "
+            "float32, in which this run is therefore trained."
+        )
+    dtype = training.get("teacher_dtype")
+    return {"bf16": False, "teacher_dtype": "float32" if dtype in (None, "bfloat16") else dtype}
+
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices on this CPU; elsewhere a loop does, tens of times slower."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -19,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from cab_hf import recipes
 from cab_hf import run as run_module
 from cab_hf.data import load_documents
 from cab_hf.demo import random_llama
@@ -98,6 +99,23 @@ class TestParsing:
             build_recipe({"output_dir": "x", "stages": [{"name": "one", "block_size": 3}]})
         with pytest.raises(FileNotFoundError, match="smoke.yaml"):
             load_recipe(ROOT / "training_args/smok.yaml")
+
+    @pytest.mark.parametrize("has_it", [True, False])
+    def test_a_cpu_without_bfloat16_trains_in_float32(self, monkeypatch, caplog, has_it):
+        monkeypatch.setattr(recipes, "cpu_has_bfloat16", lambda: has_it)
+        monkeypatch.setattr(recipes.logger, "warning_once", recipes.logger.warning)
+        values = {
+            "use_cpu": True,
+            "bf16": True,
+            "stages": [{"name": "one"}, {"name": "two", "teacher_dtype": "float16"}],
+        }
+        (_, one), (_, two) = build_recipe(values).stages
+        assert one.bf16 is two.bf16 is has_it
+        assert (one.teacher_dtype, two.teacher_dtype) == (None if has_it else "float32", "float16")
+        assert ("`bf16` is True, but this CPU" in caplog.text) != has_it
+        caplog.clear()
+        (_, plain), *_ = build_recipe({"use_cpu": True}).stages
+        assert plain.teacher_dtype == (None if has_it else "float32") and not caplog.text  # a teacher may come in bf16
 
     def test_numbers_that_yaml_takes_for_text(self):
         assert build_recipe({"output_dir": "x", "learning_rate": "2e-5"}).stages[0][1].learning_rate == 2e-5

@@ -1,11 +1,12 @@
 """What gives a pure state-space student the copying of its teacher? A toy that a CPU can train.
 
-    python benchmarks/quality/recall/toy.py [--steps 1500] [--only NAME ...]
+    python benchmarks/quality/recall/toy.py [--steps 1500] [--only NAME ...] [--output FILE]
 
 A two-layer Transformer learns to copy: random tokens in which spans come again after a gap. It is distilled, by KL
 alone, behind or beside another loss, into students that differ in their text, start, state, taps and decay.
 `toy_cpu.json` beside this file then holds the recall of each at three gaps (`copying_recall`, spans of 16), and the
-training KL at the end. What is finished stays.
+training KL at the end. What is finished stays; the teacher is trained anew where its folder is missing, a little
+differently on another processor: compare students of one file.
 """
 
 import argparse
@@ -151,16 +152,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1500, help="of the teacher and of every student")
     parser.add_argument("--only", nargs="+", choices=STUDENTS, default=list(STUDENTS))
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"steps": options.steps, "students": {}}
+    report = {"steps": options.steps, "students": {}}
+    if options.output.is_file():
+        report = json.loads(options.output.read_text())
     teacher = make_teacher(options.steps)
     report |= {"teacher": recall(teacher), "gaps": GAPS, "span": SPAN, "torch": torch.__version__}
     print(f"teacher: {report['teacher']}", flush=True)
     for name in options.only:
         if name not in report["students"]:
             report["students"][name] = distil(teacher, STUDENTS[name], options.steps)
-            RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+            options.output.write_text(json.dumps(report, indent=1) + "\n")
         print(f"{name}: {report['students'][name]}", flush=True)
 
 
