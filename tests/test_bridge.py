@@ -152,6 +152,19 @@ def make_problem(layers=3, dtype=torch.float32):
     return bridge, Bs, Cs, [make_attention(dtype=dtype) for _ in range(layers)]
 
 
+def test_heads_may_stand_apart():
+    """Targets as attention has them, `(b, h, t, p)` seen as `(b, t, h, p)`, are read where they are and stay."""
+    torch.manual_seed(0)
+    bridge = AttentionBridge([8, 8], [12, 12], [12, 12])
+    keys = [torch.randn(2, heads, 5, 12 // heads) for heads in (2, 3)]
+    shown = [torch.randn(2, 5, 8)]
+    apart = [BridgePair(layer, "key", shown, key.transpose(1, 2)) for layer, key in enumerate(keys)]
+    flat = [pair._replace(target=pair.target.flatten(2)) for pair in apart]
+    before = [pair.target.clone() for pair in (*apart, *flat)]
+    torch.testing.assert_close(bridge.loss(apart), bridge.loss(flat))
+    assert all(torch.equal(pair.target, old) for pair, old in zip((*apart, *flat), before))
+
+
 def test_loss_is_the_papers():
     problem = make_problem(dtype=torch.float64)
     ours, paper = our_loss(*problem), paper_loss(*problem)

@@ -148,7 +148,7 @@ class AttentionBridge(nn.Module):
         Source: arXiv 2510.19266, section "Method": the backward scan learns from reversed keys and queries, here in
             its projections' reversed order, which is the same sum; the relative form: LoLCATs, arXiv 2410.10254.
         """
-        groups: dict[tuple[int, int], list[BridgePair]] = {}
+        groups: dict[tuple[int, torch.Size], list[BridgePair]] = {}
         for pair in pairs:
             tokens, width = pair.projections[0].shape[:2], pair.projections[0].shape[2:].numel()
             mlps = self.layers[pair.layer][0]
@@ -161,7 +161,7 @@ class AttentionBridge(nn.Module):
                 )
             if mask is not None and mask.shape != tokens:
                 raise ValueError(f"mask is {tuple(mask.shape)}, but the projections cover {tuple(tokens)} (b, t).")
-            groups.setdefault((width, expected[-1]), []).append(pair)
+            groups.setdefault((width, pair.target.shape[2:]), []).append(pair)
         return sum((self._group_loss(group, mask) for group in groups.values()), start=0.0)
 
     def _group_loss(self, pairs: list[BridgePair], mask: Tensor | None) -> Tensor:
