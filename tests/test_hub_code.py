@@ -163,6 +163,20 @@ def test_the_package_works_without_kernels_and_network(tmp_path):
         )
 
 
+OLD_TRANSFORMERS = """
+import importlib.metadata
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: "5.23.0" if name == "transformers" else version(name)
+import cab_hf
+"""
+
+
+def test_transformers_that_would_generate_nonsense_are_refused():
+    ended = subprocess.run([sys.executable, "-c", OLD_TRANSFORMERS], capture_output=True, text=True, check=False)
+    assert ended.returncode != 0
+    assert "transformers>=5.24 is required" in ended.stderr and "pip install -U transformers" in ended.stderr
+
+
 @pytest.mark.parametrize("mixer_type", MIXER_TYPES)
 def test_auto_classes_need_no_trust_where_the_package_is(mixer_type, tmp_path):
     model, ids = tiny_model(mixer_type=mixer_type), random_ids(2, 7)

@@ -16,12 +16,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.versions import require_version
 
 from .configuration_cab_mamba import CABMambaConfig
 from .mixers import MIXERS, CABMambaMLP, MixerPreTrainedModel, SSMProjections, make_norm
 
 
 logger = logging.get_logger(__name__)
+
+# Earlier ones would load a student and generate nonsense, with no more than a warning.
+require_version("transformers>=5.24", "Its `generate` calls the cache `cache`. Run `pip install -U transformers`.")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_cab_mamba.CABMambaConfig",
