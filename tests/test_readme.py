@@ -215,6 +215,11 @@ def test_what_is_said_of_the_language_methods():
     assert f"a factor of {kl['random mixers, KL'] / kl['CAB']:.1f} (below)" in README
     half = kl["half as deep, KL and bridge"], kl["half as deep, KL"]
     assert "{:.2f} with it, {:.2f} without".format(*half) in README
+    norms = [
+        result(f"quality/smollm2/runs/{run}__5m-tokens__seed0.json")["curve"][-1]["log"][0]["grad_norm"]
+        for run in ("random-mixers-kl", "cab")
+    ]
+    assert "gradient norms up to {:.0f} at its start, {:.0f} behind the bridge's stage".format(*norms) in README
     control = [measures[f"{text}: KL"]["the teacher itself, labels"]["5M tokens"]["mean"] for text in TEXTS]
     ratio = measures["speeches: ppl ratio"]["the teacher itself, labels"]["5M tokens"]["mean"]
     assert "ends at {:.2f}, {:.2f} and {:.2f} from itself at {:.2f} times".format(*control, ratio) in README
