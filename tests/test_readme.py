@@ -49,6 +49,10 @@ def test_figures_of_the_demo():
         assert row(start) == shown
     assert row("teacher, SmolLM2-135M") == [f"{after['teacher_perplexity']:.1f}", "", ""]
     assert f"{after['n_tokens']:,} tokens" in README and f"{report['seconds'] / 60:.1f} minutes" in README
+    slow = result("quality/quickstart_lm/report_float32_cpu.json")
+    (after,) = slow["after"].values()
+    shown = f"a perplexity of {after['student_perplexity']:.1f} and a KL of {after['kl']:.2f} after"
+    assert f"{shown} {slow['seconds'] / 60:.1f} minutes" in README
 
 
 TOKENS = ("5M tokens", "20M tokens", "60M tokens")
