@@ -19,7 +19,6 @@ What is finished is in `runs/` beside the grid and is not run again, what was cu
 
 import argparse
 import gc
-import itertools
 import json
 import math
 import os
@@ -480,21 +479,18 @@ def run_command(grid: Grid, options: argparse.Namespace, arguments: Sequence[str
     """Runs what is missing, in this process and the other workers; returns the exit code."""
     began = time.time()
     command = options.command or f"{socket.gethostname()}-{os.getpid()}-{began}"
-    count = options.workers or len(options.gpus or [None])
-    if options.gpus and options.command is None:
-        if count < len(options.gpus):
+    places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in options.gpus or ()] or [{}]
+    count = options.workers or len(places)
+    if options.command is None:
+        if count < len(places):
             raise ValueError(
-                f"`--workers` is {count} for {len(options.gpus)} GPUs, of which some would idle: give one for each."
+                f"`--workers` is {count} for {len(places)} GPUs, of which some would idle: give one for each."
             )
-        os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus[0]
+        os.environ.update(places[0])
     runs = select(grid, options.methods, options.data, options.seeds)
     recipes = build_recipes(grid, runs, overrides)
     again = [sys.executable, __file__, *arguments, "--workers", "1", "--command", command, "--", *overrides]
-    gpus = itertools.islice(itertools.cycle(options.gpus or [os.environ.get("CUDA_VISIBLE_DEVICES")]), 1, count)
-    workers = [
-        subprocess.Popen(again, env=os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}))
-        for gpu in gpus
-    ]
+    workers = [subprocess.Popen(again, env=os.environ | places[i % len(places)]) for i in range(1, count)]
     try:
         run_grid(grid, recipes, command, ends=began + options.seconds, keep=options.keep)
         codes = [worker.wait() for worker in workers]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cab_hf.distillation.alignment import layer_map
-from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair, Role, bridge_targets
+from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair, Role
 from cab_hf.distillation.losses import (
     LogitsLoss,
     TargetMap,
@@ -373,10 +373,10 @@ class DistillationModel(nn.Module):
 
 def _bridge_targets(attention: TeacherAttention, kind: TargetMap, mask: Tensor | None) -> dict[Role, Tensor]:
     """`(b, t, h * p)`; of the map "none" views `(b, t, h, p)`, which the bridge copies once, as it stacks them."""
+    views = {role: getattr(attention, role).detach().transpose(1, 2) for role in ROLES}
     if kind == "none":
-        return {role: getattr(attention, role).detach().transpose(1, 2) for role in ROLES}
-    query, key = bridge_targets(attention)
-    return {"key": target_map(key, kind, "key", mask), "query": target_map(query, kind, "query", mask)}
+        return views
+    return {role: target_map(view.flatten(2), kind, role, mask) for role, view in views.items()}
 
 
 def _scans(projections: SSMProjections | BidirectionalProjections) -> list[tuple[Tensor, Tensor, Tensor]]:
