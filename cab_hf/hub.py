@@ -362,7 +362,7 @@ def _training_rows(recipe: Recipe, report: Mapping[str, Any], teacher: str, sour
             "Images seen": f"{report['images_seen']:,}",
         }
     else:
-        own = recipe.data.teacher_tokens
+        own = recipe.data.teacher_tokens + recipe.data.teacher_continuation_tokens
         written = f", and {own:,} tokens that the teacher wrote" if own else ""
         rows |= {
             "Text": f"{', '.join(sources)}{written}, in rows of {recipe.data.block_size:,} tokens",

@@ -129,12 +129,13 @@ class DataArguments:
     eval_batch_size: int = field(default=8, metadata={"help": "Rows of a batch of the evaluation."})
     teacher_tokens: int = field(
         default=0,
-        metadata={"help": "Tokens that the teacher writes first, trained on beside the data: for little data."},
+        metadata={"help": "Tokens that the teacher writes first, from nothing, trained on beside the data."},
     )
-    teacher_prompt_length: int = field(
+    teacher_continuation_tokens: int = field(
         default=0,
-        metadata={"help": "The teacher goes on from pieces of the training text, of so many tokens; 0: from nothing."},
+        metadata={"help": "Tokens that the teacher writes first, on from pieces of the training text; likewise."},
     )
+    teacher_prompt_length: int = field(default=16, metadata={"help": "Tokens of such a piece; at least 2."})
     teacher_batch_size: int = field(default=64, metadata={"help": "Documents that the teacher writes side by side."})
     repeat_fraction: float = field(
         default=0.0,

@@ -218,39 +218,40 @@ def load_blocks(
         training, kept = split_documents(documents, _number_or_text(data.holdout), seed=seed)
         heldout = {f"held-out part of {', '.join(map(public_name, data.dataset))}": pack(kept)}
     blocks = pack(training)
-    if data.teacher_tokens:
-        written = _teacher_text(recipe, teacher, tokenizer, training)
-        blocks = concatenate_datasets([blocks, pack(load_documents(written))])
+    for option, prompts in (("teacher_tokens", None), ("teacher_continuation_tokens", training)):
+        if getattr(data, option):
+            written = _teacher_text(recipe, teacher, tokenizer, option, prompts)
+            blocks = concatenate_datasets([blocks, pack(load_documents(written))])
     return insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=seed), heldout
 
 
 def _teacher_text(
-    recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, training: Dataset
+    recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, option: str, prompts: Dataset | None
 ) -> Path:
-    """A file of `teacher_tokens` tokens that the teacher writes; one that an earlier start wrote is kept."""
-    data, path = recipe.data, recipe.output_dir / "stages" / "teacher_text.npz"
+    """A file of as many tokens as `option` asks the teacher for; one that an earlier start wrote is kept."""
+    data, path = recipe.data, recipe.output_dir / "stages" / f"{option}.npz"
     if path.is_file():
         return path
-    if data.teacher_tokens < data.block_size:
+    num_tokens = getattr(data, option)
+    if num_tokens < data.block_size:
         raise ValueError(
-            f"`teacher_tokens` is {data.teacher_tokens}, less than a row of `block_size` {data.block_size}. "
-            "Give more, or 0 for none."
+            f"`{option}` is {num_tokens}, less than a row of `block_size` {data.block_size}. Give more, or 0 for none."
         )
-    prompts = {"prompts": training, "prompt_length": data.teacher_prompt_length} if data.teacher_prompt_length else {}
-    longest = longest_document(teacher, bool(prompts)) or data.block_size
+    longest = longest_document(teacher, prompts is not None) or data.block_size
     try:
         documents = sample_documents(
             teacher,
             tokenizer,
-            data.teacher_tokens,
+            num_tokens,
             length=min(data.block_size, longest),
+            prompts=prompts,
+            prompt_length=data.teacher_prompt_length,
             batch_size=data.teacher_batch_size,
             seed=recipe.stages[0][1].seed,
             torch_compile=recipe.stages[0][1].torch_compile,
-            **prompts,
         )
     except ValueError as error:
-        raise ValueError(f"`teacher_tokens` is {data.teacher_tokens}, but the teacher can't write: {error}") from error
+        raise ValueError(f"`{option}` is {num_tokens}, but the teacher can't write: {error}") from error
     save_tokens(path, documents, tokenizer)
     return path
 

@@ -156,6 +156,8 @@ class TestRun:
             "--license",
             "mit",
             "--teacher_tokens",
+            "650",
+            "--teacher_continuation_tokens",
             "700",
             "--teacher_batch_size",
             "4",
@@ -166,12 +168,13 @@ class TestRun:
         plain = load_blocks(smoke(tmp_path / "plain"), tokenizer, model)[0]
         recipe = smoke(tmp_path, *options)
         blocks, heldout = load_blocks(recipe, tokenizer, model)
-        assert 9 <= len(blocks) - len(plain) <= 11 and blocks["input_ids"][: len(plain)] == plain["input_ids"]
-        file = recipe.output_dir / "stages/teacher_text.npz"
-        written = load_documents(file)["input_ids"]
-        assert sum(map(len, written)) == 700
+        assert 18 <= len(blocks) - len(plain) <= 22 and blocks["input_ids"][: len(plain)] == plain["input_ids"]
         pieces = {tuple(row[i : i + 5]) for row in plain["input_ids"] for i in range(len(row) - 4)}
-        assert sum(tuple(row[:5]) in pieces for row in written) > 0.8 * len(written)  # the rest lie across two rows
+        for option, tokens in (("teacher_tokens", 650), ("teacher_continuation_tokens", 700)):
+            written = load_documents(recipe.output_dir / f"stages/{option}.npz")["input_ids"]
+            assert sum(map(len, written)) == tokens
+            continued = sum(tuple(row[:5]) in pieces for row in written)  # some pieces lie across two rows
+            assert continued > 0.8 * len(written) if option == "teacher_continuation_tokens" else continued == 0
 
         def never(*args, **kwargs):
             raise AssertionError("text that is there was written again")
@@ -180,19 +183,20 @@ class TestRun:
         assert load_blocks(recipe, tokenizer, model)[0]["input_ids"] == blocks["input_ids"]
         report = run_recipe(recipe)
         assert report["after"].keys() == {"held-out part of the language reference of CPython"}
-        assert "and 700 tokens that the teacher wrote" in (recipe.output_dir / "README.md").read_text()
+        assert "and 1,350 tokens that the teacher wrote" in (recipe.output_dir / "README.md").read_text()
 
     def test_what_the_teacher_cannot_write(self, tmp_path):
         model, tokenizer = random_llama()
         model.config.max_position_embeddings = 64  # as many as a row has tokens; what it writes starts from one more
         load_blocks(smoke(tmp_path / "short", "--teacher_tokens", "130"), tokenizer, model)
-        written = load_documents(tmp_path / "short/student/stages/teacher_text.npz")["input_ids"]
+        written = load_documents(tmp_path / "short/student/stages/teacher_tokens.npz")["input_ids"]
         assert max(map(len, written)) == 63
         for tokens in ("-5", "63"):
             with pytest.raises(ValueError, match=f"`teacher_tokens` is {tokens}, less than a row of `block_size` 64"):
                 load_blocks(smoke(tmp_path / tokens, "--teacher_tokens", tokens), tokenizer, model)
-        options = ["--teacher_tokens", "99", "--teacher_prompt_length", "1"]
-        with pytest.raises(ValueError, match=r"`teacher_tokens` is 99, but .* prompt_length is 1. Give at least 2"):
+        options = ["--teacher_continuation_tokens", "99", "--teacher_prompt_length", "1"]
+        message = r"`teacher_continuation_tokens` is 99, but .* prompt_length is 1. Give at least 2"
+        with pytest.raises(ValueError, match=message):
             load_blocks(smoke(tmp_path / "prompts", *options), tokenizer, model)
 
     def test_a_killed_run_goes_on_in_its_stage(self, tmp_path, monkeypatch):
