@@ -173,20 +173,18 @@ class AttentionBridge(nn.Module):
                 mlps.append((self.layers[pair.layer][direction], pair.role))
         ups = [mlp.up[mlp.up_names[role]] for mlp, role in mlps]
         downs = [mlp.down[mlp.down_names[role]] for mlp, role in mlps]
-        first = pairs[0].target
-        features, device = first.shape[2:].numel(), first.device.type
-        factors = first.new_full((len(pairs),), 1 / features, dtype=accumulation_dtype(first.dtype))
+        target = pairs[0].target
+        features, device = target.shape[2:].numel(), target.device.type
+        factors = target.new_full((len(pairs),), 1 / features, dtype=accumulation_dtype(target.dtype))
         if any(pair.scale is not None for pair in pairs):
             scales = [torch.ones_like(factors[0]) if pair.scale is None else pair.scale for pair in pairs]
             factors = factors / torch.stack(scales).to(factors.dtype).clamp(min=SMALLEST_MEAN_SQUARE)
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ups[0].weight.dtype
-        # A copy in any case, which becomes the error in place.
-        targets = torch.stack([pair.target for pair in pairs] * self.num_directions).flatten(1, 2).flatten(2)
         return _BridgeError.apply(
             _stacked(shown).flatten(1, 2),  # (directions * m, r, n)
             *(_stacked([getattr(linear, name) for linear in ups]) for name in ("weight", "bias")),
             *(_stacked([getattr(linear, name) for linear in downs]) for name in ("weight", "bias")),
-            targets.to(autocast),  # (directions * m, r, f)
+            _stacked([pair.target for pair in pairs]),  # (m, b, t, f) or (m, b, t, h, p)
             factors.repeat(self.num_directions),
             None if mask is None else (mask != 0).flatten(),
             autocast,
@@ -197,6 +195,11 @@ class AttentionBridge(nn.Module):
 def _stacked(tensors: list[Tensor]) -> Tensor:
     """`torch.stack`, without a copy where there is nothing to stack."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` of `(m, i, j)` and `(m, j, k)`; one pair is no batch, for which sums over tokens are not split."""
+    return (left[0] @ right[0]).unsqueeze(0) if len(left) == 1 else left @ right
 
 
 class _BridgeError(torch.autograd.Function):
@@ -213,7 +216,7 @@ class _BridgeError(torch.autograd.Function):
         up_bias: Tensor,
         down_weight: Tensor,
         down_bias: Tensor,
-        error: Tensor,  # (directions * m, r, f), the targets, of which it leaves nothing
+        target: Tensor,  # (m, b, t, f) or (m, b, t, h, p), the same in all directions
         factors: Tensor,  # (directions * m,)
         real: Tensor | None,  # (r,)
         dtype: torch.dtype,
@@ -224,15 +227,15 @@ class _BridgeError(torch.autograd.Function):
             x, up_weight, up_bias, down_weight, down_bias = (
                 tensor.to(dtype) for tensor in (x, up_weight, up_bias, down_weight, down_bias)
             )
-            before = torch.baddbmm(up_bias.unsqueeze(1), x, up_weight.transpose(1, 2))  # (directions * m, r, k)
+            before = _product(x, up_weight.mT).add_(up_bias.unsqueeze(1))  # (directions * m, r, k)
             k = before.shape[-1]
             # A column of ones carries the bias, and its gradient, through the products: the error is the largest
             # tensor here, and each pass over it costs more than all else.
-            ones = nn.functional.pad(before.new_ones(1, 1, 1), (0, -(k + 1) % PRODUCT_ALIGNMENT))
-            hidden = torch.cat([nn.functional.silu(before), ones.expand(*before.shape[:2], -1)], dim=-1)
-            rest = (0, ones.shape[-1] - 1)
-            weight_and_bias = nn.functional.pad(torch.cat([down_weight, down_bias.unsqueeze(-1)], dim=-1), rest)
-            error.baddbmm_(hidden, weight_and_bias.transpose(1, 2), beta=-1)
+            rest = -(k + 1) % PRODUCT_ALIGNMENT
+            hidden = nn.functional.pad(nn.functional.silu(before), (0, 1 + rest), value=1.0)
+            weight_and_bias = nn.functional.pad(torch.cat([down_weight, down_bias.unsqueeze(-1)], dim=-1), (0, rest))
+            error = _product(hidden, weight_and_bias.mT)  # (directions * m, r, f)
+            error.view(-1, *target.shape).sub_(target)
             if real is not None:
                 error.masked_fill_(~real.unsqueeze(-1), 0)
             norms = torch.linalg.vector_norm(error, dim=(1, 2), dtype=factors.dtype)
@@ -241,27 +244,29 @@ class _BridgeError(torch.autograd.Function):
                 if dtype == torch.float16:  # whose sums over tokens would overflow
                     error.mul_(slopes)
                     slopes = torch.ones_like(slopes)
-                grad_before = torch.ops.aten.silu_backward((error @ down_weight).mul_(slopes), before)
-                of_weight_and_bias = error.transpose(1, 2) @ hidden.mul_(slopes)
+                grad_before = torch.ops.aten.silu_backward(_product(error, down_weight * slopes), before)
+                of_weight_and_bias = _product(error.mT, hidden) * slopes
                 ctx.is_narrow = x.shape[-1] <= k
                 ctx.save_for_backward(
-                    grad_before @ up_weight if ctx.is_narrow else grad_before,
-                    grad_before.transpose(1, 2) @ x,
+                    _product(grad_before, up_weight) if ctx.is_narrow else grad_before,
+                    up_weight,
+                    _product(grad_before.mT, x),
                     grad_before.sum(1),
                     of_weight_and_bias[..., :k],
                     of_weight_and_bias[..., k],
-                    up_weight,
                 )
         return (norms.square() * factors).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        of_x, *of_weights, up_weight = ctx.saved_tensors
+        of_x, up_weight, *of_weights = ctx.saved_tensors
+        of_x = of_x * gradient.to(of_x.dtype)
         if not ctx.is_narrow:
-            of_x = of_x @ up_weight
-        gradients = (made.to(dtype) * gradient.to(dtype) for made, dtype in zip((of_x, *of_weights), ctx.dtypes))
-        return *gradients, None, None, None, None, None
+            of_x = _product(of_x, up_weight)
+        x_dtype, *dtypes = ctx.dtypes
+        of_weights = (made.to(dtype) * gradient.to(dtype) for made, dtype in zip(of_weights, dtypes, strict=True))
+        return of_x.to(x_dtype), *of_weights, None, None, None, None, None
 
 
 class _RoleMLPs(nn.Module):

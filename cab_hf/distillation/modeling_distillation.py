@@ -37,7 +37,7 @@ ALIGNMENT_LOSSES = ("bridge", "output", "hidden", "attention")
 SCALED_TARGETS = (*ROLES, "output", "hidden")
 SMALLEST_VARIANCE = 1e-4
 """Share of its mean square below which a target counts as constant."""
-BRIDGED_TOGETHER = 2**25
+BRIDGED_TOGETHER = 2**23
 """Numbers that the bridges of neighbouring layers predict at once: fewer would be many small kernels, more memory."""
 
 
