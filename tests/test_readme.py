@@ -56,10 +56,10 @@ def test_figures_of_the_demo():
 
 
 TOKENS = ("5M tokens", "20M tokens", "60M tokens")
-LONGEST = "text and samples, state of 128"
+DEFAULT = "text, samples and continuations, state of 128"
 
 
-def over_tokens(measure: str, method: str = LONGEST) -> list[float | None]:
+def over_tokens(measure: str, method: str = DEFAULT) -> list[float | None]:
     cells = result("quality/smollm2_long/table.json")["measures"][measure][method]
     return [cells[tokens]["mean"] if tokens in cells else None for tokens in TOKENS]
 
@@ -71,8 +71,11 @@ def over_tokens(measure: str, method: str = LONGEST) -> list[float | None]:
 def test_figures_of_the_language_default(start, text):
     pairs = zip(over_tokens(f"{text}: KL"), over_tokens(f"{text}: ppl ratio"))
     assert row(start) == [f"{kl:.2f} / {ratio:.2f}" for kl, ratio in pairs]
-    run = result("quality/smollm2_long/runs/text-and-samples-state-of-128__60m-tokens__seed0.json")
+    run = result("quality/smollm2_long/runs/text-samples-and-continuations-state-of-128__60m-tokens__seed0.json")
     assert f"{run['after'][text]['n_tokens']:,} held-out tokens" in README
+    cells = result("quality/smollm2_long/table.json")["measures"][f"{text}: KL"][DEFAULT]
+    assert [cells[tokens]["n"] for tokens in TOKENS] == [2, 1, 2]
+    assert "means of two seeds at 5M and 60M, one at 20M" in README
 
 
 @pytest.mark.parametrize("gap", [16, 64, 256])
@@ -83,18 +86,37 @@ def test_figures_of_copying(gap):
 
 
 def test_what_the_parts_of_the_language_default_bring():
-    def at_20m(measure: str) -> list[float]:
-        return [over_tokens(measure, method)[1] for method in ("text", "text and samples", LONGEST)]
+    methods = ("text", "text and samples", "text and samples, state of 128", DEFAULT)
 
-    brown, copying = at_20m("brown (out of domain): KL"), at_20m("copying, gap 64")
+    def at(tokens: str, measure: str) -> list[float | None]:
+        return [over_tokens(measure, method)[TOKENS.index(tokens)] for method in methods]
+
+    brown, copying = (at("20M tokens", measure) for measure in ("brown (out of domain): KL", "copying, gap 64"))
     assert f"KL on Brown from {brown[0]:.2f} to {brown[1]:.2f}" in README
     assert f"gap of 64 from {copying[0]:.2f} to {copying[1]:.2f}" in README
     assert f"takes that copying to {copying[2]:.2f}" in README
     for text in ("speeches", "python docs"):
-        plain, sampled, larger = at_20m(f"{text}: KL")
+        plain, sampled, larger, _ = at("20M tokens", f"{text}: KL")
         assert f"{sampled - plain:.2f}" == "0.01" and abs(larger - sampled) < 0.01
+    *_, before, after = at("20M tokens", "speeches: KL")
+    assert f"goes on with takes it to {copying[3]:.2f} and costs {after - before:.2f} on speeches" in README
+    for shown, measure, digits in (
+        ("KL on documentation from {} to {}", "python docs: KL", 3),
+        ("copying over a gap of 64 from {} to {}, of 256", "copying, gap 64", 2),
+        ("of 256 from {} to {}", "copying, gap 256", 2),
+    ):
+        assert shown.format(*(f"{value:.{digits}f}" for value in at("60M tokens", measure)[2:])) in README
+    *_, before, after = at("60M tokens", "speeches: KL")
+    assert f"and costs {after - before:.3f} on speeches. Over" in README
     assert max(over_tokens("copying, gap 1024")) < 0.001
     assert f"(teacher {over_tokens('copying, gap 1024, teacher')[0]:.2f})" in README
+
+
+def test_the_bars_of_the_language_default():
+    at_60m = {measure: over_tokens(measure)[-1] for measure in result("quality/smollm2_long/table.json")["measures"]}
+    assert max(at_60m[f"{text}: KL"] for text in ("speeches", "python docs")) <= 0.25
+    assert at_60m["brown (out of domain): KL"] <= 0.45 and at_60m["brown (out of domain): ppl ratio"] <= 1.35
+    assert at_60m["copying, gap 64"] >= 0.5 * at_60m["copying, gap 64, teacher"]
 
 
 def test_what_perplexity_hides():
@@ -113,29 +135,33 @@ def test_what_perplexity_hides():
         ("**outputs", "outputs, then KL"),
     ],
 )
-@pytest.mark.parametrize(("grid", "prefix", "seeds"), [("cifar10", "", {1, 2}), ("digits", "digits: ", {3})])
-def test_figures_of_the_image_grids(grid, prefix, seeds, start, method):
+@pytest.mark.parametrize(("grid", "prefix"), [("cifar10", ""), ("digits", "digits: ")])
+def test_figures_of_the_image_grids(grid, prefix, start, method):
     measures = result(f"quality/{grid}/table.json")["measures"]
     shares = ("1 %", "5 %", "10 %", "20 %", "100 %")[grid == "digits" :]
     assert row(prefix + (start.strip("*") if prefix else start)) == [
-        f"{measures['top1'][method][share]['mean']:.3f} / {measures['kl'][method][share]['mean']:.2f}"
+        f"{top1(measures['top1'][method][share], grid)} / {measures['kl'][method][share]['mean']:.2f}"
         for share in shares
     ]
-    assert {measures["top1"][method][share]["n"] for share in measures["top1"][method]} <= seeds
 
 
-def test_which_rows_of_cifar10_have_two_seeds():
-    counts = {
-        name: [share for share, cell in cells.items() if cell["n"] == 2]
-        for name, cells in result("quality/cifar10/table.json")["measures"]["top1"].items()
-    }
-    shown = "training from scratch up to {} %, soft KD up to {} % and CAB up to {} %"
-    upto = [counts[name][-1].removesuffix(" %") for name in ("from scratch", "soft KD", "CAB")]
-    assert shown.format(*upto) in README
-    assert counts == {
-        name: shares if name in ("from scratch", "soft KD", "CAB") else [] for name, shares in counts.items()
-    }
-    assert [len(counts[name]) for name in ("from scratch", "soft KD", "CAB")] == [4, 3, 2]  # no share left out
+def top1(cell: dict, grid: str) -> str:
+    return f"{cell['mean']:.3f}" + (f" ± {cell['std']:.3f}" if grid == "cifar10" else "")
+
+
+def test_seeds_of_the_image_grids():
+    measures = result("quality/cifar10/table.json")["measures"]["top1"]
+    rows = ("from scratch", "soft KD", "CAB", "weight reuse", "outputs, then KL")
+    counts = {(name, share): cell["n"] for name in rows for share, cell in measures[name].items()}
+    assert len(counts) == 25 and f"({sum(counts.values())} of 75 runs of the five rows above" in README
+    two = {("weight reuse", "100 %"), *(("outputs, then KL", share) for share in ("5 %", "20 %", "100 %"))}
+    assert counts == {cell: 2 if cell in two else 3 for cell in counts}
+    assert "three seeds, two for weight reuse at 100 % and for outputs, then KL at 5, 20 and 100 %)" in README
+    single = [name for name in measures if name not in rows]
+    assert len(single) == 6 and {cell["n"] for name in single for cell in measures[name].values()} == {1}
+    assert "of the single choices at 10 % six, with one seed each" in README
+    digits = result("quality/digits/table.json")["measures"]["top1"]
+    assert {cell["n"] for cells in digits.values() for cell in cells.values()} == {3}
 
 
 def test_what_is_said_of_cifar10():
@@ -145,13 +171,19 @@ def test_what_is_said_of_cifar10():
     }
     leads = [round(100 * (top1["CAB"][share] - top1["soft KD"][share])) for share in top1["soft KD"]]
     assert len(leads) == 5 and f"CAB leads soft KD by {min(leads)} to {max(leads)} points at every share" in README
-    run = result("quality/cifar10/runs/outputs-then-kl__1-pct__seed0.json")
-    assert [stage["steps"] for stage in run["curve"]] == [450, 1050]
-    assert not any("ce" in entry for stage in run["curve"] for entry in stage["log"])  # no label is read
-    (after,) = run["after"].values()
-    behind = 100 * (after["teacher_top1"] - after["student_top1"])
-    assert behind < 2.55 and "within 2.5 points of the teacher" in README
-    assert f"to a top-1 of {after['teacher_top1']:.3f}" in README and f"{after['n_images']:,} test images" in README
+    for share, shown in top1["weight reuse"].items():  # the bars of the vision half
+        others = max(top1["soft KD"][share], shown)
+        assert top1["outputs, then KL"][share] > top1["CAB"][share] > others
+    runs = [result(f"quality/cifar10/runs/outputs-then-kl__1-pct__seed{seed}.json") for seed in range(3)]
+    for run in runs:
+        assert [stage["steps"] for stage in run["curve"]] == [450, 1050]
+        assert not any("ce" in entry for stage in run["curve"] for entry in stage["log"])  # no label is read
+    tests = [after for run in runs for after in run["after"].values()]
+    behind = [100 * (after["teacher_top1"] - after["student_top1"]) for after in tests]
+    assert f"within {sum(behind) / len(behind):.1f} points of the teacher" in README
+    for after in tests:
+        assert f"to a top-1 of {after['teacher_top1']:.3f}" in README
+        assert f"{after['n_images']:,} test images" in README
     for run in result("quality/cifar10/weights_5e-4_h200.json")["runs"]:
         if run["method"] == "weight reuse":
             assert run["after"]["top1"] < top1["weight reuse"][run["data"]]
@@ -203,7 +235,13 @@ def test_figures_of_the_small_language_model():
         ("random mixers: bridge, then KL", "CAB"),
         ("random mixers: bridge beside", "random mixers, KL and bridge"),
         ("random mixers: bridge as the paper", "CAB, not centered"),
-        ("random mixers: KL alone", "random mixers, KL"),
+        ("random mixers: mixer outputs", "random mixers, outputs, then KL"),
+        ("random mixers: KL alone |", "random mixers, KL"),
+        ("random mixers: KL alone, a third", "random mixers, KL, 4e-4"),
+        ("weights copied, MOHAWK", "MOHAWK"),
+        ("Mamba-2 from scratch: labels", "from scratch, labels alone"),
+        ("Mamba-2 from scratch: KL alone", "from scratch, KL"),
+        ("Mamba-2 from scratch: bridge", "from scratch, KL and bridge"),
     ],
 )
 def test_figures_of_the_language_methods(start, method):
@@ -214,7 +252,8 @@ def test_figures_of_the_language_methods(start, method):
 def test_what_is_said_of_the_language_methods():
     measures = result("quality/smollm2/table.json")["measures"]
     kl = {name: cells["5M tokens"]["mean"] for name, cells in measures["speeches: KL"].items()}
-    assert len(kl) == 12 and all(cells["5M tokens"]["n"] == 1 for cells in measures["speeches: KL"].values())
+    assert len(kl) == 25 and "[all 25]" in README
+    assert {cells["5M tokens"]["n"] for cells in measures["speeches: KL"].values()} == {1}
     assert f"from {kl['random mixers, KL']:.2f} to {kl['CAB']:.2f}" in README and kl["CAB"] < kl["weight reuse, KL"]
     assert f"a factor of {kl['random mixers, KL'] / kl['CAB']:.1f} (below)" in README
     half = kl["half as deep, KL and bridge"], kl["half as deep, KL"]
@@ -224,6 +263,12 @@ def test_what_is_said_of_the_language_methods():
         for run in ("random-mixers-kl", "cab")
     ]
     assert "gradient norms up to {:.0f} at its start, {:.0f} behind the bridge's stage".format(*norms) in README
+    calmer = kl["random mixers, KL, 4e-4"], kl["random mixers, outputs, then KL"]
+    assert "ends at {:.2f}, and mixer outputs in the bridge's place at {:.2f}".format(*calmer) in README
+    scratch = [kl[f"from scratch, {losses}"] for losses in ("KL and bridge", "KL", "KL, 4e-4", "KL and bridge, 4e-4")]
+    shown = "({:.2f} with it, {:.2f} without, {:.2f} both at a third of the rate)"
+    assert shown.format(*scratch[:3]) in README
+    assert f"{scratch[2]:.2f}" == f"{scratch[3]:.2f}"
     control = [measures[f"{text}: KL"]["the teacher itself, labels"]["5M tokens"]["mean"] for text in TEXTS]
     ratio = measures["speeches: ppl ratio"]["the teacher itself, labels"]["5M tokens"]["mean"]
     assert "ends at {:.2f}, {:.2f} and {:.2f} from itself at {:.2f} times".format(*control, ratio) in README
@@ -275,8 +320,10 @@ def test_figures_of_the_bridges_start():
     assert max(shares["digits_vit"]["key"]["constant_share"]) < 0.2
     table = result("quality/cifar10/table.json")["measures"]["top1"]
     paper, kd, here = (table[name]["10 %"]["mean"] for name in ("CAB, not centered", "soft KD", "CAB"))
-    assert f"takes soft KD's {kd:.3f} at 10 % of the images down to {paper:.3f}" in README
+    assert f"takes soft KD's {kd:.3f} at 10 % of the images down to {paper:.3f} (one seed)" in README
     assert f"(`bridge_centered`, the default), it takes them up to {here:.3f}" in README
+    usual, ended = (table[name]["10 %"]["mean"] for name in ("CAB, usual A", "CAB, bridge ends"))
+    assert f"changes nothing ({usual:.3f}), and ending the bridge at 35 % of the steps costs ({ended:.3f}" in README
     ends = [
         result(f"quality/{grid}/table.json")["measures"]["top1"]["CAB"]["10 %"]["mean"]
         for grid in ("digits", "digits_questions")  # the second was run with the paper's start
@@ -329,6 +376,11 @@ def test_figures_of_the_alignment():
     for method in ("bridge", "matrix"):
         cell = cells[method, 4096]
         assert f"{cell['ms']:,.0f} ms and {cell['peak_mib']:,.0f} MiB" in README
+    cells = {(c["method"], c["tokens"]): c for c in result("speed/results/alignment_h200.json")["cells"]}
+    bridge = [cells["bridge", tokens] for tokens in (512, 16384)]
+    assert [f"{cell['ms']:.0f}" for cell in bridge] == ["3", "3"] and "bridge takes 3 ms from 512 tokens" in README
+    assert "memory grows from {peak_mib:.0f}".format(**bridge[0]) + f" to {bridge[1]['peak_mib']:.0f} MiB" in README
+    assert "take {ms:.0f} ms and {peak_mib:,.0f} MiB at 16,384".format(**cells["matrix", 16384]) in README
 
 
 def test_figures_of_the_starts():
@@ -356,10 +408,14 @@ def test_figures_of_speed(start, file, name):
 
 
 def test_what_the_bridge_costs():
-    results = result("speed/results/distillation_step_h200_in_place.json")["results"]["32x512"]
-    with_it, without = (results[f"{name}, torch.compile, cuda graph"] for name in ("kd + bridge", "kd"))
-    time, memory = (100 * (with_it[key] / without[key] - 1) for key in ("milliseconds", "peak_gib"))
-    assert f"The bridge adds {time:.1f} % time and {memory:.1f} % memory to that step" in README
+    for file, shown in (
+        ("in_place", "The bridge adds {:.1f} % time and {:.1f} % memory to that step"),
+        ("larger_groups", "side by side bring it to [{:.1f} % and {:.1f} %]"),
+    ):
+        results = result(f"speed/results/distillation_step_h200_{file}.json")["results"]["32x512"]
+        with_it, without = (results[f"{name}, torch.compile, cuda graph"] for name in ("kd + bridge", "kd"))
+        costs = (100 * (with_it[key] / without[key] - 1) for key in ("milliseconds", "peak_gib"))
+        assert shown.format(*costs) in README
 
 
 def test_figures_of_the_scans():

@@ -137,7 +137,9 @@ def draw(grid: "Grid", table: Table, path: Path) -> str:
             axes.set_xlim(left=1.5 * min(seen) - 0.52 * max(seen))
     else:
         axes.set_xticks(range(len(columns)), columns)
-        figure.legend(fontsize=11, loc="outside lower center", ncols=min(len(methods), 3))
+        widest = 70 + 7 * max(map(len, methods))  # pixels of an entry
+        columns_of_legend = max(1, min(len(methods), 3, 800 // widest))
+        figure.legend(fontsize=11, loc="outside lower center", ncols=columns_of_legend)
     better = "lower" if _lower_is_better(measure) else "higher"
     counts = sorted({cells[data]["n"] for cells in methods.values() for data in columns if data in cells})
     seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seed{'s' * (counts[0] > 1)}"

@@ -198,7 +198,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` of `(m, i, j)` and `(m, j, k)`; one pair is no batch, for which sums over tokens are not split."""
+    """`left @ right` of `(m, i, j)` and `(m, j, k)`; one pair is no batch, whose sums over tokens are not split."""
     return (left[0] @ right[0]).unsqueeze(0) if len(left) == 1 else left @ right
 
 
