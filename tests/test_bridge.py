@@ -268,6 +268,47 @@ def test_loss_under_autocast_is_near_float32_and_summed_in_float32():
         assert (mine - theirs).norm() < 0.03 * theirs.norm()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_constants_of_a_target_are_not_rounded(compiled):
+    """Most of a teacher's key may be one constant vector; 16 bits of the sum would leave few for what varies."""
+    torch.manual_seed(0)
+    bridge = AttentionBridge([8, 8], [6, 6], [6, 6], hidden_size=16)
+    constant = 100 * torch.randn(2, 6)
+    bridge.center({(layer, role): constant[ROLES.index(role)] for layer in range(2) for role in ROLES})
+    shown = [[torch.randn(2, 5, 8, requires_grad=True)] for _ in range(4)]
+    pairs = [
+        BridgePair(layer, role, shown[2 * layer + row], constant[row] + torch.randn(2, 5, 6))
+        for layer in range(2)
+        for row, role in enumerate(ROLES)
+    ]
+    wanted = [*bridge.parameters(), *(one for (one,) in shown)]
+    exact = bridge.loss(pairs)
+    expected = torch.autograd.grad(exact, wanted)
+    loss_of = torch.compile(bridge.loss, backend="aot_eager") if compiled else bridge.loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(pairs)
+    torch.testing.assert_close(loss, exact, rtol=0.01, atol=0)
+    for mine, theirs in zip(torch.autograd.grad(loss, wanted), expected):
+        assert (mine - theirs).norm() < 0.03 * theirs.norm()
+
+
+def test_no_tokens_are_no_error():
+    bridge = AttentionBridge([8], [6], [12])
+    shown = torch.zeros(0, 5, 8, requires_grad=True)
+    loss = bridge.loss([BridgePair(0, role, [shown], torch.zeros(0, 5, 6 if role == "key" else 12)) for role in ROLES])
+    loss.backward()
+    assert loss == 0.0 and all(not parameter.grad.any() for parameter in bridge.parameters())
+
+
+def test_a_bridge_may_be_more_precise_than_its_targets():
+    bridge, Bs, Cs, attentions = make_problem(dtype=torch.float64)
+    rounded = [Attention(*(states.float() for states in attention)) for attention in attentions]
+    expected = our_loss(bridge, Bs, Cs, [Attention(*(states.double() for states in one)) for one in rounded])
+    loss = our_loss(bridge, Bs, Cs, rounded)
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
 def test_a_target_of_another_shape_is_an_error():
     bridge = AttentionBridge([8], [6], [12])
     shown = [torch.zeros(2, 5, 8)]

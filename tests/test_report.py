@@ -20,14 +20,8 @@ from cab_hf.images import make_image_processor
 from cab_hf.metrics import crossing_length
 from cab_hf.models import CABMambaForSequenceClassification
 from cab_hf.packing import pack_documents
-from cab_hf.report import (
-    describe,
-    evaluate,
-    image_speed,
-    read_recipe,
-    text_speed,
-    write_card_of,
-)
+from cab_hf.report import describe, evaluate, read_recipe, write_card_of
+from cab_hf.speed import image_speed, text_speed
 
 
 TEXT = "It is a truth that a text of some length has many words, and that few of them are new. "

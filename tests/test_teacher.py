@@ -49,7 +49,7 @@ from transformers import (
 )
 
 from cab_hf.distillation import rotary
-from cab_hf.distillation import teacher as teacher_module
+from cab_hf.distillation.attention_interface import register_recording
 from cab_hf.distillation.teacher import Teacher, TeacherAttention, check_vocabularies
 
 
@@ -448,7 +448,7 @@ def test_flash_attention_runs_under_its_own_name(monkeypatch):
 
     monkeypatch.setattr("transformers.integrations.flash_attention._flash_attention_forward", kernel)
     # Set by hand: a machine without the kernel refuses the name.
-    model.config._attn_implementation = teacher_module._register("flash_attention_2")
+    model.config._attn_implementation = register_recording("flash_attention_2")
     output = Teacher(model, check=False)(batch(), attentions=True)
     assert seen == [("flash_attention_2", None)] * 2
     torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)

@@ -173,22 +173,21 @@ class AttentionBridge(nn.Module):
                 mlps.append((self.layers[pair.layer][direction], pair.role))
         ups = [mlp.up[mlp.up_names[role]] for mlp, role in mlps]
         downs = [mlp.down[mlp.down_names[role]] for mlp, role in mlps]
-        target = pairs[0].target
-        features, device = target.shape[2:].numel(), target.device.type
-        factors = target.new_full((len(pairs),), 1 / features, dtype=accumulation_dtype(target.dtype))
+        target, device = pairs[0].target, pairs[0].target.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ups[0].weight.dtype
+        factors = target.new_full((len(pairs),), 1 / target.shape[2:].numel(), dtype=accumulation_dtype(dtype))
         if any(pair.scale is not None for pair in pairs):
             scales = [torch.ones_like(factors[0]) if pair.scale is None else pair.scale for pair in pairs]
             factors = factors / torch.stack(scales).to(factors.dtype).clamp(min=SMALLEST_MEAN_SQUARE)
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ups[0].weight.dtype
         return _BridgeError.apply(
             _stacked(shown).flatten(1, 2),  # (directions * m, r, n)
             *(_stacked([getattr(linear, name) for linear in ups]) for name in ("weight", "bias")),
             *(_stacked([getattr(linear, name) for linear in downs]) for name in ("weight", "bias")),
-            _stacked([pair.target for pair in pairs]),  # (m, b, t, f) or (m, b, t, h, p)
             factors.repeat(self.num_directions),
             None if mask is None else (mask != 0).flatten(),
-            autocast,
+            dtype,
             torch.is_grad_enabled(),
+            *[pair.target for pair in pairs] * self.num_directions,
         )
 
 
@@ -216,26 +215,18 @@ class _BridgeError(torch.autograd.Function):
         up_bias: Tensor,
         down_weight: Tensor,
         down_bias: Tensor,
-        target: Tensor,  # (m, b, t, f) or (m, b, t, h, p), the same in all directions
         factors: Tensor,  # (directions * m,)
         real: Tensor | None,  # (r,)
         dtype: torch.dtype,
         is_trained: bool,
+        *targets: Tensor,  # directions * m, each (b, t, f) or (b, t, h, p)
     ) -> Tensor:
         ctx.dtypes = [tensor.dtype for tensor in (x, up_weight, up_bias, down_weight, down_bias)]
         with torch.autocast(x.device.type, enabled=False):
-            x, up_weight, up_bias, down_weight, down_bias = (
-                tensor.to(dtype) for tensor in (x, up_weight, up_bias, down_weight, down_bias)
-            )
+            x, up_weight, up_bias, down_weight = (t.to(dtype) for t in (x, up_weight, up_bias, down_weight))
             before = _product(x, up_weight.mT).add_(up_bias.unsqueeze(1))  # (directions * m, r, k)
-            k = before.shape[-1]
-            # A column of ones carries the bias, and its gradient, through the products: the error is the largest
-            # tensor here, and each pass over it costs more than all else.
-            rest = -(k + 1) % PRODUCT_ALIGNMENT
-            hidden = nn.functional.pad(nn.functional.silu(before), (0, 1 + rest), value=1.0)
-            weight_and_bias = nn.functional.pad(torch.cat([down_weight, down_bias.unsqueeze(-1)], dim=-1), (0, rest))
-            error = _product(hidden, weight_and_bias.mT)  # (directions * m, r, f)
-            error.view(-1, *target.shape).sub_(target)
+            hidden = nn.functional.silu(before)
+            error = _prediction_error(hidden, down_weight, down_bias, targets)  # (directions * m, r, f)
             if real is not None:
                 error.masked_fill_(~real.unsqueeze(-1), 0)
             norms = torch.linalg.vector_norm(error, dim=(1, 2), dtype=factors.dtype)
@@ -245,28 +236,45 @@ class _BridgeError(torch.autograd.Function):
                     error.mul_(slopes)
                     slopes = torch.ones_like(slopes)
                 grad_before = torch.ops.aten.silu_backward(_product(error, down_weight * slopes), before)
+                # A column of ones makes the bias's gradient, too: the error is the largest tensor here, and each pass
+                # over it costs more than all else.
+                k = hidden.shape[-1]
+                hidden = nn.functional.pad(hidden, (0, 1 + -(k + 1) % PRODUCT_ALIGNMENT), value=1.0)
                 of_weight_and_bias = _product(error.mT, hidden) * slopes
                 ctx.is_narrow = x.shape[-1] <= k
                 ctx.save_for_backward(
                     _product(grad_before, up_weight) if ctx.is_narrow else grad_before,
-                    up_weight,
                     _product(grad_before.mT, x),
                     grad_before.sum(1),
                     of_weight_and_bias[..., :k],
                     of_weight_and_bias[..., k],
+                    up_weight,
                 )
         return (norms.square() * factors).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        of_x, up_weight, *of_weights = ctx.saved_tensors
-        of_x = of_x * gradient.to(of_x.dtype)
+        of_x, *of_weights, up_weight = ctx.saved_tensors
         if not ctx.is_narrow:
             of_x = _product(of_x, up_weight)
-        x_dtype, *dtypes = ctx.dtypes
-        of_weights = (made.to(dtype) * gradient.to(dtype) for made, dtype in zip(of_weights, dtypes, strict=True))
-        return of_x.to(x_dtype), *of_weights, None, None, None, None, None
+        gradients = [made.to(dtype) * gradient.to(dtype) for made, dtype in zip((of_x, *of_weights), ctx.dtypes)]
+        return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
+
+
+def _prediction_error(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    """`hidden @ weight + bias - target` of each MLP, `(directions * m, r, f)`, in the dtype of `hidden`.
+
+    The bias, most of what is constant in a target, is taken from it before the rest is rounded.
+    """
+    biases = [one.view(target.shape[2:]) for one, target in zip(bias, targets)]
+    if torch.compiler.is_compiling():  # one kernel
+        varying = torch.stack([target - one for target, one in zip(targets, biases)])
+        return (_product(hidden, weight.mT) - varying.flatten(1, 2).flatten(2)).to(hidden.dtype)
+    error = hidden.new_empty(*hidden.shape[:2], weight.shape[1])
+    for one, target, place in zip(biases, targets, error):
+        torch.sub(target, one, out=place.view(target.shape))
+    return error.baddbmm_(hidden, weight.mT, beta=-1)
 
 
 class _RoleMLPs(nn.Module):

@@ -1,16 +1,11 @@
 """The teacher: a frozen Transformer that hands out queries, keys and attention outputs, as fast as it runs anyway.
 
-An attention function of transformers may return anything as its second value, and `output_attentions=True` collects it
-in layer order. Here it returns the tensors that went into the attention instead of the attention map, so that no map
-of size tokens x tokens is kept and no modelling file is edited.
-
 Shapes: `b` batch, `t` token, `h` head, `p` head_dim, `d` width, `V` vocabulary.
 
 Source: arXiv 2510.19266, section "Attention Bridge" (keys teach B, queries teach C).
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,16 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from cab_hf.distillation.attention_interface import AttentionCall, base_of, register_recording
 from cab_hf.distillation.rotary import RotaryPlan, find_plan, recorded_tables, relative_error, undo_rotary
 
 
 logger = logging.get_logger(__name__)
 
-_PREFIX = "cab_"
-_BASES: dict[str, str] = {}  # name of a recording attention implementation -> the one that it records
 _WORKING = "Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, BERT, ViT, DeiT, DINO, CLIP and others like them"
 # Entries that only a loss or the student reads: a teacher that accepts them would compute something else, or more.
 _STUDENT_INPUTS = ("labels", "seq_idx", "cache", "cache_position")
@@ -65,84 +59,6 @@ class TeacherOutput:
     logits: Tensor | None = None
     attentions: tuple[TeacherAttention, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
-
-
-class _AttentionCall(NamedTuple):
-    query: Tensor
-    key: Tensor
-    output: Tensor
-    scaling: float | None
-
-
-class _View:
-    """Reads like its target except for the attributes given."""
-
-    def __init__(self, target: Any, **attributes: Any) -> None:
-        self.__dict__.update(attributes)
-        self._target = target
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
-
-
-def _own_eager_function(module: nn.Module) -> Callable:
-    """The eager attention of the file that defines an attention module: it differs between families."""
-    for owner in type(module).__mro__:
-        function = vars(sys.modules[owner.__module__]).get("eager_attention_forward")
-        if function is not None:
-            return function
-    raise ValueError(
-        f"The eager attention of {type(module).__name__} can't be found in {type(module).__module__}. Load the "
-        "teacher with attn_implementation='sdpa'."
-    )
-
-
-def _recording_attention(base: str) -> Callable:
-    """An attention function that computes what `base` does and returns an `_AttentionCall` beside it."""
-
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, _AttentionCall]:
-        kwargs.pop("output_attentions", None)
-        function, owner = None, module
-        if base == "eager":
-            function = _own_eager_function(module)
-        else:
-            function = AttentionInterface()[base]
-            if "flash" in base:
-                # The flash path picks its kernel by the name that the config holds, which is ours at this moment.
-                owner = _View(module, config=_View(module.config, _attn_implementation=base))
-        output = function(owner, query, key, value, attention_mask, **kwargs)[0]
-        return output, _AttentionCall(query, key, output, kwargs.get("scaling"))
-
-    return attention
-
-
-def _recording_mask(base: str) -> Callable:
-    """The mask function of implementation `base`, told by zero strides that nothing is padded.
-
-    Reading a padding mask to learn that it is all ones would make the host wait for the device.
-    """
-    function = AttentionMaskInterface()[base]
-
-    def mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if attention_mask is not None and not any(attention_mask.stride()):
-            attention_mask = None
-        return function(*args, attention_mask=attention_mask, **kwargs)
-
-    return mask
-
-
-def _register(base: str) -> str:
-    """Registers the recording twin of attention implementation `base` once and returns its name."""
-    # A slash would make transformers look for a kernel on the Hub.
-    name = _PREFIX + base.replace("/", "_")
-    if name not in AttentionInterface():
-        AttentionInterface.register(name, _recording_attention(base))
-        if base in AttentionMaskInterface():
-            AttentionMaskInterface.register(name, _recording_mask(base))
-        _BASES[name] = base
-    return name
 
 
 def _body_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -263,7 +179,7 @@ class Teacher:
         self._rotary: RotaryPlan | None = None
         self._compiled_base: Callable | None = None
 
-        self._original = _BASES.get(self.config._attn_implementation, self.config._attn_implementation)
+        self._original = base_of(self.config._attn_implementation)
         if self._original is None or self._original.startswith("paged|"):
             raise ValueError(
                 f"{self._named()} has attention implementation {self._original!r}. Load the teacher with "
@@ -274,7 +190,7 @@ class Teacher:
             if remove_rotary:
                 self._rotary = self._find_rotary()
         else:
-            self._body.set_attn_implementation(_register(self._original))
+            self._body.set_attn_implementation(register_recording(self._original))
             heads = self.config.num_attention_heads
             values = self.config.to_dict()
             head_dim = values.get("head_dim") or self.config.hidden_size // heads
@@ -464,7 +380,7 @@ class Teacher:
                 arguments["attention_mask"] = nothing_padded.expand(tokens.shape[:2])
         return arguments
 
-    def _read(self, calls: tuple[_AttentionCall, ...], tables: list[Any] | None) -> Iterator[TeacherAttention]:
+    def _read(self, calls: tuple[AttentionCall, ...], tables: list[Any] | None) -> Iterator[TeacherAttention]:
         if self._rotary is None:
             for query, key, output, _ in calls:
                 yield TeacherAttention(query, key, output)
@@ -505,7 +421,7 @@ class Teacher:
     @torch.no_grad()
     def _switch_and_check(self) -> None:
         """Switches to recording attention, and proves on a tiny batch that it records and changes nothing."""
-        name = _register(self._original)
+        name = register_recording(self._original)
         self._body.set_attn_implementation(name)
         if self.config._attn_implementation != name:
             raise ValueError(self._hidden("it does not follow transformers' AttentionInterface"))
@@ -516,7 +432,7 @@ class Teacher:
         with _norms_recorded(self._body) as normed:
             output = self._try(self._body, batch, output_attentions=True, output_hidden_states=True)
         calls = output.get("attentions") or ()
-        readable = [call for call in calls if isinstance(call, _AttentionCall)]
+        readable = [call for call in calls if isinstance(call, AttentionCall)]
         lacking = [part for part in ("last_hidden_state", "hidden_states") if output.get(part) is None]
         if lacking:
             raise ValueError(self._hidden(f"no part of it hands out {lacking}, only {list(output)}"))
