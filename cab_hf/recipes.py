@@ -135,7 +135,9 @@ class DataArguments:
         default=0,
         metadata={"help": "Tokens that the teacher writes first, on from pieces of the training text; likewise."},
     )
-    teacher_prompt_length: int = field(default=16, metadata={"help": "Tokens of such a piece; at least 2."})
+    teacher_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens of such a piece, at least 2; 16 if not given."}
+    )
     teacher_batch_size: int = field(default=64, metadata={"help": "Documents that the teacher writes side by side."})
     repeat_fraction: float = field(
         default=0.0,

@@ -23,9 +23,9 @@ from cab_hf.evaluation import check_packing, compare, copying_recall, sample
 from cab_hf.hub import public_name
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 from cab_hf.packing import LanguageCollator, pack_documents, save_tokens
-from cab_hf.recipes import Recipe
+from cab_hf.recipes import DataArguments, Recipe
 from cab_hf.repeats import insert_repeats
-from cab_hf.sampling import longest_document, sample_documents
+from cab_hf.sampling import PROMPT_LENGTH, longest_document, sample_documents
 from cab_hf.stages import finetune_stage, run_facts, run_stage
 from cab_hf.transfer import fit_output_projection, student_from_teacher
 
@@ -196,6 +196,7 @@ def load_blocks(
 ) -> tuple[Dataset, dict[str, Dataset]]:
     """Training blocks, those of the teacher's own text among them, and the blocks of each evaluated text, by name."""
     data = recipe.data
+    _check_teacher_text(data, teacher)
 
     def load(sources: list[str]) -> Dataset:
         return load_documents(
@@ -233,19 +234,14 @@ def _teacher_text(
     if path.is_file():
         return path
     num_tokens = getattr(data, option)
-    if num_tokens < data.block_size:
-        raise ValueError(
-            f"`{option}` is {num_tokens}, less than a row of `block_size` {data.block_size}. Give more, or 0 for none."
-        )
-    longest = longest_document(teacher, prompts is not None) or data.block_size
     try:
         documents = sample_documents(
             teacher,
             tokenizer,
             num_tokens,
-            length=min(data.block_size, longest),
+            length=_length_of_teacher_text(data, teacher, prompts is not None),
             prompts=prompts,
-            prompt_length=data.teacher_prompt_length,
+            prompt_length=data.teacher_prompt_length or PROMPT_LENGTH,
             batch_size=data.teacher_batch_size,
             seed=recipe.stages[0][1].seed,
             torch_compile=recipe.stages[0][1].torch_compile,
@@ -254,6 +250,37 @@ def _teacher_text(
         raise ValueError(f"`{option}` is {num_tokens}, but the teacher can't write: {error}") from error
     save_tokens(path, documents, tokenizer)
     return path
+
+
+def _length_of_teacher_text(data: DataArguments, teacher: PreTrainedModel, has_prompts: bool) -> int:
+    return min(data.block_size, longest_document(teacher, has_prompts) or data.block_size)
+
+
+def _check_teacher_text(data: DataArguments, teacher: PreTrainedModel) -> None:
+    """Raises for options that the teacher can't write by, before it writes anything."""
+    for option in ("teacher_tokens", "teacher_continuation_tokens"):
+        num_tokens = getattr(data, option)
+        if num_tokens and num_tokens < data.block_size:
+            raise ValueError(
+                f"`{option}` is {num_tokens}, less than a row of `block_size` {data.block_size}. "
+                "Give more, or 0 for none."
+            )
+    if data.teacher_batch_size < 1:
+        raise ValueError(f"`teacher_batch_size` is {data.teacher_batch_size}. Give at least 1.")
+    given = data.teacher_prompt_length
+    if not data.teacher_continuation_tokens:
+        if given is not None:
+            raise ValueError(
+                f"`teacher_prompt_length` is {given}, but `teacher_continuation_tokens` is 0, and only those go on "
+                "from pieces of the text. Set it, or leave the length out."
+            )
+        return
+    length, prompt = _length_of_teacher_text(data, teacher, True), PROMPT_LENGTH if given is None else given
+    if not 2 <= prompt < length:
+        raise ValueError(
+            f"`teacher_prompt_length` is {prompt}, but a document of the teacher's has {length} tokens (`block_size`, "
+            f"or its positions) and goes on from 2 to {length - 1} of them. Give so many."
+        )
 
 
 def _plain_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

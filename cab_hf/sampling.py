@@ -20,6 +20,9 @@ from cab_hf.evaluation import generating, num_positions
 from cab_hf.packing import TOKENISED, Documents, pack_documents, vocabulary_digest
 
 
+PROMPT_LENGTH = 16
+
+
 def sample_documents(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -27,7 +30,7 @@ def sample_documents(
     *,
     length: int = 512,
     prompts: Documents | None = None,
-    prompt_length: int = 16,
+    prompt_length: int = PROMPT_LENGTH,
     temperature: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,

@@ -194,10 +194,25 @@ class TestRun:
         for tokens in ("-5", "63"):
             with pytest.raises(ValueError, match=f"`teacher_tokens` is {tokens}, less than a row of `block_size` 64"):
                 load_blocks(smoke(tmp_path / tokens, "--teacher_tokens", tokens), tokenizer, model)
-        options = ["--teacher_continuation_tokens", "99", "--teacher_prompt_length", "1"]
-        message = r"`teacher_continuation_tokens` is 99, but .* prompt_length is 1. Give at least 2"
-        with pytest.raises(ValueError, match=message):
-            load_blocks(smoke(tmp_path / "prompts", *options), tokenizer, model)
+        for options, message in (
+            (["--teacher_continuation_tokens", "9"], r"`teacher_continuation_tokens` is 9, less than a row"),
+            (
+                ["--teacher_prompt_length", "5"],
+                r"`teacher_prompt_length` is 5, but `teacher_continuation_tokens` is 0",
+            ),
+            (["--teacher_batch_size", "0"], r"`teacher_batch_size` is 0. Give at least 1"),
+            *(
+                (
+                    ["--teacher_continuation_tokens", "99", "--teacher_prompt_length", length],
+                    rf"`teacher_prompt_length` is {length}, but .* has 64 tokens .* from 2 to 63",
+                )
+                for length in ("1", "64")
+            ),
+        ):
+            options = ["--teacher_tokens", "130", *options]  # which are right, and not written before the error
+            with pytest.raises(ValueError, match=message):
+                load_blocks(smoke(tmp_path / "wrong", *options), tokenizer, model)
+        assert not (tmp_path / "wrong/student/stages").exists()
 
     def test_a_killed_run_goes_on_in_its_stage(self, tmp_path, monkeypatch):
         whole = run_recipe(smoke(tmp_path / "whole"))
