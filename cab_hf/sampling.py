@@ -21,6 +21,7 @@ from cab_hf.packing import TOKENISED, Documents, pack_documents, vocabulary_dige
 
 
 PROMPT_LENGTH = 16
+"""Tokens of a prompt, where no other number is asked for."""
 
 
 def sample_documents(

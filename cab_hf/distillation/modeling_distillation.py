@@ -372,7 +372,7 @@ class DistillationModel(nn.Module):
 
 
 def _bridge_targets(attention: TeacherAttention, kind: TargetMap, mask: Tensor | None) -> dict[Role, Tensor]:
-    """`(b, t, h * p)`; of the map "none" views `(b, t, h, p)`, which the bridge copies once, as it stacks them."""
+    """`(b, t, h * p)`; of the map "none" views `(b, t, h, p)`, which the bridge reads where they are."""
     views = {role: getattr(attention, role).detach().transpose(1, 2) for role in ROLES}
     if kind == "none":
         return views
