@@ -28,6 +28,7 @@ EXTRAS = {
         "matplotlib>=3.8",
         "pillow>=10",
         "scikit-learn>=1.4",
+        "triton>=3.4; platform_system == 'Linux'",
     ],
 }
 

@@ -26,20 +26,18 @@ def make_attention(batch=2, heads=4, key_heads=2, tokens=5, head_dim=3, dtype=to
     )
 
 
-def test_targets_put_heads_side_by_side():
+@pytest.mark.parametrize("kind", ["none", "relu"])
+def test_targets_put_heads_side_by_side(kind):
     torch.manual_seed(0)
     attention = make_attention()
-    query, key = bridge_targets(attention)
-    assert query.shape == (2, 5, 12) and key.shape == (2, 5, 6)
-    for b, t, h, p in [(0, 0, 0, 0), (1, 4, 3, 2), (0, 3, 2, 1)]:
-        assert query[b, t, h * 3 + p] == attention.query[b, h, t, p]
-    assert key[1, 2, 1 * 3 + 2] == attention.key[1, 1, 2, 2]
-
-
-def test_targets_are_detached():
-    attention = make_attention()
     attention.query.requires_grad_()
-    assert not bridge_targets(attention)[0].requires_grad
+    targets = {role: target.flatten(2) for role, target in bridge_targets(attention, kind).items()}
+    query, key = targets["query"], targets["key"]
+    assert query.shape == (2, 5, 12) and key.shape == (2, 5, 6) and not query.requires_grad
+    of = torch.relu if kind == "relu" else torch.clone
+    for b, t, h, p in [(0, 0, 0, 0), (1, 4, 3, 2), (0, 3, 2, 1)]:
+        assert query[b, t, h * 3 + p] == of(attention.query[b, h, t, p])
+    assert key[1, 2, 1 * 3 + 2] == of(attention.key[1, 1, 2, 2])
 
 
 def test_layers_may_have_different_sizes():
@@ -140,8 +138,8 @@ def paper_loss(bridge: AttentionBridge, Bs, Cs, attentions) -> torch.Tensor:
 def our_loss(bridge: AttentionBridge, Bs, Cs, attentions) -> torch.Tensor:
     pairs = []
     for layer, (B, C, attention) in enumerate(zip(Bs, Cs, attentions)):
-        query, key = bridge_targets(attention)
-        pairs += [BridgePair(layer, "key", [B], key), BridgePair(layer, "query", [C], query)]
+        targets = bridge_targets(attention)
+        pairs += [BridgePair(layer, "key", [B], targets["key"]), BridgePair(layer, "query", [C], targets["query"])]
     return bridge.loss(pairs) / (len(Bs) * Bs[0].shape[0] * Bs[0].shape[1])
 
 

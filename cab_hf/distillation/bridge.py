@@ -12,13 +12,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cab_hf.distillation.chunked_kl import accumulation_dtype
-from cab_hf.distillation.losses import SMALLEST_MEAN_SQUARE
+from cab_hf.distillation.losses import SMALLEST_MEAN_SQUARE, TargetMap, target_map
+
+
+try:
+    from cab_hf.distillation.bridge_kernel import bridge_error, fits_kernel
+except ImportError:  # builds of torch for CPUs come without Triton
+
+    def fits_kernel(dtype: torch.dtype, hidden_size: int) -> bool:
+        return False
 
 
 Role = Literal["key", "query"]
 ROLES: tuple[Role, Role] = ("key", "query")
-PRODUCT_ALIGNMENT = 8
-"""Columns that a matrix product of 16-bit numbers should have a multiple of."""
 
 
 class BridgePair(NamedTuple):
@@ -223,58 +229,97 @@ class _BridgeError(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtypes = [tensor.dtype for tensor in (x, up_weight, up_bias, down_weight, down_bias)]
         with torch.autocast(x.device.type, enabled=False):
-            x, up_weight, up_bias, down_weight = (t.to(dtype) for t in (x, up_weight, up_bias, down_weight))
-            before = _product(x, up_weight.mT).add_(up_bias.unsqueeze(1))  # (directions * m, r, k)
-            hidden = nn.functional.silu(before)
-            error = _prediction_error(hidden, down_weight, down_bias, targets)  # (directions * m, r, f)
-            if real is not None:
-                error.masked_fill_(~real.unsqueeze(-1), 0)
-            norms = torch.linalg.vector_norm(error, dim=(1, 2), dtype=factors.dtype)
-            if is_trained:
-                slopes = (2 * factors).to(dtype)[:, None, None]
-                if dtype == torch.float16:  # whose sums over tokens would overflow
-                    error.mul_(slopes)
-                    slopes = torch.ones_like(slopes)
-                grad_before = torch.ops.aten.silu_backward(_product(error, down_weight * slopes), before)
-                # A column of ones makes the bias's gradient, too: the error is the largest tensor here, and each pass
-                # over it costs more than all else.
-                k = hidden.shape[-1]
-                hidden = nn.functional.pad(hidden, (0, 1 + -(k + 1) % PRODUCT_ALIGNMENT), value=1.0)
-                of_weight_and_bias = _product(error.mT, hidden) * slopes
-                ctx.is_narrow = x.shape[-1] <= k
+            x, up_weight, down_weight = (tensor.to(dtype) for tensor in (x, up_weight, down_weight))
+            arguments = (up_bias, down_weight, down_bias, 2 * factors, real, list(targets), is_trained)
+            is_fused = x.is_cuda and x.shape[1] > 0 and fits_kernel(dtype, up_weight.shape[1])
+            error_of = _fused_error if is_fused else _error
+            squares, made = error_of(_product(x, up_weight.mT), *arguments)
+            if made is not None:
+                ctx.is_narrow = x.shape[-1] <= up_weight.shape[1]
                 ctx.save_for_backward(
-                    _product(grad_before, up_weight) if ctx.is_narrow else grad_before,
-                    _product(grad_before.mT, x),
-                    grad_before.sum(1),
-                    of_weight_and_bias[..., :k],
-                    of_weight_and_bias[..., k],
+                    _product(made.before, up_weight) if ctx.is_narrow else made.before,
+                    _product(made.before.mT, x),
+                    made.up_bias,
+                    _product(made.error.mT, made.hidden),
+                    made.down_bias,
                     up_weight,
                 )
-        return (norms.square() * factors).sum()
+        return (squares * factors).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_x, *of_weights, up_weight = ctx.saved_tensors
+        of_x = of_x * gradient
         if not ctx.is_narrow:
             of_x = _product(of_x, up_weight)
-        gradients = [made.to(dtype) * gradient.to(dtype) for made, dtype in zip((of_x, *of_weights), ctx.dtypes)]
+        gradients = [made.to(dtype) for made, dtype in zip((of_x, *of_weights), ctx.dtypes)]
+        gradients[1:] = [made * gradient for made in gradients[1:]]
         return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
 
 
-def _prediction_error(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Sequence[Tensor]) -> Tensor:
-    """`hidden @ weight + bias - target` of each MLP, `(directions * m, r, f)`, in the dtype of `hidden`.
+class _Gradients(NamedTuple):
+    """What the gradients of `m` MLPs' error are made of; `error` and `before` are gradients themselves.
+
+    Attributes:
+        hidden: `(m, r, k)`, the activations.
+        error: `(m, r, f)`, at the predictions.
+        before: `(m, r, k)`, before the activation.
+        up_bias: `(m, k)`.
+        down_bias: `(m, f)`.
+    """
+
+    hidden: Tensor
+    error: Tensor
+    before: Tensor
+    up_bias: Tensor
+    down_bias: Tensor
+
+
+def _error(
+    before: Tensor,  # (m, r, k), which the activations' inputs overwrite
+    up_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    slopes: Tensor,  # (m,)
+    real: Tensor | None,
+    targets: list[Tensor],
+    is_trained: bool,
+) -> tuple[Tensor, _Gradients | None]:
+    """Squared error `(m,)` of the MLPs from their first product on; its gradient is multiplied by `slopes`.
 
     The bias, most of what is constant in a target, is taken from it before the rest is rounded.
     """
-    biases = [one.view(target.shape[2:]) for one, target in zip(bias, targets)]
-    if torch.compiler.is_compiling():  # one kernel
-        varying = torch.stack([target - one for target, one in zip(targets, biases)])
-        return (_product(hidden, weight.mT) - varying.flatten(1, 2).flatten(2)).to(hidden.dtype)
-    error = hidden.new_empty(*hidden.shape[:2], weight.shape[1])
-    for one, target, place in zip(biases, targets, error):
-        torch.sub(target, one, out=place.view(target.shape))
-    return error.baddbmm_(hidden, weight.mT, beta=-1)
+    before += up_bias.to(before.dtype).unsqueeze(1)
+    hidden = nn.functional.silu(before)
+    varying = [(target - one.view(target.shape[2:])).to(hidden.dtype) for target, one in zip(targets, bias)]
+    error = _stacked(varying).flatten(1, 2).flatten(2).baddbmm_(hidden, weight.mT, beta=-1)  # (m, r, f)
+    if real is not None:
+        error.masked_fill_(~real.unsqueeze(-1), 0)
+    squares = torch.linalg.vector_norm(error, dim=(1, 2), dtype=slopes.dtype).square()
+    if not is_trained:
+        return squares, None
+    error *= slopes.to(error.dtype)[:, None, None]
+    before = torch.ops.aten.silu_backward(_product(error, weight), before)
+    return squares, _Gradients(hidden, error, before, before.sum(1), error.sum(1))
+
+
+def _fused_error(
+    before: Tensor,
+    up_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    slopes: Tensor,
+    real: Tensor | None,
+    targets: list[Tensor],
+    is_trained: bool,
+) -> tuple[Tensor, _Gradients | None]:
+    """As `_error`, by one kernel."""
+    hidden, error, slope, sums = bridge_error(before, up_bias, weight, bias, slopes, real, targets, is_trained)
+    sums, width = sums.sum(1), weight.shape[1]
+    if not is_trained:
+        return sums[:, -1], None
+    return sums[:, -1], _Gradients(hidden, error, slope, up_bias=sums[:, width:-1], down_bias=sums[:, :width])
 
 
 class _RoleMLPs(nn.Module):
@@ -311,14 +356,18 @@ class HasQueryKey(Protocol):
     key: torch.Tensor
 
 
-def bridge_targets(attention: HasQueryKey) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's query and key in the bridge's layout: heads side by side, detached.
+def bridge_targets(attention: HasQueryKey, kind: TargetMap = "none", mask: Tensor | None = None) -> dict[Role, Tensor]:
+    """What a layer's bridge shall predict, detached.
 
     Args:
         attention: query `(b, h, t, p)`, key `(b, h_kv, t, p)`.
+        kind: a map over them, [`target_map`].
+        mask: `(b, t)`, non-zero at real tokens.
 
     Returns:
-        query `(b, t, h * p)`, key `(b, t, h_kv * p)`.
+        of each role `(b, t, h * p)`; of the map `"none"` a view `(b, t, h, p)`, which the bridge reads where it is.
     """
-    query, key = (states.detach().transpose(1, 2).flatten(2) for states in (attention.query, attention.key))
-    return query, key
+    views = {role: getattr(attention, role).detach().transpose(1, 2) for role in ROLES}
+    if kind == "none":
+        return views
+    return {role: target_map(view.flatten(2), kind, role, mask) for role, view in views.items()}

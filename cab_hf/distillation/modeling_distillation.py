@@ -14,17 +14,15 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cab_hf.distillation.alignment import layer_map
-from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair, Role
+from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair, Role, bridge_targets
 from cab_hf.distillation.losses import (
     LogitsLoss,
-    TargetMap,
     attention_loss,
     chunked_kl_ce,
     classification_loss,
     hidden_loss,
     mean_square,
     output_loss,
-    target_map,
     token_mean,
 )
 from cab_hf.distillation.teacher import Teacher, TeacherAttention, TeacherOutput
@@ -157,7 +155,7 @@ class DistillationModel(nn.Module):
         squares, means = torch.ones_like(self.target_scales), {}
         for layer, index in enumerate(self.layer_map):
             if targets.attentions is not None:
-                bridged = _bridge_targets(targets.attentions[index], self.args.target_map, mask)
+                bridged = bridge_targets(targets.attentions[index], self.args.target_map, mask)
                 for row, role in enumerate(ROLES):
                     squares[row, layer] = mean_square(bridged[role].flatten(2), mask)
                     if self.bridge is not None:
@@ -325,7 +323,7 @@ class DistillationModel(nn.Module):
         """The sum over all layers, some at a time."""
         total, pairs = 0.0, []
         for layer, one in enumerate(shown):
-            mapped = _bridge_targets(targets.attentions[self.layer_map[layer]], self.args.target_map, mask)
+            mapped = bridge_targets(targets.attentions[self.layer_map[layer]], self.args.target_map, mask)
             for row, role in enumerate(ROLES):
                 scale = self.target_scales[row, layer] if self.args.relative_loss else None
                 pairs.append(BridgePair(layer, role, [scan[row] for scan in one.scans], mapped[role], scale))
@@ -369,14 +367,6 @@ class DistillationModel(nn.Module):
         if teacher_is_normed and not is_normed and student is not None:
             student = norm(student.to(norm.weight.dtype))
         return student, teacher
-
-
-def _bridge_targets(attention: TeacherAttention, kind: TargetMap, mask: Tensor | None) -> dict[Role, Tensor]:
-    """`(b, t, h * p)`; of the map "none" views `(b, t, h, p)`, which the bridge reads where they are."""
-    views = {role: getattr(attention, role).detach().transpose(1, 2) for role in ROLES}
-    if kind == "none":
-        return views
-    return {role: target_map(view.flatten(2), kind, role, mask) for role, view in views.items()}
 
 
 def _scans(projections: SSMProjections | BidirectionalProjections) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -50,7 +50,8 @@ def measure(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, dict[
     """Role -> of each layer the mean square, and the share of it that the mean over tokens has."""
     found = {role: {"mean_square": [], "constant_share": []} for role in ROLES}
     for attention in Teacher(model.eval())(batch, attentions=True).attentions:
-        for role, target in zip(("query", "key"), bridge_targets(attention)):
+        for role, target in bridge_targets(attention).items():
+            target = target.flatten(2)
             square = mean_square(target)
             found[role]["mean_square"].append(round(square.item(), 4))
             found[role]["constant_share"].append(round((token_mean(target).square().mean() / square).item(), 4))
