@@ -8,9 +8,9 @@ pytest.importorskip("triton")
 
 from test_bridge import naive_error  # noqa: E402
 
-from cab_hf.distillation import bridge  # noqa: E402
+from cab_hf.distillation import bridge_error, bridge_kernel  # noqa: E402
 from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair  # noqa: E402
-from cab_hf.distillation.bridge_kernel import LARGEST_HIDDEN_SIZE, ROWS, bridge_error, fits_kernel  # noqa: E402
+from cab_hf.distillation.bridge_kernel import LARGEST_HIDDEN_SIZE, ROWS, fits_kernel, fused_error  # noqa: E402
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,16 +52,16 @@ def test_kernel_equals_float64(dtype, hidden_size, masked, mlps, batch, tokens, 
     exact = exact * slopes[:, None, None]
 
     arguments = (product, up_bias, weight, bias, slopes, real, targets)
-    *made, sums = bridge_error(*arguments, True)
-    sums = sums.sum(1)
+    sums, *made = fused_error(*arguments, True)
     for ours, theirs in zip(made, (hidden, exact, slope), strict=True):
         assert relative_error(ours, theirs) < DTYPES[dtype]
     for ours, theirs in zip(
         sums.split([width, hidden_size, 1], dim=1), (exact.sum(1), slope.sum(1), squares[:, None])
     ):
         assert relative_error(ours, theirs) < DTYPES[dtype]
-    *nothing, alone = bridge_error(*arguments, False)
-    assert torch.equal(alone.sum((1, 2)), sums[:, -1]) and not any(tensor.numel() for tensor in nothing)
+    alone, *nothing = fused_error(*arguments, False)
+    torch.testing.assert_close(alone, sums[:, -1:])
+    assert nothing == [None] * 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,7 +90,7 @@ def test_loss_and_gradients_are_the_torch_paths(dtype, directions, narrow, compi
     trained.float()
 
     # None where the kernel is chosen anyhow: then nothing else may be called.
-    monkeypatch.setattr(bridge, "_error", bridge._fused_error if DEVICE == "cpu" else None)
+    monkeypatch.setattr(bridge_error, "_error", fused_error if DEVICE == "cpu" else None)
     torch._dynamo.reset()
     loss_of = torch.compile(trained.loss, backend="aot_eager") if compiled else trained.loss
     with torch.autocast(DEVICE, dtype):
@@ -107,5 +107,23 @@ def pair_in_double(pair: BridgePair) -> BridgePair:
 
 
 def test_what_the_kernel_takes():
-    assert fits_kernel(torch.bfloat16, LARGEST_HIDDEN_SIZE) and fits_kernel(torch.float16, 1)
-    assert not fits_kernel(torch.float32, 128) and not fits_kernel(torch.bfloat16, LARGEST_HIDDEN_SIZE + 1)
+    for dtype, rows, hidden_size in (
+        (torch.bfloat16, 3, LARGEST_HIDDEN_SIZE + 1),
+        (torch.float32, 3, 128),
+        (torch.bfloat16, 0, 128),
+    ):
+        assert not fits_kernel(torch.zeros(1, rows, 8, dtype=dtype, device=DEVICE), hidden_size)
+    rows = torch.zeros(1, 3, 8, dtype=torch.bfloat16, device=DEVICE)
+    assert fits_kernel(rows, LARGEST_HIDDEN_SIZE) == (DEVICE == "cuda")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_kernel_that_does_not_run_is_not_taken(fails, monkeypatch, caplog):
+    def broken(*arguments, **options):
+        raise RuntimeError("no C compiler")
+
+    if fails:
+        monkeypatch.setattr(bridge_kernel, "fused_error", broken)
+    dtype = next(iter(DTYPES))
+    assert bridge_kernel._runs_on.__wrapped__(torch.device(DEVICE), dtype, 20) != fails
+    assert ("no C compiler" in caplog.text) == fails

@@ -9,18 +9,10 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from cab_hf.distillation.bridge_error import BridgeError
 from cab_hf.distillation.chunked_kl import accumulation_dtype
 from cab_hf.distillation.losses import SMALLEST_MEAN_SQUARE, TargetMap, target_map
-
-
-try:
-    from cab_hf.distillation.bridge_kernel import bridge_error, fits_kernel
-except ImportError:  # builds of torch for CPUs come without Triton
-
-    def fits_kernel(dtype: torch.dtype, hidden_size: int) -> bool:
-        return False
 
 
 Role = Literal["key", "query"]
@@ -185,7 +177,7 @@ class AttentionBridge(nn.Module):
         if any(pair.scale is not None for pair in pairs):
             scales = [torch.ones_like(factors[0]) if pair.scale is None else pair.scale for pair in pairs]
             factors = factors / torch.stack(scales).to(factors.dtype).clamp(min=SMALLEST_MEAN_SQUARE)
-        return _BridgeError.apply(
+        return BridgeError.apply(
             _stacked(shown).flatten(1, 2),  # (directions * m, r, n)
             *(_stacked([getattr(linear, name) for linear in ups]) for name in ("weight", "bias")),
             *(_stacked([getattr(linear, name) for linear in downs]) for name in ("weight", "bias")),
@@ -200,126 +192,6 @@ class AttentionBridge(nn.Module):
 def _stacked(tensors: list[Tensor]) -> Tensor:
     """`torch.stack`, without a copy where there is nothing to stack."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` of `(m, i, j)` and `(m, j, k)`; one pair is no batch, whose sums over tokens are not split."""
-    return (left[0] @ right[0]).unsqueeze(0) if len(left) == 1 else left @ right
-
-
-class _BridgeError(torch.autograd.Function):
-    """Squared error of `m` MLPs side by side, with the gradients made in the forward pass: only they are kept.
-
-    That of the projections is kept before the first linear layer where it is smaller there.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,  # (directions * m, r, n)
-        up_weight: Tensor,
-        up_bias: Tensor,
-        down_weight: Tensor,
-        down_bias: Tensor,
-        factors: Tensor,  # (directions * m,)
-        real: Tensor | None,  # (r,)
-        dtype: torch.dtype,
-        is_trained: bool,
-        *targets: Tensor,  # directions * m, each (b, t, f) or (b, t, h, p)
-    ) -> Tensor:
-        ctx.dtypes = [tensor.dtype for tensor in (x, up_weight, up_bias, down_weight, down_bias)]
-        with torch.autocast(x.device.type, enabled=False):
-            x, up_weight, down_weight = (tensor.to(dtype) for tensor in (x, up_weight, down_weight))
-            arguments = (up_bias, down_weight, down_bias, 2 * factors, real, list(targets), is_trained)
-            is_fused = x.is_cuda and x.shape[1] > 0 and fits_kernel(dtype, up_weight.shape[1])
-            error_of = _fused_error if is_fused else _error
-            squares, made = error_of(_product(x, up_weight.mT), *arguments)
-            if made is not None:
-                ctx.is_narrow = x.shape[-1] <= up_weight.shape[1]
-                ctx.save_for_backward(
-                    _product(made.before, up_weight) if ctx.is_narrow else made.before,
-                    _product(made.before.mT, x),
-                    made.up_bias,
-                    _product(made.error.mT, made.hidden),
-                    made.down_bias,
-                    up_weight,
-                )
-        return (squares * factors).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        of_x, *of_weights, up_weight = ctx.saved_tensors
-        of_x = of_x * gradient
-        if not ctx.is_narrow:
-            of_x = _product(of_x, up_weight)
-        gradients = [made.to(dtype) for made, dtype in zip((of_x, *of_weights), ctx.dtypes)]
-        gradients[1:] = [made * gradient for made in gradients[1:]]
-        return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
-
-
-class _Gradients(NamedTuple):
-    """What the gradients of `m` MLPs' error are made of; `error` and `before` are gradients themselves.
-
-    Attributes:
-        hidden: `(m, r, k)`, the activations.
-        error: `(m, r, f)`, at the predictions.
-        before: `(m, r, k)`, before the activation.
-        up_bias: `(m, k)`.
-        down_bias: `(m, f)`.
-    """
-
-    hidden: Tensor
-    error: Tensor
-    before: Tensor
-    up_bias: Tensor
-    down_bias: Tensor
-
-
-def _error(
-    before: Tensor,  # (m, r, k), which the activations' inputs overwrite
-    up_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    slopes: Tensor,  # (m,)
-    real: Tensor | None,
-    targets: list[Tensor],
-    is_trained: bool,
-) -> tuple[Tensor, _Gradients | None]:
-    """Squared error `(m,)` of the MLPs from their first product on; its gradient is multiplied by `slopes`.
-
-    The bias, most of what is constant in a target, is taken from it before the rest is rounded.
-    """
-    before += up_bias.to(before.dtype).unsqueeze(1)
-    hidden = nn.functional.silu(before)
-    varying = [(target - one.view(target.shape[2:])).to(hidden.dtype) for target, one in zip(targets, bias)]
-    error = _stacked(varying).flatten(1, 2).flatten(2).baddbmm_(hidden, weight.mT, beta=-1)  # (m, r, f)
-    if real is not None:
-        error.masked_fill_(~real.unsqueeze(-1), 0)
-    squares = torch.linalg.vector_norm(error, dim=(1, 2), dtype=slopes.dtype).square()
-    if not is_trained:
-        return squares, None
-    error *= slopes.to(error.dtype)[:, None, None]
-    before = torch.ops.aten.silu_backward(_product(error, weight), before)
-    return squares, _Gradients(hidden, error, before, before.sum(1), error.sum(1))
-
-
-def _fused_error(
-    before: Tensor,
-    up_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    slopes: Tensor,
-    real: Tensor | None,
-    targets: list[Tensor],
-    is_trained: bool,
-) -> tuple[Tensor, _Gradients | None]:
-    """As `_error`, by one kernel."""
-    hidden, error, slope, sums = bridge_error(before, up_bias, weight, bias, slopes, real, targets, is_trained)
-    sums, width = sums.sum(1), weight.shape[1]
-    if not is_trained:
-        return sums[:, -1], None
-    return sums[:, -1], _Gradients(hidden, error, slope, up_bias=sums[:, width:-1], down_bias=sums[:, :width])
 
 
 class _RoleMLPs(nn.Module):

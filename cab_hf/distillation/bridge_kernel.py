@@ -3,11 +3,16 @@
 Shape legend: `m` MLPs, `r` rows (batch * token), `k` hidden width, `f` features, `s` blocks of rows.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 ROWS, FEATURES, STAGES, WARPS = 64, 64, 2, 4
 LARGEST_HIDDEN_SIZE = 256
@@ -37,6 +42,7 @@ def _bridge_error_kernel(
     HIDDEN_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     IS_MASKED: tl.constexpr,
+    IS_EVEN: tl.constexpr,
     IS_TRAINED: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
@@ -50,8 +56,9 @@ def _bridge_error_kernel(
     hidden_place = row[:, None] * HIDDEN_SIZE + column[None, :]
     before = tl.load(product + hidden_place, mask=is_hidden, other=0.0).to(tl.float32)
     before += tl.load(up_bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    gate = tl.sigmoid(before)
-    activated = (before * gate).to(weight.dtype.element_ty)
+    activated = (before * tl.sigmoid(before)).to(weight.dtype.element_ty)
+    if IS_TRAINED:
+        tl.store(hidden + hidden_place, activated, mask=is_hidden)
     is_real = is_row
     if IS_MASKED:
         is_real = is_row & (tl.load(real + row, mask=is_row, other=0) != 0)
@@ -73,30 +80,50 @@ def _bridge_error_kernel(
         wanted = tl.load(target_row[:, None] + feature_place[None, :], mask=is_counted, other=0.0).to(tl.float32)
         constant = tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)
         difference = tl.dot(activated, tl.trans(weights)) - (wanted - constant[None, :])
-        difference = tl.where(is_counted, difference, 0.0)
+        if not IS_EVEN:
+            difference = tl.where(is_counted, difference, 0.0)
         squares += tl.sum(difference * difference, axis=1)
         if IS_TRAINED:
-            scaled = (difference * factor).to(weight.dtype.element_ty)
+            difference *= factor
+            scaled = difference.to(weight.dtype.element_ty)
             place = row[:, None] * WIDTH + feature[None, :]
             tl.store(error + place, scaled, mask=is_row[:, None] & is_feature[None, :])
-            tl.store(sums + feature, tl.sum(scaled.to(tl.float32), axis=0), mask=is_feature)
-            slopes += tl.dot(scaled, weights)
+            tl.store(sums + feature, tl.sum(difference, axis=0), mask=is_feature)
+            slopes = tl.dot(scaled, weights, slopes)
     if IS_TRAINED:
+        # Read again rather than kept in registers.
+        before = tl.load(product + hidden_place, mask=is_hidden, other=0.0).to(tl.float32)
+        before += tl.load(up_bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        gate = tl.sigmoid(before)
         slopes = (slopes * gate * (1.0 + before * (1.0 - gate))).to(weight.dtype.element_ty)
         tl.store(grad + hidden_place, slopes, mask=is_hidden)
-        tl.store(hidden + hidden_place, activated, mask=is_hidden)
         tl.store(sums + WIDTH + column, tl.sum(slopes.to(tl.float32), axis=0), mask=is_column)
         sums += WIDTH + HIDDEN_SIZE
     tl.store(sums, tl.sum(squares))
 
 
-def fits_kernel(dtype: torch.dtype, hidden_size: int) -> bool:
-    return dtype in (torch.float16, torch.bfloat16) and hidden_size <= LARGEST_HIDDEN_SIZE
+def fits_kernel(x: Tensor, hidden_size: int) -> bool:
+    """Whether `fused_error` can take rows like those of `x` `(m, r, n)` through MLPs of that hidden width."""
+    halves = x.dtype in (torch.float16, torch.bfloat16)
+    fits = x.is_cuda and halves and hidden_size <= LARGEST_HIDDEN_SIZE and x.shape[1] > 0
+    return fits and _runs_on(x.device, x.dtype, hidden_size)
 
 
-@torch.library.custom_op("cab_hf::bridge_error", mutates_args=())
-def bridge_error(
-    product: Tensor,
+@functools.cache
+def _runs_on(device: torch.device, dtype: torch.dtype, hidden_size: int) -> bool:
+    """Tries the kernel on nothing: it needs a compiler of the system and enough of the GPU's shared memory."""
+    rows = torch.zeros(1, 1, hidden_size, device=device, dtype=dtype)
+    bias, slope = (torch.zeros(1, size, device=device) for size in (hidden_size, 1))
+    try:
+        fused_error(rows, bias, rows, slope, slope[0], None, [rows[..., :1]], is_trained=True)
+    except Exception as error:
+        logger.warning(f"The bridge runs without its Triton kernel, which fails here: {error}")
+        return False
+    return True
+
+
+def fused_error(
+    before: Tensor,
     up_bias: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -104,47 +131,35 @@ def bridge_error(
     real: Tensor | None,
     targets: list[Tensor],
     is_trained: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The second half of `m` MLPs, their squared error, and what its gradient is made of.
-
-    Args:
-        product: `(m, r, k)`, bfloat16 or float16: the input times the first weight.
-        up_bias: `(m, k)`, of the first linear layer.
-        weight, bias: `(m, f, k)` in the dtype of `product`, `(m, f)`: of the second one.
-        slopes: `(m,)`, float32: what the gradient is multiplied by.
-        real: `(r,)`, bool; None if all rows are.
-        targets: `m` of `(b, t, f)` or `(b, t, h, p)`, of any strides and dtype.
-        is_trained: whether anything but the squared error is wanted.
-
-    Returns:
-        hidden `(m, r, k)`: the activations; error `(m, r, f)` and grad `(m, r, k)`: the gradient before the second and
-        the first layer's bias; sums `(m, s, f + k + 1)`, float32: of each block of rows the sum of `error` and of
-        `grad`, and the squared error. Without `is_trained` nothing but the last is filled, of width 1.
-    """
-    hidden, error, grad, sums = _outputs(product, weight, is_trained)
-    rows, hidden_size = product.shape[1:]
-    product, weight, bias, up_bias = (tensor.contiguous() for tensor in (product, weight, bias, up_bias))
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """As `bridge_error._error`, by one kernel for each MLP."""
+    mlps, rows, hidden_size = before.shape
+    width, blocks = weight.shape[1], triton.cdiv(rows, ROWS)
+    sums = slopes.new_empty(mlps, blocks, width + hidden_size + 1 if is_trained else 1)
+    hidden, error, slope = None, None, None
+    if is_trained:
+        hidden, error, slope = torch.empty_like(before), before.new_empty(mlps, rows, width), torch.empty_like(before)
+    before, weight, bias, up_bias = (tensor.contiguous() for tensor in (before, weight, bias, up_bias))
     for i, target in enumerate(targets):
         strides = target.stride() if target.dim() == 4 else (*target.stride()[:2], 0, target.stride(2))
-        _bridge_error_kernel[(sums.shape[1],)](
-            product[i],
+        _bridge_error_kernel[(blocks,)](
+            before[i],
             up_bias[i],
             weight[i],
             bias[i],
             slopes[i : i + 1],
             target,
-            slopes if real is None else real,
-            hidden[i] if is_trained else hidden,
-            error[i] if is_trained else error,
-            grad[i] if is_trained else grad,
+            real,
+            *(None if tensor is None else tensor[i] for tensor in (hidden, error, slope)),
             sums[i],
             rows,
             target.shape[1],
             *strides,
             HEAD_DIM=target.shape[-1],
             HIDDEN_SIZE=hidden_size,
-            WIDTH=weight.shape[1],
+            WIDTH=width,
             IS_MASKED=real is not None,
+            IS_EVEN=real is None and rows % ROWS == 0 and width % FEATURES == 0,
             IS_TRAINED=is_trained,
             R=ROWS,
             K=max(16, triton.next_power_of_2(hidden_size)),
@@ -152,23 +167,4 @@ def bridge_error(
             num_warps=WARPS if hidden_size <= 128 else 8,
             num_stages=STAGES,
         )
-    return hidden, error, grad, sums
-
-
-@bridge_error.register_fake
-def _(product, up_bias, weight, bias, slopes, real, targets, is_trained):
-    return _outputs(product, weight, is_trained)
-
-
-def _outputs(product: Tensor, weight: Tensor, is_trained: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mlps, rows, hidden_size = product.shape
-    width, blocks = weight.shape[1], (rows + ROWS - 1) // ROWS
-    if not is_trained:
-        nothing = [product.new_empty(0) for _ in range(3)]
-        return *nothing, product.new_empty(mlps, blocks, 1, dtype=torch.float32)
-    return (
-        product.new_empty(mlps, rows, hidden_size),
-        product.new_empty(mlps, rows, width),
-        product.new_empty(mlps, rows, hidden_size),
-        product.new_empty(mlps, blocks, width + hidden_size + 1, dtype=torch.float32),
-    )
+    return sums.sum(1), hidden, error, slope

@@ -1,0 +1,154 @@
+"""The bridge's squared error as an autograd function that makes its gradients in the forward pass.
+
+Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state; `m` MLPs (one for each direction of each pair),
+`r` rows, `k` hidden width, `f` features.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+try:
+    from cab_hf.distillation.bridge_kernel import fits_kernel, fused_error
+except ImportError:  # builds of torch for CPUs come without Triton
+
+    def fits_kernel(x: Tensor, hidden_size: int) -> bool:
+        return False
+
+
+class BridgeError(torch.autograd.Function):
+    """Squared error of `m` two-layer MLPs side by side, each multiplied by its factor and summed.
+
+    Only gradients are kept; that of the input is kept before the first linear layer where it is smaller there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,  # (m, r, n)
+        up_weight: Tensor,  # (m, k, n)
+        up_bias: Tensor,  # (m, k)
+        down_weight: Tensor,  # (m, f, k)
+        down_bias: Tensor,  # (m, f)
+        factors: Tensor,  # (m,)
+        real: Tensor | None,  # (r,)
+        dtype: torch.dtype,
+        is_trained: bool,
+        *targets: Tensor,  # m, each (b, t, f) or (b, t, h, p)
+    ) -> Tensor:
+        ctx.dtypes = [tensor.dtype for tensor in (x, up_weight, up_bias, down_weight, down_bias)]
+        with torch.autocast(x.device.type, enabled=False):
+            x, up_weight, down_weight = (tensor.to(dtype) for tensor in (x, up_weight, down_weight))
+            sums, of_x, of_up, of_down = bridge_gradients(
+                x, up_weight, up_bias, down_weight, down_bias, 2 * factors, real, list(targets), is_trained
+            )
+        if is_trained:
+            ctx.is_narrow = is_narrow(x, up_weight)
+            ctx.save_for_backward(of_x, of_up, of_down, sums, up_weight)
+        return (sums[:, -1] * factors).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_x, of_up, of_down, sums, up_weight = ctx.saved_tensors
+        of_x = of_x * gradient
+        if not ctx.is_narrow:
+            of_x = product(of_x, up_weight)
+        features = of_down.shape[1]
+        of_weights = (of_up, sums[:, features:-1], of_down, sums[:, :features])
+        x_dtype, *dtypes = ctx.dtypes
+        gradients = [of_x.to(x_dtype), *(made.to(dtype) * gradient for made, dtype in zip(of_weights, dtypes))]
+        return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
+
+
+# One operator, because a compiler would make the errors of all layers before it takes the first one's gradients.
+@torch.library.custom_op("cab_hf::bridge_gradients", mutates_args=())
+def bridge_gradients(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    slopes: Tensor,
+    real: Tensor | None,
+    targets: list[Tensor],
+    is_trained: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Squared error of each MLP, and its gradients times `slopes / 2`.
+
+    Args:
+        x: `(m, r, n)`, in the dtype of both weights.
+        up_weight, up_bias: `(m, k, n)`, `(m, k)`.
+        down_weight, down_bias: `(m, f, k)`, `(m, f)`.
+        slopes: `(m,)`.
+        real: `(r,)`, bool; None if all rows are real. Others count for nothing, whatever their target holds.
+        targets: `m` of `(b, t, f)` or `(b, t, h, p)`, of any dtype and strides, `b * t = r`.
+        is_trained: whether gradients are wanted.
+
+    Returns:
+        sums `(m, f + k + 1)` in the dtype of `slopes`: the gradients of `down_bias` and `up_bias`, then the squared
+        error; and the gradients of `x`, `(m, r, n)` or, before the first linear layer, `(m, r, k)`, whichever is
+        narrower, of `up_weight` and of `down_weight`. Without `is_trained` sums are `(m, 1)`, and the rest is empty.
+    """
+    fused = fits_kernel(x, up_weight.shape[1])
+    sums, hidden, error, before = (fused_error if fused else _error)(
+        product(x, up_weight.mT), up_bias, down_weight, down_bias, slopes, real, targets, is_trained
+    )
+    if not is_trained:
+        return sums, *(x.new_empty(0) for _ in range(3))
+    of_x = product(before, up_weight) if is_narrow(x, up_weight) else before
+    return sums, of_x, product(before.mT, x), product(error.mT, hidden)
+
+
+@bridge_gradients.register_fake
+def _(x, up_weight, up_bias, down_weight, down_bias, slopes, real, targets, is_trained):
+    (m, k, n), f = up_weight.shape, down_weight.shape[1]
+    if not is_trained:
+        return slopes.new_empty(m, 1), *(x.new_empty(0) for _ in range(3))
+    of_x = x.new_empty(m, x.shape[1], n if is_narrow(x, up_weight) else k)
+    return slopes.new_empty(m, f + k + 1), of_x, x.new_empty(m, k, n), x.new_empty(m, f, k)
+
+
+def _error(
+    before: Tensor,  # (m, r, k), which the activations' inputs overwrite
+    up_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    slopes: Tensor,
+    real: Tensor | None,
+    targets: list[Tensor],
+    is_trained: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The MLPs from their first product on.
+
+    The bias, most of what is constant in a target, is taken from it before the rest is rounded.
+
+    Returns:
+        sums, as `bridge_gradients` has them; hidden `(m, r, k)`, the activations; and the gradients at the predictions
+        `(m, r, f)` and before the activation `(m, r, k)`.
+    """
+    before += up_bias.to(before.dtype).unsqueeze(1)
+    hidden = nn.functional.silu(before)
+    error = hidden.new_empty(*hidden.shape[:2], weight.shape[1])
+    for one, target, place in zip(bias, targets, error):
+        torch.sub(target, one.view(target.shape[2:]), out=place.view(target.shape))
+    error.baddbmm_(hidden, weight.mT, beta=-1)
+    if real is not None:
+        error.masked_fill_(~real.unsqueeze(-1), 0)
+    squares = torch.linalg.vector_norm(error, dim=(1, 2), dtype=slopes.dtype).square().unsqueeze(1)
+    if not is_trained:
+        return squares, None, None, None
+    error *= slopes.to(error.dtype)[:, None, None]
+    before = torch.ops.aten.silu_backward(product(error, weight), before)
+    sums = [gradient.sum(1, dtype=slopes.dtype) for gradient in (error, before)]
+    return torch.cat([*sums, squares], dim=1), hidden, error, before
+
+
+def is_narrow(x: Tensor, up_weight: Tensor) -> bool:
+    return x.shape[-1] <= up_weight.shape[1]
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` of `(m, i, j)` and `(m, j, k)`; one pair is no batch, whose sums over tokens are not split."""
+    return (left[0] @ right[0]).unsqueeze(0) if len(left) == 1 else left @ right
