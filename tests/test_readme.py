@@ -152,14 +152,14 @@ def top1(cell: dict, grid: str) -> str:
 def test_seeds_of_the_image_grids():
     measures = result("quality/cifar10/table.json")["measures"]["top1"]
     rows = ("from scratch", "soft KD", "CAB", "weight reuse", "outputs, then KL")
-    counts = {(name, share): cell["n"] for name in rows for share, cell in measures[name].items()}
-    assert len(counts) == 25 and f"({sum(counts.values())} of 75 runs of the five rows above" in README
-    two = {("weight reuse", "100 %"), *(("outputs, then KL", share) for share in ("5 %", "20 %", "100 %"))}
-    assert counts == {cell: 2 if cell in two else 3 for cell in counts}
-    assert "three seeds, two for weight reuse at 100 % and for outputs, then KL at 5, 20 and 100 %)" in README
-    single = [name for name in measures if name not in rows]
-    assert len(single) == 6 and {cell["n"] for name in single for cell in measures[name].values()} == {1}
-    assert "of the single choices at 10 % six, with one seed each" in README
+    counts = {cell["n"] for name in rows for cell in measures[name].values()}
+    assert counts == {3} and sum(len(measures[name]) for name in rows) == 25
+    assert "1,500 steps of 128 images each; three seeds)" in README
+    two = ("weight reuse, random mixers", "weight reuse, CAB", "fitted weights", "MOHAWK")
+    rates = [name for name in measures if name.endswith("3e-4")]
+    single = {name: cells["10 %"]["n"] for name, cells in measures.items() if name not in (*rows, *rates)}
+    assert len(single) == 12 and single == {name: 2 if name in two else 3 for name in single}
+    assert "(three seeds of the five rows above, three or two of twelve single choices at 10 %)" in README
     digits = result("quality/digits/table.json")["measures"]["top1"]
     assert {cell["n"] for cells in digits.values() for cell in cells.values()} == {3}
 
@@ -184,6 +184,12 @@ def test_what_is_said_of_cifar10():
     for after in tests:
         assert f"to a top-1 of {after['teacher_top1']:.3f}" in README
         assert f"{after['n_images']:,} test images" in README
+    shown = (
+        "takes weight reuse from {} to {}, MOHAWK's maps and hidden states without the fit to {}, the bridge without "
+        "the fit to {} (two seeds each), fit and outputs to {}"
+    )
+    names = ("weight reuse", "fitted weights", "MOHAWK", "weight reuse, CAB", "outputs, then KL")
+    assert shown.format(*(f"{top1[name]['10 %']:.3f}" for name in names)) in README
     for run in result("quality/cifar10/weights_5e-4_h200.json")["runs"]:
         if run["method"] == "weight reuse":
             assert run["after"]["top1"] < top1["weight reuse"][run["data"]]
@@ -245,7 +251,8 @@ def test_figures_of_the_small_language_model():
         ("weights copied, MOHAWK", "MOHAWK"),
         ("Mamba-2 from scratch: labels", "from scratch, labels alone"),
         ("Mamba-2 from scratch: KL alone", "from scratch, KL"),
-        ("Mamba-2 from scratch: bridge", "from scratch, KL and bridge"),
+        ("Mamba-2 from scratch: bridge beside", "from scratch, KL and bridge"),
+        ("Mamba-2 from scratch: bridge, then", "from scratch, CAB"),
     ],
 )
 def test_figures_of_the_language_methods(start, method):
@@ -256,8 +263,10 @@ def test_figures_of_the_language_methods(start, method):
 def test_what_is_said_of_the_language_methods():
     measures = result("quality/smollm2/table.json")["measures"]
     kl = {name: cells["5M tokens"]["mean"] for name, cells in measures["speeches: KL"].items()}
-    assert len(kl) == 25 and "[all 25]" in README
-    assert {cells["5M tokens"]["n"] for cells in measures["speeches: KL"].values()} == {1}
+    assert len(kl) == 26 and "[all 26]" in README
+    seeds = {name: cells["5M tokens"]["n"] for name, cells in measures["speeches: KL"].items()}
+    assert seeds == {name: 2 if name in ("CAB", "outputs, then KL") else 1 for name in kl}
+    assert "(one H200; one seed, two for the first and the sixth row)" in README
     assert f"from {kl['random mixers, KL']:.2f} to {kl['CAB']:.2f}" in README and kl["CAB"] < kl["weight reuse, KL"]
     assert f"a factor of {kl['random mixers, KL'] / kl['CAB']:.1f} (below)" in README
     half = kl["half as deep, KL and bridge"], kl["half as deep, KL"]
@@ -270,8 +279,17 @@ def test_what_is_said_of_the_language_methods():
     calmer = kl["random mixers, KL, 4e-4"], kl["random mixers, outputs, then KL"]
     assert "ends at {:.2f}, and mixer outputs in the bridge's place at {:.2f}".format(*calmer) in README
     scratch = [kl[f"from scratch, {losses}"] for losses in ("KL and bridge", "KL", "KL, 4e-4", "KL and bridge, 4e-4")]
-    shown = "({:.2f} with it, {:.2f} without, {:.2f} both at a third of the rate)"
-    assert shown.format(*scratch[:3]) in README
+    more = [
+        measures["speeches: KL"][f"from scratch, {losses}"]["20M tokens"]["mean"] for losses in ("KL and bridge", "KL")
+    ]
+    shown = "({:.2f} with it, {:.2f} without, {:.2f} both at a third of the rate; at 20M tokens {:.2f} and {:.2f})"
+    assert shown.format(*scratch[:3], *more) in README
+    assert f"in a stage of its own it costs there ({kl['from scratch, CAB']:.2f})" in README
+    for start, name in (("half as many layers", "half as deep, KL"), ("Mamba-2 from scratch", "from scratch, KL")):
+        cells = measures["speeches: KL"][name]
+        shown = ", ".join(f"{cells[tokens]['mean']:.2f}" for tokens in TOKENS)
+        assert f"{start} {shown}" in README
+        assert all(cells["mean"] == 0.0 for cells in measures["copying, gap 16"][name].values())
     assert f"{scratch[2]:.2f}" == f"{scratch[3]:.2f}"
     control = [measures[f"{text}: KL"]["the teacher itself, labels"]["5M tokens"]["mean"] for text in TEXTS]
     ratio = measures["speeches: ppl ratio"]["the teacher itself, labels"]["5M tokens"]["mean"]
@@ -324,10 +342,16 @@ def test_figures_of_the_bridges_start():
     assert max(shares["digits_vit"]["key"]["constant_share"]) < 0.2
     table = result("quality/cifar10/table.json")["measures"]["top1"]
     paper, kd, here = (table[name]["10 %"]["mean"] for name in ("CAB, not centered", "soft KD", "CAB"))
-    assert f"takes soft KD's {kd:.3f} at 10 % of the images down to {paper:.3f} (one seed)" in README
+    assert f"takes soft KD's {kd:.3f} at 10 % of the images down to {paper:.3f}. Started" in README
     assert f"(`bridge_centered`, the default), it takes them up to {here:.3f}" in README
-    usual, ended = (table[name]["10 %"]["mean"] for name in ("CAB, usual A", "CAB, bridge ends"))
-    assert f"changes nothing ({usual:.3f}), and ending the bridge at 35 % of the steps costs ({ended:.3f}" in README
+    shown = (
+        "of the identity changes nothing ({}; under soft KD {}), nor does a relative loss ({}); ending the bridge at"
+    )
+    names = ("CAB, usual A", "soft KD, usual A", "CAB, relative loss")
+    assert shown.format(*(f"{table[name]['10 %']['mean']:.3f}" for name in names)) in README
+    ended = {f"{table['CAB, bridge ends'][share]['mean']:.3f}" for share in ("10 %", "100 %")}
+    assert len(ended) == 1 and f"costs ({ended.pop()}, and as much with all images)" in README
+    assert f"leaves nothing behind ({table['CAB, bridge first']['10 %']['mean']:.3f}; three seeds each)" in README
     ends = [
         result(f"quality/{grid}/table.json")["measures"]["top1"]["CAB"]["10 %"]["mean"]
         for grid in ("digits", "digits_questions")  # the second was run with the paper's start
@@ -402,7 +426,8 @@ def test_figures_of_the_starts():
     [
         ("teacher forward and student step", "distillation_step_h200.json", "ceiling of the parts"),
         ("KD, eager", "distillation_step_h200.json", "kd"),
-        ("KD, `cuda_graph: true` |", "distillation_step_h200.json", "kd, cuda graph"),
+        ("KD, `cuda_graph: true` |", "distillation_step_h200_kernel.json", "kd, cuda graph"),
+        ("KD and bridge, `cuda_graph", "distillation_step_h200_kernel.json", "kd + bridge, cuda graph"),
         ("KD, `cuda_graph: true`, all", "distillation_step_h200_logits.json", "kd, all logits at once, cuda graph"),
         ("KD, `cuda_graph: true`, `torch", "distillation_step_h200_in_place.json", "kd, torch.compile, cuda graph"),
         ("KD and bridge, both", "distillation_step_h200_in_place.json", "kd + bridge, torch.compile, cuda graph"),
@@ -414,15 +439,20 @@ def test_figures_of_speed(start, file, name):
     assert row(start) == [f"{measured['tokens_per_second'] / 1e3:.0f} k", memory]
 
 
+def added_by_the_bridge(file: str, step: str) -> list[float]:
+    """Per cent of time and of memory."""
+    results = result(f"speed/results/distillation_step_h200_{file}.json")["results"]["32x512"]
+    with_it, without = (results[f"{name}, {step}"] for name in ("kd + bridge", "kd"))
+    return [100 * (with_it[key] / without[key] - 1) for key in ("milliseconds", "peak_gib")]
+
+
 def test_what_the_bridge_costs():
-    for file, shown in (
-        ("in_place", "The bridge adds {:.1f} % time and {:.1f} % memory to that step"),
-        ("larger_groups", "side by side bring it to [{:.1f} % and {:.1f} %]"),
+    for file, step, shown in (
+        ("kernel", "cuda graph", "The bridge adds {:.1f} % time and {:.1f} % memory to a step with a CUDA graph"),
+        ("in_place", "torch.compile, cuda graph", "and {:.1f} % and {:.1f} % to a compiled one"),
+        ("kernel", "torch.compile, cuda graph", "its kernel makes that {:.1f} % and {:.1f} %"),
     ):
-        results = result(f"speed/results/distillation_step_h200_{file}.json")["results"]["32x512"]
-        with_it, without = (results[f"{name}, torch.compile, cuda graph"] for name in ("kd + bridge", "kd"))
-        costs = (100 * (with_it[key] / without[key] - 1) for key in ("milliseconds", "peak_gib"))
-        assert shown.format(*costs) in README
+        assert shown.format(*added_by_the_bridge(file, step)) in README
 
 
 def test_figures_of_the_scans():
