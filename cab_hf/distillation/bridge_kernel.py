@@ -140,31 +140,32 @@ def fused_error(
     if is_trained:
         hidden, error, slope = torch.empty_like(before), before.new_empty(mlps, rows, width), torch.empty_like(before)
     before, weight, bias, up_bias = (tensor.contiguous() for tensor in (before, weight, bias, up_bias))
-    for i, target in enumerate(targets):
-        strides = target.stride() if target.dim() == 4 else (*target.stride()[:2], 0, target.stride(2))
-        _bridge_error_kernel[(blocks,)](
-            before[i],
-            up_bias[i],
-            weight[i],
-            bias[i],
-            slopes[i : i + 1],
-            target,
-            real,
-            *(None if tensor is None else tensor[i] for tensor in (hidden, error, slope)),
-            sums[i],
-            rows,
-            target.shape[1],
-            *strides,
-            HEAD_DIM=target.shape[-1],
-            HIDDEN_SIZE=hidden_size,
-            WIDTH=width,
-            IS_MASKED=real is not None,
-            IS_EVEN=real is None and rows % ROWS == 0 and width % FEATURES == 0,
-            IS_TRAINED=is_trained,
-            R=ROWS,
-            K=max(16, triton.next_power_of_2(hidden_size)),
-            F=FEATURES,
-            num_warps=WARPS if hidden_size <= 128 else 8,
-            num_stages=STAGES,
-        )
+    with torch.cuda.device_of(before):
+        for i, target in enumerate(targets):
+            strides = target.stride() if target.dim() == 4 else (*target.stride()[:2], 0, target.stride(2))
+            _bridge_error_kernel[(blocks,)](
+                before[i],
+                up_bias[i],
+                weight[i],
+                bias[i],
+                slopes[i : i + 1],
+                target,
+                real,
+                *(None if tensor is None else tensor[i] for tensor in (hidden, error, slope)),
+                sums[i],
+                rows,
+                target.shape[1],
+                *strides,
+                HEAD_DIM=target.shape[-1],
+                HIDDEN_SIZE=hidden_size,
+                WIDTH=width,
+                IS_MASKED=real is not None,
+                IS_EVEN=real is None and rows % ROWS == 0 and width % FEATURES == 0,
+                IS_TRAINED=is_trained,
+                R=ROWS,
+                K=max(16, triton.next_power_of_2(hidden_size)),
+                F=FEATURES,
+                num_warps=WARPS if hidden_size <= 128 else 8,
+                num_stages=STAGES,
+            )
     return sums.sum(1), hidden, error, slope
