@@ -284,6 +284,24 @@ def test_constants_of_a_target_are_not_rounded(compiled):
         assert (mine - theirs).norm() < 0.03 * theirs.norm()
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_compiles_to_one_graph(directions, layers, is_trained):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    bridge = AttentionBridge([8] * layers, [6] * layers, [12] * layers, num_directions=directions)
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    pairs = [
+        BridgePair(layer, role, [torch.randn(2, 4, 8) for _ in range(directions)], torch.randn(2, 4, size))
+        for layer in range(layers)
+        for role, size in zip(ROLES, (6, 12))
+    ]
+    compiled = torch.compile(bridge.loss, backend="eager", fullgraph=True)
+    with torch.set_grad_enabled(is_trained):
+        torch.testing.assert_close(compiled(pairs, mask), bridge.loss(pairs, mask))
+
+
 def test_no_tokens_are_no_error():
     bridge = AttentionBridge([8], [6], [12])
     shown = torch.zeros(0, 5, 8, requires_grad=True)

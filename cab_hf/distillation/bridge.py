@@ -185,7 +185,7 @@ class AttentionBridge(nn.Module):
             None if mask is None else (mask != 0).flatten(),
             dtype,
             torch.is_grad_enabled(),
-            *[pair.target for pair in pairs] * self.num_directions,
+            [pair.target for pair in pairs],
         )
 
 

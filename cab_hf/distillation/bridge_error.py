@@ -13,7 +13,7 @@ try:
     from cab_hf.distillation.bridge_kernel import fits_kernel, fused_error
 except ImportError:  # builds of torch for CPUs come without Triton
 
-    def fits_kernel(x: Tensor, hidden_size: int) -> bool:
+    def fits_kernel(x: Tensor, hidden_size: int, target: Tensor) -> bool:
         return False
 
 
@@ -35,13 +35,13 @@ class BridgeError(torch.autograd.Function):
         real: Tensor | None,  # (r,)
         dtype: torch.dtype,
         is_trained: bool,
-        *targets: Tensor,  # m, each (b, t, f) or (b, t, h, p)
+        targets: list[Tensor],  # as `bridge_gradients` has them
     ) -> Tensor:
         ctx.dtypes = [tensor.dtype for tensor in (x, up_weight, up_bias, down_weight, down_bias)]
         with torch.autocast(x.device.type, enabled=False):
             x, up_weight, down_weight = (tensor.to(dtype) for tensor in (x, up_weight, down_weight))
             sums, of_x, of_up, of_down = bridge_gradients(
-                x, up_weight, up_bias, down_weight, down_bias, 2 * factors, real, list(targets), is_trained
+                x, up_weight, up_bias, down_weight, down_bias, 2 * factors, real, targets, is_trained
             )
         if is_trained:
             ctx.is_narrow = is_narrow(x, up_weight)
@@ -52,7 +52,7 @@ class BridgeError(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_x, of_up, of_down, sums, up_weight = ctx.saved_tensors
-        of_x = of_x * gradient
+        of_x = (of_x * gradient.view(1)).to(of_x.dtype)  # a loss scale may be too large for the dtype
         if not ctx.is_narrow:
             of_x = product(of_x, up_weight)
         features = of_down.shape[1]
@@ -83,7 +83,8 @@ def bridge_gradients(
         down_weight, down_bias: `(m, f, k)`, `(m, f)`.
         slopes: `(m,)`.
         real: `(r,)`, bool; None if all rows are real. Others count for nothing, whatever their target holds.
-        targets: `m` of `(b, t, f)` or `(b, t, h, p)`, of any dtype and strides, `b * t = r`.
+        targets: `(b, t, f)` or `(b, t, h, p)` each, of any dtype and strides, `b * t = r`; where they are fewer than
+            MLPs, as with two directions, they come again.
         is_trained: whether gradients are wanted.
 
     Returns:
@@ -91,7 +92,8 @@ def bridge_gradients(
         error; and the gradients of `x`, `(m, r, n)` or, before the first linear layer, `(m, r, k)`, whichever is
         narrower, of `up_weight` and of `down_weight`. Without `is_trained` sums are `(m, 1)`, and the rest is empty.
     """
-    fused = fits_kernel(x, up_weight.shape[1])
+    fused = fits_kernel(x, up_weight.shape[1], targets[0])
+    targets = targets * (len(x) // len(targets))
     sums, hidden, error, before = (fused_error if fused else _error)(
         product(x, up_weight.mT), up_bias, down_weight, down_bias, slopes, real, targets, is_trained
     )

@@ -15,8 +15,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 ROWS, FEATURES, STAGES, WARPS = 64, 64, 2, 4
-LARGEST_HIDDEN_SIZE = 256
-"""Columns that a block of rows can keep in registers."""
+LARGEST_HIDDEN_SIZE = 128
+"""Columns that a block of rows can keep in registers, and its weights in the shared memory of any GPU since Ampere."""
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _bridge_error_kernel(
             other=0.0,
         )
         is_counted = is_real[:, None] & is_feature[None, :]
-        feature_place = (feature // HEAD_DIM) * of_head + (feature % HEAD_DIM) * of_column
+        feature_place = (feature // HEAD_DIM).to(tl.int64) * of_head + (feature % HEAD_DIM).to(tl.int64) * of_column
         wanted = tl.load(target_row[:, None] + feature_place[None, :], mask=is_counted, other=0.0).to(tl.float32)
         constant = tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)
         difference = tl.dot(activated, tl.trans(weights)) - (wanted - constant[None, :])
@@ -102,20 +102,23 @@ def _bridge_error_kernel(
     tl.store(sums, tl.sum(squares))
 
 
-def fits_kernel(x: Tensor, hidden_size: int) -> bool:
+def fits_kernel(x: Tensor, hidden_size: int, target: Tensor) -> bool:
     """Whether `fused_error` can take rows like those of `x` `(m, r, n)` through MLPs of that hidden width."""
     halves = x.dtype in (torch.float16, torch.bfloat16)
-    fits = x.is_cuda and halves and hidden_size <= LARGEST_HIDDEN_SIZE and x.shape[1] > 0
-    return fits and _runs_on(x.device, x.dtype, hidden_size)
+    fits = x.is_cuda and target.device == x.device and halves and hidden_size <= LARGEST_HIDDEN_SIZE and x.shape[1] > 0
+    return fits and torch.cuda.get_device_capability(x.device) >= (8, 0) and _runs_on(x.device, x.dtype, hidden_size)
 
 
 @functools.cache
 def _runs_on(device: torch.device, dtype: torch.dtype, hidden_size: int) -> bool:
-    """Tries the kernel on nothing: it needs a compiler of the system and enough of the GPU's shared memory."""
-    rows = torch.zeros(1, 1, hidden_size, device=device, dtype=dtype)
-    bias, slope = (torch.zeros(1, size, device=device) for size in (hidden_size, 1))
+    """Tries the kernel, which needs a compiler of the system, as it is largest: masked, in a loop, from float32."""
+    rows = torch.zeros(1, 3 * FEATURES, hidden_size, device=device, dtype=dtype)
+    up_bias, bias, slope = (torch.zeros(1, size, device=device) for size in (hidden_size, 3 * FEATURES, 1))
+    target = torch.zeros(1, *2 * (3 * FEATURES,), device=device)
     try:
-        fused_error(rows, bias, rows, slope, slope[0], None, [rows[..., :1]], is_trained=True)
+        fused_error(rows, up_bias, rows, bias, slope[0], target[0, 0] == 0, [target], is_trained=True)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         logger.warning(f"The bridge runs without its Triton kernel, which fails here: {error}")
         return False
@@ -136,13 +139,13 @@ def fused_error(
     mlps, rows, hidden_size = before.shape
     width, blocks = weight.shape[1], triton.cdiv(rows, ROWS)
     sums = slopes.new_empty(mlps, blocks, width + hidden_size + 1 if is_trained else 1)
+    before, weight, bias, up_bias = (tensor.contiguous() for tensor in (before, weight, bias, up_bias))
     hidden, error, slope = None, None, None
     if is_trained:
         hidden, error, slope = torch.empty_like(before), before.new_empty(mlps, rows, width), torch.empty_like(before)
-    before, weight, bias, up_bias = (tensor.contiguous() for tensor in (before, weight, bias, up_bias))
     with torch.cuda.device_of(before):
         for i, target in enumerate(targets):
-            strides = target.stride() if target.dim() == 4 else (*target.stride()[:2], 0, target.stride(2))
+            target = target.unsqueeze(2) if target.dim() == 3 else target.flatten(3)  # (b, t, h, p)
             _bridge_error_kernel[(blocks,)](
                 before[i],
                 up_bias[i],
@@ -155,7 +158,7 @@ def fused_error(
                 sums[i],
                 rows,
                 target.shape[1],
-                *strides,
+                *target.stride(),
                 HEAD_DIM=target.shape[-1],
                 HIDDEN_SIZE=hidden_size,
                 WIDTH=width,
@@ -165,7 +168,7 @@ def fused_error(
                 R=ROWS,
                 K=max(16, triton.next_power_of_2(hidden_size)),
                 F=FEATURES,
-                num_warps=WARPS if hidden_size <= 128 else 8,
+                num_warps=WARPS,
                 num_stages=STAGES,
             )
     return sums.sum(1), hidden, error, slope
