@@ -68,7 +68,7 @@ def test_kernel_equals_float64(dtype, hidden_size, masked, mlps, batch, tokens, 
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_loss_and_gradients_are_the_torch_paths(dtype, directions, narrow, compiled, monkeypatch):
+def test_loss_and_gradients_equal_float64(dtype, directions, narrow, compiled, monkeypatch):
     torch.manual_seed(0)
     inputs = 8 if narrow else 24
     trained = AttentionBridge([inputs] * 2, [12] * 2, [24] * 2, hidden_size=20, num_directions=directions).to(DEVICE)

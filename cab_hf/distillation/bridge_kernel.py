@@ -20,6 +20,12 @@ LARGEST_HIDDEN_SIZE = 128
 
 
 @triton.jit
+def _before_activation(product, up_bias, is_hidden, is_column):
+    bias = tl.load(up_bias, mask=is_column, other=0.0).to(tl.float32)
+    return tl.load(product, mask=is_hidden, other=0.0).to(tl.float32) + bias[None, :]
+
+
+@triton.jit
 def _bridge_error_kernel(
     product,  # (r, k), contiguous
     up_bias,  # (k,)
@@ -54,8 +60,7 @@ def _bridge_error_kernel(
     is_row, is_column = row < rows, column < HIDDEN_SIZE
     is_hidden = is_row[:, None] & is_column[None, :]
     hidden_place = row[:, None] * HIDDEN_SIZE + column[None, :]
-    before = tl.load(product + hidden_place, mask=is_hidden, other=0.0).to(tl.float32)
-    before += tl.load(up_bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    before = _before_activation(product + hidden_place, up_bias + column, is_hidden, is_column)
     activated = (before * tl.sigmoid(before)).to(weight.dtype.element_ty)
     if IS_TRAINED:
         tl.store(hidden + hidden_place, activated, mask=is_hidden)
@@ -65,7 +70,7 @@ def _bridge_error_kernel(
     target_row = target + (row // tokens) * of_batch + (row % tokens) * of_token
     factor = tl.load(slope)
     sums += block * (WIDTH + HIDDEN_SIZE + 1 if IS_TRAINED else 1)
-    slopes = tl.zeros((R, K), dtype=tl.float32)
+    grads = tl.zeros((R, K), dtype=tl.float32)
     squares = tl.zeros((R,), dtype=tl.float32)
     for start in range(0, WIDTH, F):
         feature = start + tl.arange(0, F)
@@ -89,15 +94,14 @@ def _bridge_error_kernel(
             place = row[:, None] * WIDTH + feature[None, :]
             tl.store(error + place, scaled, mask=is_row[:, None] & is_feature[None, :])
             tl.store(sums + feature, tl.sum(difference, axis=0), mask=is_feature)
-            slopes = tl.dot(scaled, weights, slopes)
+            grads = tl.dot(scaled, weights, grads)
     if IS_TRAINED:
         # Read again rather than kept in registers.
-        before = tl.load(product + hidden_place, mask=is_hidden, other=0.0).to(tl.float32)
-        before += tl.load(up_bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        before = _before_activation(product + hidden_place, up_bias + column, is_hidden, is_column)
         gate = tl.sigmoid(before)
-        slopes = (slopes * gate * (1.0 + before * (1.0 - gate))).to(weight.dtype.element_ty)
-        tl.store(grad + hidden_place, slopes, mask=is_hidden)
-        tl.store(sums + WIDTH + column, tl.sum(slopes.to(tl.float32), axis=0), mask=is_column)
+        grads = (grads * gate * (1.0 + before * (1.0 - gate))).to(weight.dtype.element_ty)
+        tl.store(grad + hidden_place, grads, mask=is_hidden)
+        tl.store(sums + WIDTH + column, tl.sum(grads.to(tl.float32), axis=0), mask=is_column)
         sums += WIDTH + HIDDEN_SIZE
     tl.store(sums, tl.sum(squares))
 
@@ -140,9 +144,9 @@ def fused_error(
     width, blocks = weight.shape[1], triton.cdiv(rows, ROWS)
     sums = slopes.new_empty(mlps, blocks, width + hidden_size + 1 if is_trained else 1)
     before, weight, bias, up_bias = (tensor.contiguous() for tensor in (before, weight, bias, up_bias))
-    hidden, error, slope = None, None, None
+    hidden, error, grad = None, None, None
     if is_trained:
-        hidden, error, slope = torch.empty_like(before), before.new_empty(mlps, rows, width), torch.empty_like(before)
+        hidden, error, grad = torch.empty_like(before), before.new_empty(mlps, rows, width), torch.empty_like(before)
     with torch.cuda.device_of(before):
         for i, target in enumerate(targets):
             target = target.unsqueeze(2) if target.dim() == 3 else target.flatten(3)  # (b, t, h, p)
@@ -154,7 +158,7 @@ def fused_error(
                 slopes[i : i + 1],
                 target,
                 real,
-                *(None if tensor is None else tensor[i] for tensor in (hidden, error, slope)),
+                *(None if tensor is None else tensor[i] for tensor in (hidden, error, grad)),
                 sums[i],
                 rows,
                 target.shape[1],
@@ -171,4 +175,4 @@ def fused_error(
                 num_warps=WARPS,
                 num_stages=STAGES,
             )
-    return sums.sum(1), hidden, error, slope
+    return sums.sum(1), hidden, error, grad
