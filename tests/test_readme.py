@@ -439,6 +439,11 @@ def test_figures_of_speed(start, file, name):
     assert row(start) == [f"{measured['tokens_per_second'] / 1e3:.0f} k", memory]
 
 
+def test_chunks_of_logits_are_compared_in_one_run():
+    chunks = result("speed/results/distillation_step_h200_logits.json")["results"]["32x512"]["kd, cuda graph"]
+    assert f"(another run, {chunks['tokens_per_second'] / 1e3:.0f} k with chunks there)" in README
+
+
 def added_by_the_bridge(file: str, step: str) -> list[float]:
     """Per cent of time and of memory."""
     results = result(f"speed/results/distillation_step_h200_{file}.json")["results"]["32x512"]
