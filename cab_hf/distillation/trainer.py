@@ -252,7 +252,8 @@ class DistillationTrainer(EvaluatedTrainer):
     def _local_counts(self, batch: dict[str, Tensor]) -> Tensor:
         """Real tokens (or images) and labels `(2,)` of one batch, int64: no precision policy rounds them."""
         if self._reads_images:
-            images = torch.tensor(len(batch["pixel_values"]))
+            pixels = batch["pixel_values"]
+            images = torch.full((), len(pixels), dtype=torch.long, device=pixels.device)  # no copy to wait for
             labels = batch.get("labels")
             if labels is None:
                 labelled = torch.zeros_like(images)
