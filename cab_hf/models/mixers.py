@@ -208,12 +208,13 @@ class SSDBranch(StateSpaceBranch):
         cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
+        output_projections: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Convolution and scan.
 
         Args:
             stream: `(b, t, d + 2 * g * n + h)`: x, B and C before the convolution, and the raw time step.
-            cache, attention_mask, seq_idx: as in [`GatedMixer.forward`].
+            cache, attention_mask, seq_idx, output_projections: as in [`GatedMixer.forward`].
 
         Returns:
             y `(b, t, d)`, then B, C and the time step as [`SSMProjections`] has them.
@@ -230,6 +231,10 @@ class SSDBranch(StateSpaceBranch):
         x, B, C = xBC.split([config.mixer_width, self.state_width, self.state_width], dim=-1)
         x = x.unflatten(-1, heads)  # (b, t, h, p)
         B, C = B.unflatten(-1, groups), C.unflatten(-1, groups)  # (b, t, g, n)
+        shown = B, C
+        if output_projections and torch.compiler.is_compiling():
+            # Slices of their own, so that the compiled backward pass adds up what they and the scan give.
+            shown = (one.unflatten(-1, groups) for one in xBC[..., config.mixer_width :].chunk(2, dim=-1))
         A = -torch.exp(self.A_log.float())
         if state is not None and x.shape[1] == 1:
             y = ssd_scan_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)[:, None]
@@ -237,7 +242,7 @@ class SSDBranch(StateSpaceBranch):
             y, state = ssd_scan(x, dt, A, B, C, self.D, config.chunk_size, initial_state=state, seq_idx=seq_idx)
             if cache is not None:
                 cache.update_recurrent_state(state, self.layer_idx)
-        return y.flatten(-2), B, C, dt
+        return y.flatten(-2), *shown, dt
 
     def attention_map(
         self, B: torch.Tensor, C: torch.Tensor, time_step: torch.Tensor, seq_idx: torch.Tensor | None = None
@@ -279,6 +284,7 @@ class GatedMixer:
         cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
+        output_projections: bool = False,
     ) -> tuple[torch.Tensor, SSMProjections]:
         """
         Args:
@@ -286,12 +292,13 @@ class GatedMixer:
             cache: continued and updated when given.
             attention_mask: `(b, t)`, zero at padding, which then never reaches the state.
             seq_idx: `(b, t)`, int32 document index of packed sequences; the state resets where it changes.
+            output_projections: whether the caller reads B and C, which changes how a compiler adds their gradients.
 
         Returns:
             output `(b, t, hidden_size)` and the [`SSMProjections`], for S6 with one group.
         """
         stream, gate = self.stream_and_gate(hidden_states)
-        y, B, C, dt = self.scan(stream, cache, attention_mask, seq_idx)
+        y, B, C, dt = self.scan(stream, cache, attention_mask, seq_idx, output_projections)
         y = self.gated(y, gate)
         return self.out_proj(y), SSMProjections(B, C, dt, y)
 
@@ -357,6 +364,7 @@ class S6Branch(StateSpaceBranch):
         cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
+        output_projections: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """As [`SSDBranch.scan`], of a stream `(b, t, d)` that holds x alone, with one group."""
         config, x = self.config, stream
@@ -471,20 +479,23 @@ class BidirectionalMixer:
         self.backward = self.branch_class(config, layer_idx)
 
     def forward(
-        self, hidden_states: torch.Tensor, seq_idx: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, seq_idx: torch.Tensor | None = None, output_projections: bool = False
     ) -> tuple[torch.Tensor, BidirectionalProjections]:
         """
         Args:
             hidden_states: `(b, t, hidden_size)`.
             seq_idx: `(b, t)`, index of packed sequences: no state crosses where it changes, in either direction.
+            output_projections: as in [`GatedMixer.forward`].
 
         Returns:
             output `(b, t, hidden_size)` and the [`BidirectionalProjections`].
         """
         stream, gate = self.stream_and_gate(hidden_states)
         reversed_idx = None if seq_idx is None else seq_idx.flip(1)
-        y, *shown = self.scan(stream, seq_idx=seq_idx)
-        backward_y, *backward_shown = self.backward.scan(stream.flip(1), seq_idx=reversed_idx)
+        y, *shown = self.scan(stream, seq_idx=seq_idx, output_projections=output_projections)
+        backward_y, *backward_shown = self.backward.scan(
+            stream.flip(1), seq_idx=reversed_idx, output_projections=output_projections
+        )
         y = self.gated((y + backward_y.flip(1)) / 2, gate)
         return self.out_proj(y), BidirectionalProjections(*shown, y, *backward_shown)
 

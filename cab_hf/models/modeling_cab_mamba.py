@@ -97,6 +97,7 @@ class CABMambaBlock(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         output_attentions: bool = False,
+        output_projections: bool = False,
     ) -> tuple[torch.Tensor | None, ...]:
         """Returns the hidden states, the four fields of the mixer's projections, and its attention map or None.
 
@@ -104,7 +105,7 @@ class CABMambaBlock(GradientCheckpointingLayer):
         """
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
         normed = self.norm(hidden_states.to(self.norm.weight.dtype))
-        mixed, projections = self.mixer(normed, cache, attention_mask, seq_idx)
+        mixed, projections = self.mixer(normed, cache, attention_mask, seq_idx, output_projections)
         hidden_states = residual + mixed
         if self.mlp is not None:
             if self.mlp_norm is not None:
@@ -227,11 +228,12 @@ class CABMambaModel(CABMambaPreTrainedModel):
 
         # What nobody asked for is not kept: it would hold every layer's activations in memory.
         all_hidden_states, all_projections, all_maps = (), (), ()
+        are_shown = output_projections or projections_callback is not None
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
             hidden_states, *projections, attention_map = layer(
-                hidden_states, cache, attention_mask, seq_idx, output_attentions
+                hidden_states, cache, attention_mask, seq_idx, output_attentions, are_shown
             )
             projections = SSMProjections(*projections)
             if projections_callback is not None:

@@ -167,14 +167,17 @@ class CABVisionMambaBlock(GradientCheckpointingLayer):
         self.mixer_scale = nn.Parameter(torch.empty(width)) if scaled else None
         self.mlp_scale = nn.Parameter(torch.empty(width)) if scaled and self.mlp is not None else None
 
-    def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor | None, ...]:
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool = False, output_projections: bool = False
+    ) -> tuple[torch.Tensor | None, ...]:
         """Returns the hidden states, the fields of the mixer's projections, and its attention map or None.
 
         Flat, because reentrant checkpointing keeps gradients of top-level tensors only.
         """
         if self.config.residual_in_fp32:
             hidden_states = hidden_states.float()
-        mixed, projections = self.mixer(self.norm(hidden_states.to(self.norm.weight.dtype)))
+        normed = self.norm(hidden_states.to(self.norm.weight.dtype))
+        mixed, projections = self.mixer(normed, output_projections=output_projections)
         hidden_states = hidden_states + self._branch(mixed, self.mixer_scale)
         if self.mlp is not None:
             inner = self.mlp(self.mlp_norm(hidden_states.to(self.mlp_norm.weight.dtype)))
@@ -258,10 +261,11 @@ class CABVisionMambaModel(CABVisionMambaPreTrainedModel):
         hidden_states = self.embeddings(pixel_values)
         # What nobody asked for is not kept: it would hold every layer's activations in memory.
         all_hidden_states, all_projections, all_maps = (), (), ()
+        are_shown = output_projections or projections_callback is not None
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
-            hidden_states, *projections, attention_map = layer(hidden_states, output_attentions)
+            hidden_states, *projections, attention_map = layer(hidden_states, output_attentions, are_shown)
             projections = projections_class(*projections)
             if projections_callback is not None:
                 projections_callback(index, projections)
