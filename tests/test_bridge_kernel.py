@@ -35,7 +35,8 @@ def test_kernel_equals_float64(dtype, hidden_size, masked, mlps, batch, tokens, 
     product = torch.randn(mlps, rows, hidden_size, device=DEVICE).to(dtype)
     weight = (torch.randn(mlps, width, hidden_size, device=DEVICE) / hidden_size**0.5).to(dtype)
     up_bias, bias = torch.randn(mlps, hidden_size, device=DEVICE), 3 * torch.randn(mlps, width, device=DEVICE)
-    slopes = torch.rand(mlps, device=DEVICE) + 0.1
+    scales = [*torch.rand(mlps, device=DEVICE) + 0.1]
+    slopes = 2 / (width * torch.stack(scales))
     # As attention has them: heads before tokens.
     targets = [torch.randn(batch, heads, tokens, head_dim, device=DEVICE).transpose(1, 2).to(dtype) for _ in weight]
     real = torch.rand(rows, device=DEVICE) > 0.3 if masked else None
@@ -51,15 +52,15 @@ def test_kernel_equals_float64(dtype, hidden_size, masked, mlps, batch, tokens, 
     (slope,) = torch.autograd.grad((squares * slopes / 2).sum(), before)
     exact = exact * slopes[:, None, None]
 
-    arguments = (product, up_bias, weight, bias, slopes, real, targets)
-    sums, *made = fused_error(*arguments, True)
+    arguments = (product, up_bias, weight, bias, real)
+    sums, *made = fused_error(*arguments, True, scales, targets)
     for ours, theirs in zip(made, (hidden, exact, slope), strict=True):
         assert relative_error(ours, theirs) < DTYPES[dtype]
     for ours, theirs in zip(
         sums.split([width, hidden_size, 1], dim=1), (exact.sum(1), slope.sum(1), squares[:, None])
     ):
         assert relative_error(ours, theirs) < DTYPES[dtype]
-    alone, *nothing = fused_error(*arguments, False)
+    alone, *nothing = fused_error(*arguments, False, scales, targets)
     torch.testing.assert_close(alone, sums[:, -1:])
     assert nothing == [None] * 3
 

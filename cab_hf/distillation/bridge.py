@@ -4,19 +4,20 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group
 width, `f` features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cab_hf.distillation.bridge_error import BridgeError
-from cab_hf.distillation.chunked_kl import accumulation_dtype
-from cab_hf.distillation.losses import SMALLEST_MEAN_SQUARE, TargetMap, target_map
+from cab_hf.distillation.bridge_error import BridgeError, rounded, stacked
+from cab_hf.distillation.losses import TargetMap, target_map
 
 
 Role = Literal["key", "query"]
 ROLES: tuple[Role, Role] = ("key", "query")
+PREDICTED_TOGETHER = 2**23
+"""Numbers that MLPs predict side by side: fewer would be many small kernels, more memory."""
 
 
 class BridgePair(NamedTuple):
@@ -126,14 +127,14 @@ class AttentionBridge(nn.Module):
                     roles = [role for role in ROLES if mlps.down_names[role] == name]
                     linear.bias.copy_(torch.stack([means[layer, role] for role in roles]).mean(0))
 
-    def loss(self, pairs: Sequence[BridgePair], mask: Tensor | None = None) -> Tensor:
+    def loss(self, pairs: Iterable[BridgePair], mask: Tensor | None = None) -> Tensor:
         """Squared error of the predictions: mean over features, summed over pairs, directions and real tokens.
 
         MLPs of equal sizes run as one product, and a training step has their gradients before it comes back, so that
         no prediction outlives this call.
 
         Args:
-            pairs: what to predict; all targets cover the same batch and tokens.
+            pairs: what to predict, taken some at a time; all targets cover the same batch and tokens.
             mask: `(b, t)`, non-zero at real tokens; None if all are real. A masked token counts for nothing, whatever
                 its target holds.
 
@@ -146,52 +147,66 @@ class AttentionBridge(nn.Module):
         Source: arXiv 2510.19266, section "Method": the backward scan learns from reversed keys and queries, here in
             its projections' reversed order, which is the same sum; the relative form: LoLCATs, arXiv 2410.10254.
         """
-        groups: dict[tuple[int, torch.Size], list[BridgePair]] = {}
+        weights = self._weights_of_products()
+        total, groups, predicted = 0.0, {}, 0
         for pair in pairs:
-            tokens, width = pair.projections[0].shape[:2], pair.projections[0].shape[2:].numel()
-            mlps = self.layers[pair.layer][0]
-            expected = (*tokens, mlps.down[mlps.down_names[pair.role]].out_features)
-            shape = (*pair.target.shape[:2], pair.target.shape[2:].numel())
-            if shape != expected:
-                raise ValueError(
-                    f"the {pair.role}s' target of layer {pair.layer} is {shape}, but its bridge predicts "
-                    f"{tuple(expected)}: pass the teacher layer that the bridge was built for, and the same tokens."
-                )
-            if mask is not None and mask.shape != tokens:
-                raise ValueError(f"mask is {tuple(mask.shape)}, but the projections cover {tuple(tokens)} (b, t).")
+            self._check(pair, mask)
+            width = pair.projections[0].shape[2:].numel()
             groups.setdefault((width, pair.target.shape[2:]), []).append(pair)
-        return sum((self._group_loss(group, mask) for group in groups.values()), start=0.0)
+            predicted += pair.target.numel() * self.num_directions
+            if predicted >= PREDICTED_TOGETHER:
+                total, groups, predicted = total + self._loss_of_groups(groups.values(), mask, weights), {}, 0
+        return total + self._loss_of_groups(groups.values(), mask, weights)
 
-    def _group_loss(self, pairs: list[BridgePair], mask: Tensor | None) -> Tensor:
-        shown, mlps = [], []
+    def _weights_of_products(self) -> dict[nn.Linear, Tensor]:
+        """All weights in the dtype in which products run, detached."""
+        linears = [linear for directions in self.layers for mlps in directions for linear in mlps.linears()]
+        weights = [linear.weight.detach() for linear in linears]
+        device = weights[0].device.type
+        if torch.is_autocast_enabled(device) and weights[0].dtype != torch.get_autocast_dtype(device):
+            weights = rounded(weights, torch.get_autocast_dtype(device))
+        return dict(zip(linears, weights))
+
+    def _check(self, pair: BridgePair, mask: Tensor | None) -> None:
+        tokens = pair.projections[0].shape[:2]
+        mlps = self.layers[pair.layer][0]
+        expected = (*tokens, mlps.down[mlps.down_names[pair.role]].out_features)
+        shape = (*pair.target.shape[:2], pair.target.shape[2:].numel())
+        if shape != expected:
+            raise ValueError(
+                f"the {pair.role}s' target of layer {pair.layer} is {shape}, but its bridge predicts "
+                f"{tuple(expected)}: pass the teacher layer that the bridge was built for, and the same tokens."
+            )
+        if mask is not None and mask.shape != tokens:
+            raise ValueError(f"mask is {tuple(mask.shape)}, but the projections cover {tuple(tokens)} (b, t).")
+
+    def _loss_of_groups(
+        self, groups: Iterable[list[BridgePair]], mask: Tensor | None, weights: dict[nn.Linear, Tensor]
+    ) -> Tensor | float:
+        return sum((self._group_loss(group, mask, weights) for group in groups), start=0.0)
+
+    def _group_loss(self, pairs: list[BridgePair], mask: Tensor | None, weights: dict[nn.Linear, Tensor]) -> Tensor:
+        shown, ups, downs = [], [], []
         for direction in range(self.num_directions):
             for pair in pairs:
                 x = pair.projections[direction].flatten(2)  # (b, t, n)
                 shown.append(x.flip(1) if direction else x)
-                mlps.append((self.layers[pair.layer][direction], pair.role))
-        ups = [mlp.up[mlp.up_names[role]] for mlp, role in mlps]
-        downs = [mlp.down[mlp.down_names[role]] for mlp, role in mlps]
-        target, device = pairs[0].target, pairs[0].target.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else ups[0].weight.dtype
-        factors = target.new_full((len(pairs),), 1 / target.shape[2:].numel(), dtype=accumulation_dtype(dtype))
-        if any(pair.scale is not None for pair in pairs):
-            scales = [torch.ones_like(factors[0]) if pair.scale is None else pair.scale for pair in pairs]
-            factors = factors / torch.stack(scales).to(factors.dtype).clamp(min=SMALLEST_MEAN_SQUARE)
+                mlps = self.layers[pair.layer][direction]
+                ups.append(mlps.up[mlps.up_names[pair.role]])
+                downs.append(mlps.down[mlps.down_names[pair.role]])
+        scales = [pair.scale for pair in pairs if pair.scale is not None]
+        if 0 < len(scales) < len(pairs):
+            scales = [torch.ones_like(scales[0]) if pair.scale is None else pair.scale for pair in pairs]
         return BridgeError.apply(
-            _stacked(shown).flatten(1, 2),  # (directions * m, r, n)
-            *(_stacked([getattr(linear, name) for linear in ups]) for name in ("weight", "bias")),
-            *(_stacked([getattr(linear, name) for linear in downs]) for name in ("weight", "bias")),
-            factors.repeat(self.num_directions),
+            stacked(shown).flatten(1, 2),  # (directions * m, r, n)
+            stacked([weights[linear] for linear in ups]),
+            stacked([weights[linear] for linear in downs]),
             None if mask is None else (mask != 0).flatten(),
-            dtype,
             torch.is_grad_enabled(),
+            scales,
             [pair.target for pair in pairs],
+            *(getattr(linear, name) for linears in (ups, downs) for name in ("weight", "bias") for linear in linears),
         )
-
-
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """`torch.stack`, without a copy where there is nothing to stack."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 class _RoleMLPs(nn.Module):
@@ -208,6 +223,9 @@ class _RoleMLPs(nn.Module):
             {name: nn.Linear(input_size, hidden_size) for name in dict.fromkeys(self.up_names.values())}
         )
         self.down = nn.ModuleDict({name: nn.Linear(hidden_size, size) for name, size in sizes.items()})
+
+    def linears(self) -> list[nn.Linear]:
+        return [*self.up.values(), *self.down.values()]
 
     def forward(self, role: Role, projection: torch.Tensor) -> torch.Tensor:
         if role not in self.up_names:

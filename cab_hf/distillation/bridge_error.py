@@ -4,9 +4,14 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state; `m` MLPs 
 `r` rows, `k` hidden width, `f` features.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from cab_hf.distillation.chunked_kl import accumulation_dtype
+from cab_hf.distillation.losses import SMALLEST_MEAN_SQUARE
 
 
 try:
@@ -18,7 +23,7 @@ except ImportError:  # builds of torch for CPUs come without Triton
 
 
 class BridgeError(torch.autograd.Function):
-    """Squared error of `m` two-layer MLPs side by side, each multiplied by its factor and summed.
+    """Squared error of `m` two-layer MLPs side by side, each divided by its features and scale, and summed.
 
     Only gradients are kept; that of the input is kept before the first linear layer where it is smaller there.
     """
@@ -27,26 +32,24 @@ class BridgeError(torch.autograd.Function):
     def forward(
         ctx,
         x: Tensor,  # (m, r, n)
-        up_weight: Tensor,  # (m, k, n)
-        up_bias: Tensor,  # (m, k)
-        down_weight: Tensor,  # (m, f, k)
-        down_bias: Tensor,  # (m, f)
-        factors: Tensor,  # (m,)
+        up_weight: Tensor,  # (m, k, n), in the dtype of the products
+        down_weight: Tensor,  # (m, f, k), likewise
         real: Tensor | None,  # (r,)
-        dtype: torch.dtype,
         is_trained: bool,
-        targets: list[Tensor],  # as `bridge_gradients` has them
+        scales: list[Tensor],  # as `bridge_gradients` has them
+        targets: list[Tensor],  # likewise
+        *parameters: Tensor,  # m weights and m biases of the first linear layers, then of the second ones
     ) -> Tensor:
-        ctx.dtypes = [tensor.dtype for tensor in (x, up_weight, up_bias, down_weight, down_bias)]
+        _, up_bias, _, down_bias = (stacked(group) for group in _grouped(parameters))
+        ctx.dtypes = [x.dtype, *(group[0].dtype for group in _grouped(parameters))]
         with torch.autocast(x.device.type, enabled=False):
-            x, up_weight, down_weight = (tensor.to(dtype) for tensor in (x, up_weight, down_weight))
             sums, of_x, of_up, of_down = bridge_gradients(
-                x, up_weight, up_bias, down_weight, down_bias, 2 * factors, real, targets, is_trained
+                x.to(up_weight.dtype), up_weight, up_bias, down_weight, down_bias, real, is_trained, scales, targets
             )
         if is_trained:
             ctx.is_narrow = is_narrow(x, up_weight)
             ctx.save_for_backward(of_x, of_up, of_down, sums, up_weight)
-        return (sums[:, -1] * factors).sum()
+        return (sums[:, -1] * error_factors(scales, sums, down_weight.shape[1])).sum()
 
     @staticmethod
     @once_differentiable
@@ -56,10 +59,42 @@ class BridgeError(torch.autograd.Function):
         if not ctx.is_narrow:
             of_x = product(of_x, up_weight)
         features = of_down.shape[1]
-        of_weights = (of_up, sums[:, features:-1], of_down, sums[:, :features])
+        of_parameters = (of_up, sums[:, features:-1], of_down, sums[:, :features])
         x_dtype, *dtypes = ctx.dtypes
-        gradients = [of_x.to(x_dtype), *(made.to(dtype) * gradient for made, dtype in zip(of_weights, dtypes))]
-        return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
+        groups = ((made.to(dtype) * gradient).unbind() for made, dtype in zip(of_parameters, dtypes))
+        return of_x.to(x_dtype), *[None] * 6, *(one for group in groups for one in group)
+
+
+def _grouped(parameters: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    count = len(parameters) // 4
+    return [parameters[start : start + count] for start in range(0, len(parameters), count)]
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, without a copy where there is nothing to stack."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def error_factors(scales: list[Tensor], sums: Tensor, features: int) -> Tensor:
+    """What each MLP's squared error is multiplied by: `(m,)` or, without scales, `(1,)`, in the dtype of `sums`."""
+    if not scales:
+        return sums.new_full((1,), 1 / features)
+    factors = 1 / (features * torch.stack(scales).to(sums.dtype).clamp(min=SMALLEST_MEAN_SQUARE))
+    return factors.repeat(len(sums) // len(scales))
+
+
+# One operator, because a compiler would make each copy by a kernel of its own.
+@torch.library.custom_op("cab_hf::rounded", mutates_args=())
+def rounded(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies in another dtype, through which no gradient passes."""
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+@rounded.register_fake
+def _(tensors, dtype):
+    return [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
 
 
 # One operator, because a compiler would make the errors of all layers before it takes the first one's gradients.
@@ -70,32 +105,32 @@ def bridge_gradients(
     up_bias: Tensor,
     down_weight: Tensor,
     down_bias: Tensor,
-    slopes: Tensor,
     real: Tensor | None,
-    targets: list[Tensor],
     is_trained: bool,
+    scales: list[Tensor],
+    targets: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Squared error of each MLP, and its gradients times `slopes / 2`.
+    """Squared error of each MLP, and the gradients of that error divided by its features and its scale.
 
     Args:
         x: `(m, r, n)`, in the dtype of both weights.
         up_weight, up_bias: `(m, k, n)`, `(m, k)`.
         down_weight, down_bias: `(m, f, k)`, `(m, f)`.
-        slopes: `(m,)`.
         real: `(r,)`, bool; None if all rows are real. Others count for nothing, whatever their target holds.
-        targets: `(b, t, f)` or `(b, t, h, p)` each, of any dtype and strides, `b * t = r`; where they are fewer than
-            MLPs, as with two directions, they come again.
         is_trained: whether gradients are wanted.
+        scales: 0-dim each; none for 1.
+        targets: `(b, t, f)` or `(b, t, h, p)` each, of any dtype and strides, `b * t = r`. Where these and scales are
+            fewer than MLPs, as with two directions, they come again.
 
     Returns:
-        sums `(m, f + k + 1)` in the dtype of `slopes`: the gradients of `down_bias` and `up_bias`, then the squared
-        error; and the gradients of `x`, `(m, r, n)` or, before the first linear layer, `(m, r, k)`, whichever is
-        narrower, of `up_weight` and of `down_weight`. Without `is_trained` sums are `(m, 1)`, and the rest is empty.
+        sums `(m, f + k + 1)`, float32 or wider: the gradients of `down_bias` and `up_bias`, then the squared error; and
+        the gradients of `x`, `(m, r, n)` or, before the first linear layer, `(m, r, k)`, whichever is narrower, of
+        `up_weight` and of `down_weight`. Without `is_trained` sums are `(m, 1)`, and the rest is empty.
     """
     fused = fits_kernel(x, up_weight.shape[1], targets[0])
-    targets = targets * (len(x) // len(targets))
+    scales, targets = ([*one] * (len(x) // max(len(one), 1)) for one in (scales, targets))
     sums, hidden, error, before = (fused_error if fused else _error)(
-        product(x, up_weight.mT), up_bias, down_weight, down_bias, slopes, real, targets, is_trained
+        product(x, up_weight.mT), up_bias, down_weight, down_bias, real, is_trained, scales, targets
     )
     if not is_trained:
         return sums, *(x.new_empty(0) for _ in range(3))
@@ -104,12 +139,12 @@ def bridge_gradients(
 
 
 @bridge_gradients.register_fake
-def _(x, up_weight, up_bias, down_weight, down_bias, slopes, real, targets, is_trained):
-    (m, k, n), f = up_weight.shape, down_weight.shape[1]
+def _(x, up_weight, up_bias, down_weight, down_bias, real, is_trained, scales, targets):
+    (m, k, n), f, dtype = up_weight.shape, down_weight.shape[1], accumulation_dtype(x.dtype)
     if not is_trained:
-        return slopes.new_empty(m, 1), *(x.new_empty(0) for _ in range(3))
+        return x.new_empty(m, 1, dtype=dtype), *(x.new_empty(0) for _ in range(3))
     of_x = x.new_empty(m, x.shape[1], n if is_narrow(x, up_weight) else k)
-    return slopes.new_empty(m, f + k + 1), of_x, x.new_empty(m, k, n), x.new_empty(m, f, k)
+    return x.new_empty(m, f + k + 1, dtype=dtype), of_x, x.new_empty(m, k, n), x.new_empty(m, f, k)
 
 
 def _error(
@@ -117,10 +152,10 @@ def _error(
     up_bias: Tensor,
     weight: Tensor,
     bias: Tensor,
-    slopes: Tensor,
     real: Tensor | None,
-    targets: list[Tensor],
     is_trained: bool,
+    scales: list[Tensor],
+    targets: list[Tensor],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The MLPs from their first product on.
 
@@ -138,12 +173,13 @@ def _error(
     error.baddbmm_(hidden, weight.mT, beta=-1)
     if real is not None:
         error.masked_fill_(~real.unsqueeze(-1), 0)
-    squares = torch.linalg.vector_norm(error, dim=(1, 2), dtype=slopes.dtype).square().unsqueeze(1)
+    dtype = accumulation_dtype(error.dtype)
+    squares = torch.linalg.vector_norm(error, dim=(1, 2), dtype=dtype).square().unsqueeze(1)
     if not is_trained:
         return squares, None, None, None
-    error *= slopes.to(error.dtype)[:, None, None]
+    error *= 2 * error_factors(scales, squares, error.shape[2])[:, None, None]
     before = torch.ops.aten.silu_backward(product(error, weight), before)
-    sums = [gradient.sum(1, dtype=slopes.dtype) for gradient in (error, before)]
+    sums = [gradient.sum(1, dtype=dtype) for gradient in (error, before)]
     return torch.cat([*sums, squares], dim=1), hidden, error, before
 
 

@@ -11,10 +11,12 @@ import triton.language as tl
 from torch import Tensor
 from transformers.utils import logging
 
+from cab_hf.distillation.losses import SMALLEST_MEAN_SQUARE
+
 
 logger = logging.get_logger(__name__)
 
-ROWS, FEATURES, STAGES, WARPS = 64, 64, 2, 4
+ROWS, FEATURES, STAGES, WARPS = 64, 64, 3, 4
 LARGEST_HIDDEN_SIZE = 128
 """Columns that a block of rows can keep in registers, and its weights in the shared memory of any GPU since Ampere."""
 
@@ -25,13 +27,13 @@ def _before_activation(product, up_bias, is_hidden, is_column):
     return tl.load(product, mask=is_hidden, other=0.0).to(tl.float32) + bias[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scale"])
 def _bridge_error_kernel(
     product,  # (r, k), contiguous
     up_bias,  # (k,)
     weight,  # (f, k), contiguous
     bias,  # (f,)
-    slope,  # (1,)
+    scale,  # 0-dim or nothing
     target,  # any strides over batch, token, head, head_dim
     real,  # (r,) or nothing
     hidden,  # (r, k), made
@@ -47,6 +49,7 @@ def _bridge_error_kernel(
     HEAD_DIM: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
+    SMALLEST_SCALE: tl.constexpr,
     IS_MASKED: tl.constexpr,
     IS_EVEN: tl.constexpr,
     IS_TRAINED: tl.constexpr,
@@ -68,7 +71,9 @@ def _bridge_error_kernel(
     if IS_MASKED:
         is_real = is_row & (tl.load(real + row, mask=is_row, other=0) != 0)
     target_row = target + (row // tokens) * of_batch + (row % tokens) * of_token
-    factor = tl.load(slope)
+    slope = 2.0 / WIDTH
+    if scale is not None:
+        slope /= tl.maximum(tl.load(scale).to(tl.float32), SMALLEST_SCALE)
     sums += block * (WIDTH + HIDDEN_SIZE + 1 if IS_TRAINED else 1)
     grads = tl.zeros((R, K), dtype=tl.float32)
     squares = tl.zeros((R,), dtype=tl.float32)
@@ -89,7 +94,7 @@ def _bridge_error_kernel(
             difference = tl.where(is_counted, difference, 0.0)
         squares += tl.sum(difference * difference, axis=1)
         if IS_TRAINED:
-            difference *= factor
+            difference *= slope
             scaled = difference.to(weight.dtype.element_ty)
             place = row[:, None] * WIDTH + feature[None, :]
             tl.store(error + place, scaled, mask=is_row[:, None] & is_feature[None, :])
@@ -117,10 +122,10 @@ def fits_kernel(x: Tensor, hidden_size: int, target: Tensor) -> bool:
 def _runs_on(device: torch.device, dtype: torch.dtype, hidden_size: int) -> bool:
     """Tries the kernel, which needs a compiler of the system, as it is largest: masked, in a loop, from float32."""
     rows = torch.zeros(1, 3 * FEATURES, hidden_size, device=device, dtype=dtype)
-    up_bias, bias, slope = (torch.zeros(1, size, device=device) for size in (hidden_size, 3 * FEATURES, 1))
+    up_bias, bias, scale = (torch.ones(1, size, device=device) for size in (hidden_size, 3 * FEATURES, 1))
     target = torch.zeros(1, *2 * (3 * FEATURES,), device=device)
     try:
-        fused_error(rows, up_bias, rows, bias, slope[0], target[0, 0] == 0, [target], is_trained=True)
+        fused_error(rows, up_bias, rows, bias, target[0, 0] == 0, True, [scale[0, 0]], [target])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -134,15 +139,15 @@ def fused_error(
     up_bias: Tensor,
     weight: Tensor,
     bias: Tensor,
-    slopes: Tensor,
     real: Tensor | None,
-    targets: list[Tensor],
     is_trained: bool,
+    scales: list[Tensor],
+    targets: list[Tensor],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As `bridge_error._error`, by one kernel for each MLP."""
     mlps, rows, hidden_size = before.shape
     width, blocks = weight.shape[1], triton.cdiv(rows, ROWS)
-    sums = slopes.new_empty(mlps, blocks, width + hidden_size + 1 if is_trained else 1)
+    sums = before.new_empty(mlps, blocks, width + hidden_size + 1 if is_trained else 1, dtype=torch.float32)
     before, weight, bias, up_bias = (tensor.contiguous() for tensor in (before, weight, bias, up_bias))
     hidden, error, grad = None, None, None
     if is_trained:
@@ -155,7 +160,7 @@ def fused_error(
                 up_bias[i],
                 weight[i],
                 bias[i],
-                slopes[i : i + 1],
+                scales[i] if scales else None,
                 target,
                 real,
                 *(None if tensor is None else tensor[i] for tensor in (hidden, error, grad)),
@@ -166,6 +171,7 @@ def fused_error(
                 HEAD_DIM=target.shape[-1],
                 HIDDEN_SIZE=hidden_size,
                 WIDTH=width,
+                SMALLEST_SCALE=SMALLEST_MEAN_SQUARE,
                 IS_MASKED=real is not None,
                 IS_EVEN=real is None and rows % ROWS == 0 and width % FEATURES == 0,
                 IS_TRAINED=is_trained,

@@ -3,7 +3,7 @@
 Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,8 +35,6 @@ ALIGNMENT_LOSSES = ("bridge", "output", "hidden", "attention")
 SCALED_TARGETS = (*ROLES, "output", "hidden")
 SMALLEST_VARIANCE = 1e-4
 """Share of its mean square below which a target counts as constant."""
-BRIDGED_TOGETHER = 2**23
-"""Numbers that the bridges of neighbouring layers predict at once: fewer would be many small kernels, more memory."""
 
 
 @dataclass
@@ -320,17 +318,16 @@ class DistillationModel(nn.Module):
         return sum((0.0 * parameter.flatten()[:1].sum() for parameter in parameters), start=0.0)
 
     def _bridge_loss(self, shown: list[LayerShows], targets: TeacherOutput, mask: Tensor | None) -> Tensor:
-        """The sum over all layers, some at a time."""
-        total, pairs = 0.0, []
+        return self.bridge.loss(self._bridge_pairs(shown, targets, mask), mask)
+
+    def _bridge_pairs(
+        self, shown: list[LayerShows], targets: TeacherOutput, mask: Tensor | None
+    ) -> Iterator[BridgePair]:
         for layer, one in enumerate(shown):
             mapped = bridge_targets(targets.attentions[self.layer_map[layer]], self.args.target_map, mask)
             for row, role in enumerate(ROLES):
                 scale = self.target_scales[row, layer] if self.args.relative_loss else None
-                pairs.append(BridgePair(layer, role, [scan[row] for scan in one.scans], mapped[role], scale))
-            predicted = sum(pair.target.numel() * len(pair.projections) for pair in pairs)
-            if predicted >= BRIDGED_TOGETHER or layer == len(shown) - 1:
-                total, pairs = total + self.bridge.loss(pairs, mask), []
-        return total
+                yield BridgePair(layer, role, [scan[row] for scan in one.scans], mapped[role], scale)
 
     def _map_loss(
         self, layer: int, scans: list[tuple[Tensor, ...]], attention: TeacherAttention, mask: Tensor | None
