@@ -128,5 +128,5 @@ def test_a_kernel_that_does_not_run_is_not_taken(fails, monkeypatch, caplog):
     if fails:
         monkeypatch.setattr(bridge_kernel, "fused_error", broken)
     dtype = next(iter(DTYPES))
-    assert bridge_kernel._runs_on.__wrapped__(torch.device(DEVICE), dtype, 20) != fails
+    assert bridge_kernel._runs_on.__wrapped__(torch.device(DEVICE), dtype, torch.float32, 20) != fails
     assert ("no C compiler" in caplog.text) == fails

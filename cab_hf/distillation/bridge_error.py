@@ -40,11 +40,21 @@ class BridgeError(torch.autograd.Function):
         targets: list[Tensor],  # likewise
         *parameters: Tensor,  # m weights and m biases of the first linear layers, then of the second ones
     ) -> Tensor:
-        _, up_bias, _, down_bias = (stacked(group) for group in _grouped(parameters))
-        ctx.dtypes = [x.dtype, *(group[0].dtype for group in _grouped(parameters))]
+        count = len(parameters) // 4
+        groups = [parameters[start : start + count] for start in range(0, len(parameters), count)]
+        _, up_bias, _, down_bias = groups
+        ctx.dtypes = [x.dtype, *(group[0].dtype for group in groups)]
         with torch.autocast(x.device.type, enabled=False):
             sums, of_x, of_up, of_down = bridge_gradients(
-                x.to(up_weight.dtype), up_weight, up_bias, down_weight, down_bias, real, is_trained, scales, targets
+                x.to(up_weight.dtype),
+                up_weight,
+                stacked(up_bias),
+                down_weight,
+                stacked(down_bias),
+                real,
+                is_trained,
+                scales,
+                targets,
             )
         if is_trained:
             ctx.is_narrow = is_narrow(x, up_weight)
@@ -63,11 +73,6 @@ class BridgeError(torch.autograd.Function):
         x_dtype, *dtypes = ctx.dtypes
         groups = ((made.to(dtype) * gradient).unbind() for made, dtype in zip(of_parameters, dtypes))
         return of_x.to(x_dtype), *[None] * 6, *(one for group in groups for one in group)
-
-
-def _grouped(parameters: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    count = len(parameters) // 4
-    return [parameters[start : start + count] for start in range(0, len(parameters), count)]
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -123,8 +128,8 @@ def bridge_gradients(
             fewer than MLPs, as with two directions, they come again.
 
     Returns:
-        sums `(m, f + k + 1)`, float32 or wider: the gradients of `down_bias` and `up_bias`, then the squared error; and
-        the gradients of `x`, `(m, r, n)` or, before the first linear layer, `(m, r, k)`, whichever is narrower, of
+        sums `(m, f + k + 1)`, float32 or float64: the gradients of `down_bias` and `up_bias`, then the squared error;
+        and the gradients of `x`, `(m, r, n)` or, before the first linear layer, `(m, r, k)`, whichever is narrower, of
         `up_weight` and of `down_weight`. Without `is_trained` sums are `(m, 1)`, and the rest is empty.
     """
     fused = fits_kernel(x, up_weight.shape[1], targets[0])

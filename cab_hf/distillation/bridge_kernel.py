@@ -17,6 +17,7 @@ from cab_hf.distillation.losses import SMALLEST_MEAN_SQUARE
 logger = logging.get_logger(__name__)
 
 ROWS, FEATURES, STAGES, WARPS = 64, 64, 3, 4
+SMALLEST_PRODUCT = tl.constexpr(16)
 LARGEST_HIDDEN_SIZE = 128
 """Columns that a block of rows can keep in registers, and its weights in the shared memory of any GPU since Ampere."""
 
@@ -77,6 +78,8 @@ def _bridge_error_kernel(
     sums += block * (WIDTH + HIDDEN_SIZE + 1 if IS_TRAINED else 1)
     grads = tl.zeros((R, K), dtype=tl.float32)
     squares = tl.zeros((R,), dtype=tl.float32)
+    ones = tl.full((SMALLEST_PRODUCT, R), 1.0, dtype=weight.dtype.element_ty)
+    is_first = tl.arange(0, SMALLEST_PRODUCT) == 0
     for start in range(0, WIDTH, F):
         feature = start + tl.arange(0, F)
         is_feature = feature < WIDTH
@@ -98,7 +101,9 @@ def _bridge_error_kernel(
             scaled = difference.to(weight.dtype.element_ty)
             place = row[:, None] * WIDTH + feature[None, :]
             tl.store(error + place, scaled, mask=is_row[:, None] & is_feature[None, :])
-            tl.store(sums + feature, tl.sum(difference, axis=0), mask=is_feature)
+            # The product's rows are all the same sums; `tl.sum` over rows would wait for all warps.
+            sums_place = tl.broadcast_to(sums + feature[None, :], (SMALLEST_PRODUCT, F))
+            tl.store(sums_place, tl.dot(ones, scaled), mask=is_first[:, None] & is_feature[None, :])
             grads = tl.dot(scaled, weights, grads)
     if IS_TRAINED:
         # Read again rather than kept in registers.
@@ -115,15 +120,16 @@ def fits_kernel(x: Tensor, hidden_size: int, target: Tensor) -> bool:
     """Whether `fused_error` can take rows like those of `x` `(m, r, n)` through MLPs of that hidden width."""
     halves = x.dtype in (torch.float16, torch.bfloat16)
     fits = x.is_cuda and target.device == x.device and halves and hidden_size <= LARGEST_HIDDEN_SIZE and x.shape[1] > 0
-    return fits and torch.cuda.get_device_capability(x.device) >= (8, 0) and _runs_on(x.device, x.dtype, hidden_size)
+    fits = fits and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return fits and _runs_on(x.device, x.dtype, target.dtype, hidden_size)
 
 
 @functools.cache
-def _runs_on(device: torch.device, dtype: torch.dtype, hidden_size: int) -> bool:
-    """Tries the kernel, which needs a compiler of the system, as it is largest: masked, in a loop, from float32."""
+def _runs_on(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype, hidden_size: int) -> bool:
+    """Tries the kernel, which needs a compiler of the system, as it is largest: masked and in a loop."""
     rows = torch.zeros(1, 3 * FEATURES, hidden_size, device=device, dtype=dtype)
     up_bias, bias, scale = (torch.ones(1, size, device=device) for size in (hidden_size, 3 * FEATURES, 1))
-    target = torch.zeros(1, *2 * (3 * FEATURES,), device=device)
+    target = torch.zeros(1, *2 * (3 * FEATURES,), device=device, dtype=target_dtype)
     try:
         fused_error(rows, up_bias, rows, bias, target[0, 0] == 0, True, [scale[0, 0]], [target])
     except torch.OutOfMemoryError:
