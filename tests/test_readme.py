@@ -429,8 +429,8 @@ def test_figures_of_the_starts():
         ("KD, `cuda_graph: true` |", "distillation_step_h200_kernel.json", "kd, cuda graph"),
         ("KD and bridge, `cuda_graph", "distillation_step_h200_kernel.json", "kd + bridge, cuda graph"),
         ("KD, `cuda_graph: true`, all", "distillation_step_h200_logits.json", "kd, all logits at once, cuda graph"),
-        ("KD, `cuda_graph: true`, `torch", "distillation_step_h200_in_place.json", "kd, torch.compile, cuda graph"),
-        ("KD and bridge, both", "distillation_step_h200_in_place.json", "kd + bridge, torch.compile, cuda graph"),
+        ("KD, `cuda_graph: true`, `torch", "distillation_step_h200_kernel.json", "kd, torch.compile, cuda graph"),
+        ("KD and bridge, both", "distillation_step_h200_kernel.json", "kd + bridge, torch.compile, cuda graph"),
     ],
 )
 def test_figures_of_speed(start, file, name):
@@ -454,8 +454,8 @@ def added_by_the_bridge(file: str, step: str) -> list[float]:
 def test_what_the_bridge_costs():
     for file, step, shown in (
         ("kernel", "cuda graph", "The bridge adds {:.1f} % time and {:.1f} % memory to a step with a CUDA graph"),
-        ("in_place", "torch.compile, cuda graph", "and {:.1f} % and {:.1f} % to a compiled one"),
-        ("kernel", "torch.compile, cuda graph", "its kernel makes that {:.1f} % and {:.1f} %"),
+        ("kernel", "torch.compile, cuda graph", "and {:.1f} % and {:.1f} % to a compiled one"),
+        ("kernel_again", "torch.compile, cuda graph", "kernel_again.json): {:.1f} % and {:.1f} %)"),
     ):
         assert shown.format(*added_by_the_bridge(file, step)) in README
 
