@@ -31,7 +31,7 @@ from cab_hf.distillation import modeling_distillation
 from cab_hf.distillation.bridge import AttentionBridge
 from cab_hf.distillation.cuda_graph import GraphedStep
 from cab_hf.distillation.modeling_distillation import parse_layer_map
-from cab_hf.distillation.training_args import LOSSES
+from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
 from cab_hf.packing import shift_labels
 
 
@@ -141,6 +141,21 @@ def test_the_teacher_is_left_alone(tmp_path, own_dtype):
     size = sum(file.stat().st_size for file in (tmp_path / "checkpoint-3").rglob("model*.safetensors"))
     assert size < 4.2 * sum(p.numel() for p in trainer.student.parameters()) + 20_000
     assert all(math.isfinite(log[name]) for log in recorder.logs[:3] for name in LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        ("cuda", {"dataloader_pin_memory": True}, True),
+        ("cuda", {"dataloader_pin_memory": False}, False),
+        ("cuda", {"dataloader_pin_memory": True, "accelerator_config": {"non_blocking": False}}, False),
+        ("cpu", {"dataloader_pin_memory": True}, False),
+    ],
+)
+def test_batches_are_copied_without_waiting_unless_told(tmp_path, monkeypatch, device, options, expected):
+    monkeypatch.setattr(DistillationTrainingArguments, "device", torch.device(device))
+    arguments = make_arguments(tmp_path, use_cpu=False, **options)
+    assert arguments.accelerator_config.non_blocking == expected
 
 
 def test_teacher_dtype_is_the_arguments(tmp_path):
