@@ -22,8 +22,9 @@ from cab_hf.distillation.teacher import TeacherAttention, check_vocabularies
 from cab_hf.export import load_image_processor, load_tokenizer, read_student
 from cab_hf.image_data import load_images
 from cab_hf.images import ImageDataset, normalisation
-from cab_hf.models.mixers import MixerPreTrainedModel, StateSpaceBranch
+from cab_hf.models.mixers import StateSpaceBranch
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
+from cab_hf.models.students import MixerPreTrainedModel
 from cab_hf.run_images import load_image_teacher
 from cab_hf.run_text import load_teacher
 from cab_hf.transfer.calibration import borrowed_teacher

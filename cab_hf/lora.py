@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cab_hf.hub import describe_teacher, write_card
+from cab_hf.models.students import UNFILLED
 
 
 if TYPE_CHECKING:
@@ -55,7 +56,6 @@ _PIPELINES = {
     "AutoModelForImageClassification": "image-classification",
 }
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_UNFILLED = "[More Information Needed]"
 
 
 def lora_config(
@@ -223,7 +223,7 @@ def write_adapter_card(folder: str | Path, card: ModelCard, *, overwrite: bool =
     folder = Path(folder)
     config, _ = _read_adapter(folder)
     path = folder / "README.md"
-    is_unfilled = path.is_file() and _UNFILLED in path.read_text(encoding="utf-8")
+    is_unfilled = path.is_file() and UNFILLED in path.read_text(encoding="utf-8")
     config["base_model_name_or_path"] = card.data.base_model
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return write_card(folder, card, overwrite=overwrite or is_unfilled)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from reference import naive_causal_conv1d, naive_selective_scan, naive_ssd_scan
 
 from cab_hf.models import s6_scan, ssm_ops
+from cab_hf.models import ssd_scan as ssd_chunks
 from cab_hf.models.ssm_ops import (
     backend_for,
     causal_conv1d,
@@ -142,7 +143,7 @@ def test_ssd_is_the_naive_recurrence(t, chunk_size, g, context):
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_ssd_over_several_blocks_of_chunks(monkeypatch, context):
-    monkeypatch.setattr(ssm_ops, "SSD_CHUNKS_PER_BLOCK", 3)
+    monkeypatch.setattr(ssd_chunks, "SSD_CHUNKS_PER_BLOCK", 3)
     assert_matches(ssd_scan, naive_ssd_scan, ssd_arguments(41, context), chunk_size=4)
 
 
@@ -171,7 +172,7 @@ def test_any_shape(t, d, n, groups, chunk_size, context):
 def test_finite_differences(monkeypatch, operation, arguments, context):
     monkeypatch.setattr(s6_scan, "SCAN_CHUNK", 3)
     monkeypatch.setattr(s6_scan, "SCAN_WHOLE", 0)
-    monkeypatch.setattr(ssm_ops, "SSD_CHUNK", 3)
+    monkeypatch.setattr(ssd_chunks, "SSD_CHUNK", 3)
     tensors = arguments(7, context)
     names = [name for name, value in tensors.items() if value.is_floating_point()]
     fixed = {name: value for name, value in tensors.items() if name not in names}

@@ -19,7 +19,8 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.versions import require_version
 
 from .configuration_cab_mamba import CABMambaConfig
-from .mixers import MIXERS, CABMambaMLP, MixerPreTrainedModel, SSMProjections, make_norm
+from .mixers import MIXERS, SSMProjections
+from .students import CABMambaMLP, MixerPreTrainedModel, make_norm
 
 
 logger = logging.get_logger(__name__)

@@ -16,15 +16,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_cab_vision_mamba import CABVisionMambaConfig, nearest_multiples
-from .mixers import (
-    BIDIRECTIONAL_MIXERS,
-    MIXERS,
-    BidirectionalProjections,
-    CABMambaMLP,
-    MixerPreTrainedModel,
-    SSMProjections,
-    make_norm,
-)
+from .mixers import BIDIRECTIONAL_MIXERS, MIXERS, BidirectionalProjections, SSMProjections
+from .students import CABMambaMLP, MixerPreTrainedModel, make_norm
 
 
 AUTO_MAP = {

@@ -12,13 +12,8 @@ from transformers import PreTrainedModel
 
 from cab_hf.distillation.alignment import layer_map as map_layers
 from cab_hf.distillation.teacher import Teacher
-from cab_hf.models.mixers import (
-    BidirectionalProjections,
-    MixerPreTrainedModel,
-    S6Mixer,
-    SSDMixer,
-    SSMProjections,
-)
+from cab_hf.models.mixers import BidirectionalProjections, S6Mixer, SSDMixer, SSMProjections
+from cab_hf.models.students import MixerPreTrainedModel
 
 
 @torch.no_grad()

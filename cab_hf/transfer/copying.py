@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from cab_hf.models.mixers import MixerPreTrainedModel, S6Mixer, SSDMixer
+from cab_hf.models.mixers import S6Mixer, SSDMixer
+from cab_hf.models.students import MixerPreTrainedModel
 from cab_hf.transfer.families import Affine, TeacherLayer
 
 
