@@ -8,6 +8,7 @@ import torch
 from tiny_distillation import make_arguments, tiny_student, tiny_teacher
 
 from cab_hf import Teacher
+from cab_hf.distillation import bridge as bridge_module
 from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair, bridge_targets
 from cab_hf.distillation.modeling_distillation import DistillationModel, DistillationOutput
 from cab_hf.distillation.training_args import LOSSES
@@ -187,8 +188,12 @@ def naive_error(bridge: AttentionBridge, pairs: list[BridgePair], mask: torch.Te
 
 @pytest.mark.parametrize("shared_roles", [False, True])
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("relative", [False, True])
-def test_loss_of_unlike_layers_masks_and_scales_equals_naive(shared_roles, directions, relative):
+@pytest.mark.parametrize("scaled_layers", [set(), {0, 1, 2, 3}, {1, 3}], ids=str)
+@pytest.mark.parametrize("together", [1, 100, 2**23])
+def test_loss_of_unlike_layers_masks_and_scales_equals_naive(
+    shared_roles, directions, scaled_layers, together, monkeypatch
+):
+    monkeypatch.setattr(bridge_module, "PREDICTED_TOGETHER", together)
     torch.manual_seed(0)
     keys, queries, inputs = [6, 6, 6, 4], [6, 12, 12, 4], [8, 8, 8, 4]
     bridge = AttentionBridge(inputs, keys, queries, 5, shared_roles, directions).double()
@@ -198,7 +203,7 @@ def test_loss_of_unlike_layers_masks_and_scales_equals_naive(shared_roles, direc
         for role, size in zip(ROLES, sizes):
             shown = [torch.randn(2, 4, 2, n // 2, dtype=torch.float64, requires_grad=True) for _ in range(directions)]
             target = torch.randn(2, 4, size, dtype=torch.float64).masked_fill(mask[..., None] == 0, torch.nan)
-            scale = torch.rand((), dtype=torch.float64) + 0.5 if relative else None
+            scale = torch.rand((), dtype=torch.float64) + 0.5 if layer in scaled_layers else None
             pairs.append(BridgePair(layer, role, shown, target, scale))
     ours, naive = bridge.loss(pairs, mask), naive_error(bridge, pairs, mask)
     torch.testing.assert_close(ours, naive, rtol=1e-12, atol=0)

@@ -4,7 +4,7 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group
 width, `f` features.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -148,15 +148,20 @@ class AttentionBridge(nn.Module):
             its projections' reversed order, which is the same sum; the relative form: LoLCATs, arXiv 2410.10254.
         """
         weights = self._weights_of_products()
-        total, groups, predicted = 0.0, {}, 0
+        return sum((self._group_loss(group, mask, weights) for group in self._groups(pairs, mask)), start=0.0)
+
+    def _groups(self, pairs: Iterable[BridgePair], mask: Tensor | None) -> Iterator[list[BridgePair]]:
+        """Neighbouring pairs whose MLPs have equal sizes."""
+        groups, predicted = {}, 0
         for pair in pairs:
             self._check(pair, mask)
             width = pair.projections[0].shape[2:].numel()
             groups.setdefault((width, pair.target.shape[2:]), []).append(pair)
             predicted += pair.target.numel() * self.num_directions
             if predicted >= PREDICTED_TOGETHER:
-                total, groups, predicted = total + self._loss_of_groups(groups.values(), mask, weights), {}, 0
-        return total + self._loss_of_groups(groups.values(), mask, weights)
+                yield from groups.values()
+                groups, predicted = {}, 0
+        yield from groups.values()
 
     def _weights_of_products(self) -> dict[nn.Linear, Tensor]:
         """All weights in the dtype in which products run, detached."""
@@ -179,11 +184,6 @@ class AttentionBridge(nn.Module):
             )
         if mask is not None and mask.shape != tokens:
             raise ValueError(f"mask is {tuple(mask.shape)}, but the projections cover {tuple(tokens)} (b, t).")
-
-    def _loss_of_groups(
-        self, groups: Iterable[list[BridgePair]], mask: Tensor | None, weights: dict[nn.Linear, Tensor]
-    ) -> Tensor | float:
-        return sum((self._group_loss(group, mask, weights) for group in groups), start=0.0)
 
     def _group_loss(self, pairs: list[BridgePair], mask: Tensor | None, weights: dict[nn.Linear, Tensor]) -> Tensor:
         shown, ups, downs = [], [], []
