@@ -100,7 +100,7 @@ class AttentionAsMixer(nn.Module):
         super().__init__()
         self.attention, self.base = [attention], [base]
 
-    def forward(self, hidden_states, cache=None, attention_mask=None, seq_idx=None):
+    def forward(self, hidden_states, cache=None, attention_mask=None, seq_idx=None, output_projections=False):
         length = hidden_states.shape[1]
         mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
         arguments = {"attention_mask": mask}

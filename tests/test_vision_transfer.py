@@ -107,7 +107,7 @@ class AttentionAsMixer(nn.Module):
         super().__init__()
         self.attention = [attention]
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states, output_projections=False):
         return self.attention[0](hidden_states)[0], (None,) * 7
 
 
