@@ -147,6 +147,7 @@ def test_the_teacher_is_left_alone(tmp_path, own_dtype):
     ("device", "options", "expected"),
     [
         ("cuda", {"dataloader_pin_memory": True}, True),
+        ("cuda", {"dataloader_pin_memory": True, "accelerator_config": {"even_batches": False}}, True),
         ("cuda", {"dataloader_pin_memory": False}, False),
         ("cuda", {"dataloader_pin_memory": True, "accelerator_config": {"non_blocking": False}}, False),
         ("cpu", {"dataloader_pin_memory": True}, False),
@@ -449,30 +450,21 @@ def test_a_graphed_step_is_the_eager_one(tmp_path, mixer, accumulation):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_step_never_waits(tmp_path):
-    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in ragged_rows((11,) * 4)]
-    trainer, _ = make_trainer(tmp_path, rows=rows, use_cpu=False, kl_decay="cosine", **SIX_LOSSES)
-    trainer._calibrate_targets()
-    trainer.state.max_steps = 10
-    batch = {name: value.cuda() for name, value in torch.utils.data.default_collate(rows).items()}
-    try:
-        for step in range(3):
-            # The first step may allocate and compile.
-            torch.cuda.set_sync_debug_mode("error" if step else "default")
-            trainer.state.global_step = step
-            counts = trainer._get_num_items_in_batch([batch], trainer.args.device)
-            trainer.training_step(trainer.model, dict(batch), counts)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_teacher_may_be_on_another_device(tmp_path):
     plain = one_step(tmp_path, **SIX_LOSSES)
     apart = one_step(tmp_path, teacher_device="cuda", **SIX_LOSSES)
     assert_gradients_close(apart[0], plain[0], 1e-3)
     assert_logs_close(apart[1], plain[1], 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_teacher_on_the_cpu_waits_for_its_batch(tmp_path):
+    options = {"dataloader_pin_memory": True, "per_device_train_batch_size": 2, **SIX_LOSSES}
+    together = gpu_step(tmp_path, "mamba2", **options)[1]
+    apart = gpu_step(tmp_path, "mamba2", teacher_device="cpu", **options)[1]
+    for step in range(4):
+        assert_logs_close(apart[step], together[step], 1e-3)
 
 
 @pytest.mark.gpu

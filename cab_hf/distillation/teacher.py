@@ -74,6 +74,11 @@ def _body_of(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy there, without waiting; the host alone would read such a copy before it has arrived."""
+    return tensor.to(device, dtype, non_blocking=device.type != "cpu")
+
+
 def positions_from_documents(seq_idx: Tensor) -> Tensor:
     """Position ids `(b, t)` that restart at 0 wherever `seq_idx` `(b, t)` changes."""
     index = torch.arange(seq_idx.shape[-1], device=seq_idx.device).expand_as(seq_idx)
@@ -256,8 +261,7 @@ class Teacher:
             read = tuple(self._read(output.attentions, tables)) if attentions else None
 
         def home(x: Tensor) -> Tensor:
-            # The host would read a non-blocking copy to it before it has arrived.
-            return x.to(main.device, non_blocking=main.device.type != "cpu")
+            return _sent(x, main.device)
 
         return TeacherOutput(
             last_hidden_state=None if last is None else home(last),
@@ -368,7 +372,7 @@ class Teacher:
         arguments: dict[str, Any] = {}
         for name, value in kept.items():
             dtype = weight.dtype if value.is_floating_point() else None
-            arguments[name] = value.to(weight.device, dtype, non_blocking=True)
+            arguments[name] = _sent(value, weight.device, dtype)
         # The cache would hide packed documents from the mask, and nothing reads it.
         if "use_cache" in self._accepted:
             arguments["use_cache"] = False

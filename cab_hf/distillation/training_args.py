@@ -127,9 +127,10 @@ class DistillationTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and inf losses out of the log."})
 
     def __post_init__(self):
-        is_default = self.accelerator_config is None
+        given = self.accelerator_config
+        is_open = given is None or (isinstance(given, dict) and "non_blocking" not in given)
         super().__post_init__()
-        if is_default and self.dataloader_pin_memory and self.device.type == "cuda":
+        if is_open and self.dataloader_pin_memory and self.device.type == "cuda":
             # Copying a batch from pinned memory would wait for the device at every step, too.
             self.accelerator_config.non_blocking = True
         # ZeRO-3 would shard whatever is loaded from now on: the teacher, too, which every process asks on its own.

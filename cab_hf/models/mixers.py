@@ -279,7 +279,7 @@ class GatedMixer:
             cache: continued and updated when given.
             attention_mask: `(b, t)`, zero at padding, which then never reaches the state.
             seq_idx: `(b, t)`, int32 document index of packed sequences; the state resets where it changes.
-            output_projections: whether the caller reads B and C, which changes how a compiler adds their gradients.
+            output_projections: whether the caller reads B and C; a compiler then adds up the gradients of SSD's.
 
         Returns:
             output `(b, t, hidden_size)` and the [`SSMProjections`], for S6 with one group.
