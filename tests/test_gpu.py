@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from tiny_distillation import make_trainer, ragged_rows
-from tiny_images import image_rows, make_image_trainer
-from transformers import TrainerCallback
 
 from cab_hf import CABMambaConfig, CABMambaForCausalLM, CABVisionMambaConfig, CABVisionMambaForImageClassification
 from cab_hf.demo import random_llama
@@ -143,45 +140,3 @@ def test_compiled_samples_are_the_models_own():
         for compiles in (False, True)
     ]
     assert texts[0] == texts[1]
-
-
-class NoWaiting(TrainerCallback):
-    """From the second step on, whatever makes the host wait for the device is an error."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        torch.cuda.set_sync_debug_mode("error" if 2 <= state.global_step < args.max_steps else "default")
-
-
-@pytest.fixture
-def waits_reported(monkeypatch):
-    monkeypatch.setenv("CAB_SSM_BACKEND", "torch")  # mamba_ssm would first tune its kernels for these sizes
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
-EVERY_LOSS = {f"{name}_weight": 1.0 for name in ("kl", "ce", "bridge", "output", "hidden")}
-AS_IN_A_RUN = {
-    "use_cpu": False,
-    "dataloader_pin_memory": True,
-    "logging_strategy": "no",
-    "max_grad_norm": 1.0,
-    "max_steps": 6,
-    "bf16": True,
-} | EVERY_LOSS
-
-
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"kl_decay": "linear"}], ids=str)
-def test_a_training_step_never_waits_for_the_device(tmp_path, waits_reported, options):
-    # Where there is a mask, transformers looks into it.
-    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in ragged_rows([11] * 8)]
-    trainer, _ = make_trainer(tmp_path, rows, **AS_IN_A_RUN, **options)
-    trainer.add_callback(NoWaiting())
-    trainer.train()
-    assert trainer.state.global_step == 6
-
-
-def test_a_training_step_on_images_never_waits_for_the_device(tmp_path, waits_reported):
-    trainer, _ = make_image_trainer(tmp_path, image_rows(48), **AS_IN_A_RUN)
-    trainer.add_callback(NoWaiting())
-    trainer.train()
-    assert trainer.state.global_step == 6

@@ -23,8 +23,10 @@ from tiny_distillation import (
     tiny_student,
     tiny_teacher,
 )
+from tiny_images import image_rows, make_image_trainer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 
 from cab_hf import DistillationTrainer, Teacher
 from cab_hf.distillation import modeling_distillation
@@ -420,10 +422,19 @@ def test_layer_maps_and_labels_are_read():
 # On a GPU
 
 
+def unmasked_rows(length: int) -> list[dict[str, Tensor]]:
+    return [{name: row[name] for name in ("input_ids", "labels")} for row in ragged_rows((length,) * 8, width=length)]
+
+
 def gpu_step(folder: Any, mixer: str, **options: Any) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
-    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in ragged_rows((32,) * 8, width=32)]
     trainer, recorder = make_trainer(
-        folder, rows=rows, student=tiny_student(mixer), use_cpu=False, max_steps=4, learning_rate=1e-3, **options
+        folder,
+        rows=unmasked_rows(32),
+        student=tiny_student(mixer),
+        use_cpu=False,
+        max_steps=4,
+        learning_rate=1e-3,
+        **options,
     )
     trainer.train()
     return recorder.gradients, recorder.logs
@@ -446,6 +457,51 @@ def test_a_graphed_step_is_the_eager_one(tmp_path, mixer, accumulation):
         # Steps follow from each other, so small differences grow.
         assert_gradients_close(graphed[0][step], eager[0][step], 1e-3 * 4**step)
         assert_logs_close(graphed[1][step], eager[1][step], 1e-3)
+
+
+class NoWaiting(TrainerCallback):
+    """From the second step to the last, whatever makes the host wait for the device is an error."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        torch.cuda.set_sync_debug_mode("error" if 2 <= state.global_step < args.max_steps else "default")
+
+
+AS_IN_A_RUN = {
+    "use_cpu": False,
+    "dataloader_pin_memory": True,
+    "logging_strategy": "no",
+    "max_grad_norm": 1.0,
+    "max_steps": 6,
+    "bf16": True,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("auto", {}),
+        ("torch", {"gradient_accumulation_steps": 2}),
+        ("torch", {"kl_decay": "cosine"}),
+        ("torch", {"images": True, "attention_weight": 0.0}),
+    ],
+    ids=str,
+)
+def test_a_training_step_never_waits_for_the_device(tmp_path, monkeypatch, backend, options):
+    monkeypatch.setenv("CAB_SSM_BACKEND", backend)
+    options = AS_IN_A_RUN | SIX_LOSSES | options
+    # Where text has a mask, transformers looks into it.
+    if options.pop("images", False):
+        trainer, _ = make_image_trainer(tmp_path, image_rows(48), **options)
+    else:
+        trainer, _ = make_trainer(tmp_path, unmasked_rows(11), **options)
+    trainer.add_callback(NoWaiting())
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.state.global_step == 6
 
 
 @pytest.mark.gpu

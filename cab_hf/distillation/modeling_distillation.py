@@ -318,6 +318,7 @@ class DistillationModel(nn.Module):
         return sum((0.0 * parameter.flatten()[:1].sum() for parameter in parameters), start=0.0)
 
     def _bridge_loss(self, shown: list[LayerShows], targets: TeacherOutput, mask: Tensor | None) -> Tensor:
+        # Where kernels break the graph, a compiler enters here; it traces a generator only where it is made.
         return self.bridge.loss(self._bridge_pairs(shown, targets, mask), mask)
 
     def _bridge_pairs(
