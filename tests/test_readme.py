@@ -155,11 +155,10 @@ def test_seeds_of_the_image_grids():
     counts = {cell["n"] for name in rows for cell in measures[name].values()}
     assert counts == {3} and sum(len(measures[name]) for name in rows) == 25
     assert "1,500 steps of 128 images each; three seeds)" in README
-    two = ("weight reuse, random mixers", "weight reuse, CAB", "fitted weights", "MOHAWK")
-    rates = [name for name in measures if name.endswith("3e-4")]
-    single = {name: cells["10 %"]["n"] for name, cells in measures.items() if name not in (*rows, *rates)}
-    assert len(single) == 12 and single == {name: 2 if name in two else 3 for name in single}
-    assert "(three seeds of the five rows above, three or two of twelve single choices at 10 %)" in README
+    rates = [name for name in measures if name.endswith("e-4")]
+    single = [cells["10 %"]["n"] for name, cells in measures.items() if name not in (*rows, *rates)]
+    assert single == [3] * 12
+    assert "(three seeds of the five rows above and of twelve single choices at 10 %)" in README
     digits = result("quality/digits/table.json")["measures"]["top1"]
     assert {cell["n"] for cells in digits.values() for cell in cells.values()} == {3}
 
@@ -186,10 +185,12 @@ def test_what_is_said_of_cifar10():
         assert f"{after['n_images']:,} test images" in README
     shown = (
         "takes weight reuse from {} to {}, MOHAWK's maps and hidden states without the fit to {}, the bridge without "
-        "the fit to {} (two seeds each), fit and outputs to {}"
+        "the fit to {}, fit and outputs to {}"
     )
     names = ("weight reuse", "fitted weights", "MOHAWK", "weight reuse, CAB", "outputs, then KL")
     assert shown.format(*(f"{top1[name]['10 %']:.3f}" for name in names)) in README
+    assert "(nor at three or [ten times the learning rate]" in README
+    assert top1["weight reuse, 1.5e-4"]["10 %"] < top1["weight reuse"]["10 %"]
     for run in result("quality/cifar10/weights_5e-4_h200.json")["runs"]:
         if run["method"] == "weight reuse":
             assert run["after"]["top1"] < top1["weight reuse"][run["data"]]
@@ -247,6 +248,7 @@ def test_figures_of_the_small_language_model():
         ("random mixers: bridge as the paper", "CAB, not centered"),
         ("random mixers: mixer outputs", "random mixers, outputs, then KL"),
         ("random mixers: KL alone |", "random mixers, KL"),
+        ("random mixers: KL alone, four times", "random mixers, KL, longer warm-up"),
         ("random mixers: KL alone, a third", "random mixers, KL, 4e-4"),
         ("weights copied, MOHAWK", "MOHAWK"),
         ("Mamba-2 from scratch: labels", "from scratch, labels alone"),
@@ -257,27 +259,16 @@ def test_figures_of_the_small_language_model():
 )
 def test_figures_of_the_language_methods(start, method):
     measures = result("quality/smollm2/table.json")["measures"]
-    assert row(start) == [f"{measures[f'{text}: KL'][method]['5M tokens']['mean']:.2f}" for text in TEXTS]
+    cells = [measures[f"{text}: KL"][method]["5M tokens"] for text in TEXTS]
+    assert row(start) == [f"{cell['mean']:.2f}" + f" ± {cell['std'] or 0:.2f}" * (cell["n"] > 2) for cell in cells]
 
 
 def test_what_is_said_of_the_language_methods():
     measures = result("quality/smollm2/table.json")["measures"]
     kl = {name: cells["5M tokens"]["mean"] for name, cells in measures["speeches: KL"].items()}
-    assert len(kl) == 26 and "[all 26]" in README
-    seeds = {name: cells["5M tokens"]["n"] for name, cells in measures["speeches: KL"].items()}
-    assert seeds == {name: 2 if name in ("CAB", "outputs, then KL") else 1 for name in kl}
-    assert "(one H200; one seed, two for the first and the sixth row)" in README
-    assert f"from {kl['random mixers, KL']:.2f} to {kl['CAB']:.2f}" in README and kl["CAB"] < kl["weight reuse, KL"]
-    assert f"a factor of {kl['random mixers, KL'] / kl['CAB']:.1f} (below)" in README
+    assert len(kl) == 27 and "[all 27]" in README
     half = kl["half as deep, KL and bridge"], kl["half as deep, KL"]
     assert "{:.2f} with it, {:.2f} without".format(*half) in README
-    norms = [
-        result(f"quality/smollm2/runs/{run}__5m-tokens__seed0.json")["curve"][-1]["log"][0]["grad_norm"]
-        for run in ("random-mixers-kl", "cab")
-    ]
-    assert "gradient norms up to {:.0f} at its start, {:.0f} behind the bridge's stage".format(*norms) in README
-    calmer = kl["random mixers, KL, 4e-4"], kl["random mixers, outputs, then KL"]
-    assert "ends at {:.2f}, and mixer outputs in the bridge's place at {:.2f}".format(*calmer) in README
     scratch = [kl[f"from scratch, {losses}"] for losses in ("KL and bridge", "KL", "KL, 4e-4", "KL and bridge, 4e-4")]
     more = [
         measures["speeches: KL"][f"from scratch, {losses}"]["20M tokens"]["mean"] for losses in ("KL and bridge", "KL")
@@ -294,6 +285,52 @@ def test_what_is_said_of_the_language_methods():
     control = [measures[f"{text}: KL"]["the teacher itself, labels"]["5M tokens"]["mean"] for text in TEXTS]
     ratio = measures["speeches: ppl ratio"]["the teacher itself, labels"]["5M tokens"]["mean"]
     assert "ends at {:.2f}, {:.2f} and {:.2f} from itself at {:.2f} times".format(*control, ratio) in README
+
+
+def test_what_is_said_of_random_mixers():
+    cells = {
+        name: cell["5M tokens"]
+        for name, cell in result("quality/smollm2/table.json")["measures"]["speeches: KL"].items()
+    }
+    many = {"CAB", "CAB, not centered", "random mixers, KL and bridge"}
+    many |= {f"random mixers, KL{more}" for more in ("", ", longer warm-up", ", 4e-4")}
+    counts = dict.fromkeys(many, 4) | dict.fromkeys(("outputs, then KL", "random mixers, outputs, then KL"), 2)
+    assert {name: cell["n"] for name, cell in cells.items()} == {name: counts.get(name, 1) for name in cells}
+    assert "one seed, two for the first row and for random mixers behind mixer outputs, four where a" in README
+    assert "(one seed of most methods, two of two, four of six, 5M tokens" in README
+
+    def seeds(name: str) -> list[str]:
+        return [f"{kl:.2f}" for kl in sorted(cells[name]["seeds"])]
+
+    def ends(name: str) -> str:
+        return "{} to {}".format(*seeds(name)[:: len(seeds(name)) - 1])
+
+    alone = seeds("random mixers, KL"), seeds("random mixers, KL, longer warm-up")
+    for shown in (
+        f"its four seeds end at a KL of {ends('CAB')} on speeches",
+        "KL alone ends at {}, {}, {} and {}, and behind".format(*alone[0]),
+        "and behind four times the warm-up at {}, {}, {} and {}: three of eight runs below".format(*alone[1]),
+        f"ends at {ends('random mixers, KL, 4e-4')}, and mixer outputs",
+        "end at {} and {}. Neither".format(*seeds("random mixers, outputs, then KL")),
+        f"as the paper starts it helps ({ends('CAB, not centered')})",
+        f"one beside the KL ({ends('random mixers, KL and bridge')})",
+    ):
+        assert shown in README
+    below = [float(kl) < cells["CAB"]["mean"] for kls in alone for kl in kls]
+    assert sum(below) == 3 and len(below) == 8
+    means = ["{mean:.2f} ± {std:.2f}".format(**cells[name]) for name in ("random mixers, KL", "CAB")]
+    assert "with random mixers from {} to {}, four seeds each (below)".format(*means) in README
+
+    def largest_norm(name: str) -> float:
+        runs = (ROOT / "benchmarks/quality/smollm2/runs").glob(f"{name}__5m-tokens__seed*.json")
+        logs = (json.loads(run.read_text())["curve"][-1]["log"] for run in runs)
+        return max(entry["grad_norm"] for log in logs for entry in log if "grad_norm" in entry)
+
+    rough = [largest_norm(f"random-mixers-kl{more}") for more in ("", "-longer-warm-up")]
+    calm = largest_norm("cab"), largest_norm("random-mixers-outputs-then-kl")
+    assert f"gradient norms up to {max(rough):.0f} in its logs, {calm[0]:.0f} at most behind the bridge's" in README
+    assert f"calm as well ({calm[1]:.0f} at most)" in README
+    assert largest_norm("random-mixers-kl-4e-4") > min(rough)
 
 
 def test_figures_of_sampled_text():
