@@ -93,7 +93,7 @@ def test_what_the_parts_of_the_language_default_bring():
         return [over_tokens(measure, method)[TOKENS.index(tokens)] for method in methods]
 
     brown, copying = (at("20M tokens", measure) for measure in ("brown (out of domain): KL", "copying, gap 64"))
-    starts = ("with repeats", "with 4M tokens", "with a state of 128 instead", "with 8M tokens")
+    starts = ("text with repeats", "and 4M tokens", "and a state of 128", "and 8M tokens")
     for start, *values in zip(starts, at("20M tokens", "speeches: KL"), brown, copying, strict=True):
         assert row(start) == [f"{value:.2f}" for value in values]
     counts = [result("quality/smollm2_long/table.json")["measures"]["speeches: KL"][name] for name in methods]
