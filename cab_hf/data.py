@@ -193,6 +193,8 @@ def _load_one(
     files, root = _find_files(path, source)
     if not files:
         return _standardise(_load_from_hub(source, config_name, split, local), source, **columns)
+    if not any(file.stat().st_size for file in files):
+        raise ValueError(f"source {source!r} is empty: {len(files)} files of 0 bytes. Name files that hold text.")
     kinds = sorted({file.suffix.lower() for file in files})
     stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     paths = tuple(map(str, files))

@@ -260,7 +260,7 @@ class Recipe:
 
 
 def parse_recipe(arguments: Sequence[str]) -> Recipe:
-    """Reads `RECIPE.yaml [--option value ...]`; an option on the command line wins over the recipe.
+    """Reads `RECIPE.yaml [--option value ...]`; an option on the command line wins over the recipe and its stages.
 
     Args:
         arguments: of the command line, without the program's name.
@@ -270,11 +270,23 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
         ValueError: an unknown key or option (the message names the nearest known one), a value of the wrong type, or a
             stage that sets what belongs to the whole run.
     """
-    path, options = _split_arguments(arguments)
-    values = load_recipe(path) if path is not None else {}
-    values |= _parse_options(options)
+    if not arguments:
+        raise ValueError("Name a recipe: train_cab.py RECIPE.yaml [--option value ...]; training_args/ holds some.")
+    path, given = _split_arguments(arguments)
+    values, options = load_recipe(path) if path is not None else {}, _parse_options(given)
+    if values.get("stages"):
+        values["stages"] = [_overridden(stage, options) for stage in values["stages"]]
+    values |= options
     values.setdefault("output_dir", str(Path("outputs") / (path.stem if path is not None else "student")))
     return build_recipe(values)
+
+
+def _overridden(stage: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What a stage sets beside the options of the command line, which hold in all stages."""
+    for name in stage.keys() & options.keys():
+        was, now = stage[name], options[name]
+        logger.warning(f"--{name} {now} holds in stage {stage.get('name')!r}, too, in place of {was!r}.")
+    return {name: value for name, value in stage.items() if name not in options}
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -285,7 +297,10 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"There is no recipe {path}." + (f" Did you mean {path.parent / near[0]}?" if near else "")
         )
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of options to values.")
     _check_keys(values, _known_options() | LISTS | {"base"}, f"key in {path}")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ FREE_OPTIONS = {
     "hub_strategy",
     "cpu_threads",
 }
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 WITHOUT_PACKAGE = """
 import sys
 sys.modules["cab_hf"] = None  # an import of the package would fail: the folder must do alone
@@ -74,6 +76,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
                 "published. Say it by `--license`, for instance `--license apache-2.0`."
             )
         check_access(args.hub_model_id or folder.name, token=args.hub_token, private=args.hub_private_repo)
+    _check_teacher(recipe)
     report = _claim(folder, recipe)
     if report is None:
         report = _run(recipe)
@@ -107,6 +110,17 @@ def _run(recipe: Recipe) -> dict[str, Any]:
     if recipe.model.reads_images:
         return run_images.finetune(recipe) if recipe.model.finetune else run_images.distil_images(recipe)
     return run_text.finetune(recipe) if recipe.model.finetune else run_text.distil_text(recipe)
+
+
+def _check_teacher(recipe: Recipe) -> None:
+    """That a teacher which can only be a folder is one, before `output_dir` is this recipe's."""
+    teacher = recipe.model.teacher
+    can_be_elsewhere = recipe.model.teacher_recipe is not None or HUB_ID.fullmatch(teacher)
+    if not can_be_elsewhere and not Path(teacher).expanduser().is_dir():
+        raise FileNotFoundError(
+            f"`teacher` {teacher!r} is no folder (seen from {Path.cwd()}) and no Hub id, such as "
+            "HuggingFaceTB/SmolLM2-135M. Name a folder of save_pretrained, or a `teacher_recipe` that makes it."
+        )
 
 
 def _make_teacher(recipe: Recipe) -> None:
@@ -174,7 +188,7 @@ def differences(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 def _claim(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """Makes `output_dir` this recipe's; returns the report if the run is finished there."""
     path = folder / RECIPE_NAME
-    if path.is_file():
+    if path.is_file() and any(other != path for other in folder.iterdir()):  # alone, of a run that never began
         differing = differences(yaml.safe_load(path.read_text()) or {}, recipe.values)
         if differing:
             raise ValueError(

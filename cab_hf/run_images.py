@@ -40,6 +40,7 @@ from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassifica
 from cab_hf.recipes import Recipe
 from cab_hf.stages import finetune_stage, run_facts, run_stage
 from cab_hf.transfer import fit_output_projection, vision_student_from_teacher
+from cab_hf.transfer.copying import check_fields
 
 
 logger = logging.get_logger(__name__)
@@ -305,6 +306,7 @@ def build_image_student(
     if model.num_hidden_layers is not None:
         config["num_hidden_layers"] = model.num_hidden_layers
     labels = _label_fields(sets.names)
+    check_fields(CABVisionMambaConfig, config)
     if model.student_from == "config":
         return CABVisionMambaForImageClassification(
             CABVisionMambaConfig(**{"mixer_type": model.mixer_type} | labels | config)

@@ -28,6 +28,7 @@ from cab_hf.repeats import insert_repeats
 from cab_hf.sampling import PROMPT_LENGTH, longest_document, sample_documents
 from cab_hf.stages import finetune_stage, run_facts, run_stage
 from cab_hf.transfer import fit_output_projection, student_from_teacher
+from cab_hf.transfer.copying import check_fields
 
 
 CACHE = Path(".cache")
@@ -305,6 +306,7 @@ def build_student(
     config = dict(model.student_config)
     if model.num_hidden_layers is not None:
         config["num_hidden_layers"] = model.num_hidden_layers
+    check_fields(CABMambaConfig, config)
     if model.student_from == "config":
         return CABMambaForCausalLM(
             CABMambaConfig(**{"vocab_size": teacher.config.vocab_size, "mixer_type": model.mixer_type} | config)

@@ -120,6 +120,9 @@ class TestLoadDocuments:
             next(iter(load_documents(tmp_path / "b.csv", text_column="year", streaming=True)))
         with pytest.raises(ValueError, match="mixes files"):
             load_documents(tmp_path)
+        (tmp_path / "empty.txt").touch()
+        with pytest.raises(ValueError, match=r"empty.txt' is empty: 1 files of 0 bytes. Name files that hold text"):
+            load_documents(tmp_path / "empty.txt")
         with pytest.raises(FileNotFoundError, match="is no file and no folder"):
             load_documents(tmp_path / "absent")
         with pytest.raises(FileNotFoundError, match="matches no file"):

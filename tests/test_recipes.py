@@ -117,6 +117,20 @@ class TestParsing:
         (_, plain), *_ = build_recipe({"use_cpu": True}).stages
         assert plain.teacher_dtype == (None if has_it else "float32") and not caplog.text  # a teacher may come in bf16
 
+    def test_the_command_line_wins_over_stages(self, tmp_path, caplog):
+        assert [args.max_steps for _, args in smoke(tmp_path).stages] == [4, 4]
+        recipe = smoke(tmp_path, "--max_steps", "2")
+        assert [args.max_steps for _, args in recipe.stages] == [2, 2] and "in place of 4" in caplog.text
+        assert recipe.values["max_steps"] == 2 and not any("max_steps" in stage for stage in recipe.values["stages"])
+        assert [args.kl_weight for _, args in recipe.stages] == [args.kl_weight for _, args in smoke(tmp_path).stages]
+
+    def test_what_is_no_recipe(self, tmp_path):
+        with pytest.raises(ValueError, match="Name a recipe: train_cab.py RECIPE.yaml"):
+            parse_recipe([])
+        (tmp_path / "broken.yaml").write_text("teacher: [")
+        with pytest.raises(ValueError, match="broken.yaml is no YAML: .*line 1"):
+            parse_recipe([str(tmp_path / "broken.yaml")])
+
     def test_numbers_that_yaml_takes_for_text(self):
         assert build_recipe({"output_dir": "x", "learning_rate": "2e-5"}).stages[0][1].learning_rate == 2e-5
         with pytest.raises(ValueError, match="learning_rate.*'2e-5x'"):
@@ -150,6 +164,18 @@ class TestRun:
             run_recipe(smoke(tmp_path, *options, "--bridge_end", "0.5"))
         with pytest.raises(ValueError, match=r"learning_rate: 0.001 there, 0.5 now"):
             run_recipe(smoke(tmp_path, *options, "--learning_rate", "0.5"))
+
+    def test_a_run_that_never_began_claims_nothing(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="`teacher` '/no/such' is no folder"):
+            run_recipe(smoke(tmp_path, "--teacher", "/no/such"))
+        assert not (tmp_path / "student").exists()
+        with pytest.raises(OSError):
+            run_recipe(smoke(tmp_path, "--teacher", "no/such"))
+        assert [path.name for path in (tmp_path / "student").iterdir()] == ["recipe.yaml"]
+        with pytest.raises(ValueError, match="no field 'stat_size'. Did you mean 'state_size'"):
+            run_recipe(smoke(tmp_path, "--student_config", "{stat_size: 32}"))
+        report = run_recipe(smoke(tmp_path, "--max_steps", "1"))
+        assert [stage["steps"] for stage in report["stages"]] == [1, 1]
 
     def test_the_teacher_writes_text_to_train_on(self, tmp_path, monkeypatch):
         options = [

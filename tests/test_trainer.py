@@ -348,6 +348,16 @@ def test_a_step_without_any_token_is_zero(tmp_path, mixer):
         assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
 
 
+def test_rows_that_make_no_batch_raise(tmp_path):
+    trainer, _ = make_trainer(tmp_path, ragged_rows([5, 6, 7]), per_device_train_batch_size=4, dataloader_drop_last=True)
+    message = "has 3 rows, which make no batch: `per_device_train_batch_size` is 4 .*dataloader_drop_last=False"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    trainer, _ = make_trainer(tmp_path, [], relative_loss=True)
+    with pytest.raises(ValueError, match="has 0 rows, which make no batch"):
+        trainer.train()
+
+
 def test_collated_empty_rows_train(tmp_path):
     rows = [{"input_ids": []}, {"input_ids": [4, 5, 6]}, {"input_ids": []}]
     gradients, logs = one_step(

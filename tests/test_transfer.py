@@ -436,6 +436,8 @@ def test_errors_teach():
         student_from_teacher(teacher, tie_word_embeddings=True)
     with pytest.raises(ValueError, match="in_proj.bias, but the student has none.*use_bias"):
         student_from_teacher(teacher, use_bias=False, gate_init="usual")
+    with pytest.raises(ValueError, match="CABMambaConfig has no field 'stat_size'. Did you mean 'state_size'?"):
+        student_from_teacher(teacher, stat_size=8)
     with pytest.raises(ValueError, match="lists 1 teacher layers for 3"):
         student_from_teacher(teacher, layer_map=[0])
 

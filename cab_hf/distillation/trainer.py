@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
 from cab_hf.distillation.alignment import align_targets, student_layout, teacher_layout
@@ -190,7 +190,7 @@ class DistillationTrainer(EvaluatedTrainer):
         """Measures the targets on the first examples: the same on every process, no sampler moved."""
         active = frozenset(name for name in ALIGNMENT_LOSSES if getattr(self.args, f"{name}_weight") > 0)
         dataset = self.train_dataset
-        if self._is_calibrated or not active or dataset is None:
+        if self._is_calibrated or not active or dataset is None or (has_length(dataset) and len(dataset) == 0):
             return
         if isinstance(dataset, IterableDataset):
             examples = list(islice(dataset, CALIBRATION_EXAMPLES))
@@ -219,6 +219,24 @@ class DistillationTrainer(EvaluatedTrainer):
                 "relative losses' scales are measured. Filter out empty examples, or set `relative_loss=False`."
             )
         self._is_calibrated = True
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As [`~transformers.Trainer.get_train_dataloader`].
+
+        Raises:
+            ValueError: it has no batch: a run of no step would end as if it had trained.
+        """
+        rows = len(self.train_dataset) if has_length(self.train_dataset) else None
+        loader = None if rows == 0 else super().get_train_dataloader()
+        if loader is None or (rows is not None and len(loader) == 0):
+            args = self.args
+            raise ValueError(
+                f"`train_dataset` has {rows} rows, which make no batch: "
+                f"`per_device_train_batch_size` is {args.per_device_train_batch_size} on {args.world_size} processes, "
+                f"`dataloader_drop_last` {args.dataloader_drop_last}. Give more rows, smaller batches, or "
+                "`dataloader_drop_last=False`."
+            )
+        return loader
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return super()._get_train_sampler(train_dataset) if self.train_sampler is None else self.train_sampler

@@ -146,6 +146,7 @@ class CABMambaModel(CABMambaPreTrainedModel):
         self.embeddings = value
 
     @deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -331,6 +332,7 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
         )
 
     @deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -418,6 +420,7 @@ class CABMambaForSequenceClassification(CABMambaPreTrainedModel):
         self.backbone.set_input_embeddings(value)
 
     @deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -3,6 +3,8 @@
 Shapes: `h` head, `p` head_dim, `n` state, `d` width.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,6 +24,20 @@ _START = {
     "gate_init": "transparent",
     "skip_init": "transparent",
 }
+
+
+def check_fields(config_class: type[PreTrainedConfig], fields: Iterable[str]) -> None:
+    """That a config has these fields: transformers keeps any others, which nothing reads.
+
+    Raises:
+        ValueError: one that it does not have; the message names the nearest.
+    """
+    known = config_class()
+    for name in fields:
+        if not hasattr(known, name):
+            near = difflib.get_close_matches(name, vars(known), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{config_class.__name__} has no field {name!r}.{hint}")
 
 
 def mixer_fields(teacher_config: PreTrainedConfig, num_hidden_layers: int | None, mixer_type: str) -> dict[str, Any]:

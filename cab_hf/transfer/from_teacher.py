@@ -25,7 +25,7 @@ from cab_hf.models.modeling_cab_mamba import (
     CABMambaPreTrainedModel,
 )
 from cab_hf.transfer.calibration import calibrate_output_norm
-from cab_hf.transfer.copying import cast, copy_bias, copy_block, copy_norm, copy_tensor, mixer_fields
+from cab_hf.transfer.copying import cast, check_fields, copy_bias, copy_block, copy_norm, copy_tensor, mixer_fields
 from cab_hf.transfer.families import family_of
 
 
@@ -127,8 +127,9 @@ def student_config(
         **overrides: any field of `CABMambaConfig`.
 
     Raises:
-        ValueError: an unknown family, or a feature that a student can't express.
+        ValueError: an unknown family or field, or a feature that a student can't express.
     """
+    check_fields(CABMambaConfig, overrides)
     family, values = family_of(teacher_config), teacher_config.to_dict()
     fields = {
         **mixer_fields(teacher_config, num_hidden_layers, mixer_type),

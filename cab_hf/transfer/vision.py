@@ -28,7 +28,16 @@ from cab_hf.models.modeling_cab_vision_mamba import (
     insert_tokens,
 )
 from cab_hf.transfer.calibration import calibrate_output_norm
-from cab_hf.transfer.copying import cast, copy_affine, copy_bias, copy_block, copy_norm, copy_tensor, mixer_fields
+from cab_hf.transfer.copying import (
+    cast,
+    check_fields,
+    copy_affine,
+    copy_bias,
+    copy_block,
+    copy_norm,
+    copy_tensor,
+    mixer_fields,
+)
 from cab_hf.transfer.families import Affine, TeacherLayer
 
 
@@ -302,6 +311,7 @@ def vision_student_config(
     Raises:
         ValueError: an unknown family, or a feature that a student can't express.
     """
+    check_fields(CABVisionMambaConfig, overrides)
     config = teacher.config
     family = vision_family_of(config)
     height, width = _pair(config.patch_size)
