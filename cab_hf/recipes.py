@@ -422,6 +422,8 @@ def _parse_options(options: list[str]) -> dict[str, Any]:
     namespace, unknown = _parser().parse_known_args(options)
     if unknown:
         names = [name.lstrip("-").partition("=")[0] for name in unknown if name.startswith("-")] or unknown
+        for name in LISTS.intersection(names):
+            raise ValueError(f"`{name}` is a list of runs: write it in a recipe's file.")
         _check_keys(dict.fromkeys(names), _known_options(), "option")
     return vars(namespace)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -184,10 +186,20 @@ def _evaluate(
 
 
 def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, by Hub id, folder, or one of the built-in names."""
+    """A causal language model and its tokenizer, by Hub id, folder, or one of the built-in names.
+
+    Raises:
+        ValueError: a model of another kind.
+    """
     if name == "random-llama":
         return random_llama()
     source = fetch_smollm2(CACHE) if name == "smollm2-demo" else name
+    config = AutoConfig.from_pretrained(source)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"`teacher` {name!r} is of the model type {config.model_type!r}, which is no language model. Name one, or "
+            "an image student beside an image teacher."
+        )
     tokenizer = AutoTokenizer.from_pretrained(source)
     return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
 

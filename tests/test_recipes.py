@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     Trainer,
+    ViTConfig,
     set_seed,
 )
 
@@ -124,6 +125,10 @@ class TestParsing:
         assert recipe.values["max_steps"] == 2 and not any("max_steps" in stage for stage in recipe.values["stages"])
         assert [args.kl_weight for _, args in recipe.stages] == [args.kl_weight for _, args in smoke(tmp_path).stages]
 
+    def test_lists_of_runs_are_no_options(self, tmp_path):
+        with pytest.raises(ValueError, match="`baselines` is a list of runs: write it in a recipe's file"):
+            smoke(tmp_path, "--baselines", "[]")
+
     def test_what_is_no_recipe(self, tmp_path):
         with pytest.raises(ValueError, match="Name a recipe: train_cab.py RECIPE.yaml"):
             parse_recipe([])
@@ -164,6 +169,11 @@ class TestRun:
             run_recipe(smoke(tmp_path, *options, "--bridge_end", "0.5"))
         with pytest.raises(ValueError, match=r"learning_rate: 0.001 there, 0.5 now"):
             run_recipe(smoke(tmp_path, *options, "--learning_rate", "0.5"))
+
+    def test_an_image_model_teaches_no_text(self, tmp_path):
+        ViTConfig().save_pretrained(tmp_path / "vit")
+        with pytest.raises(ValueError, match="vit' is of the model type 'vit', which is no language model"):
+            run_recipe(smoke(tmp_path, "--teacher", str(tmp_path / "vit")))
 
     def test_a_run_that_never_began_claims_nothing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="`teacher` '/no/such' is no folder"):

@@ -349,13 +349,25 @@ def test_a_step_without_any_token_is_zero(tmp_path, mixer):
 
 
 def test_rows_that_make_no_batch_raise(tmp_path):
-    trainer, _ = make_trainer(tmp_path, ragged_rows([5, 6, 7]), per_device_train_batch_size=4, dataloader_drop_last=True)
+    options = {"per_device_train_batch_size": 4, "dataloader_drop_last": True}
+    trainer, _ = make_trainer(tmp_path, ragged_rows([5, 6, 7]), **options)
     message = "has 3 rows, which make no batch: `per_device_train_batch_size` is 4 .*dataloader_drop_last=False"
     with pytest.raises(ValueError, match=message):
         trainer.train()
     trainer, _ = make_trainer(tmp_path, [], relative_loss=True)
     with pytest.raises(ValueError, match="has 0 rows, which make no batch"):
         trainer.train()
+
+
+def test_a_transformer_is_no_student(tmp_path):
+    for student, teacher in ((tiny_teacher(), tiny_teacher()), (tiny_teacher(), tiny_student())):
+        with pytest.raises(ValueError, match="student is a LlamaForCausalLM.*DistillationTrainer.student, teacher"):
+            make_trainer(tmp_path, student=student, teacher=teacher)
+
+
+def test_a_checkpoint_that_is_not_there_is_not_taken_for_a_student(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`resume_from_checkpoint` is '.*checkpoint-9', which is no folder"):
+        make_trainer(tmp_path)[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 
 def test_collated_empty_rows_train(tmp_path):

@@ -3,6 +3,7 @@
 Each check raises a ValueError that names the argument, what stands against it, and the way out.
 """
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,17 @@ from transformers import PreTrainedModel
 from cab_hf.distillation.recorded_teacher import RecordedTeacher
 from cab_hf.distillation.teacher import Teacher, check_vocabularies
 from cab_hf.distillation.training_args import DistillationTrainingArguments
+
+
+def check_student(student: nn.Module) -> None:
+    """That the student's layers show what a distillation compares."""
+    core = student.get_base_model() if hasattr(student, "get_base_model") else student
+    if "projections_callback" not in inspect.signature(core.base_model.forward).parameters:
+        raise ValueError(
+            f"The student is a {type(core).__name__}, whose layers show no B and C. Pass a CABMambaForCausalLM or a "
+            "CABVisionMambaForImageClassification, and the teacher after it: DistillationTrainer(student, teacher, "
+            "args)."
+        )
 
 
 def check_outputs(student: PreTrainedModel, teacher: Teacher | RecordedTeacher, kl_weight: float) -> None:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from cab_hf.distillation.alignment import align_targets, student_layout, teacher_layout
 from cab_hf.distillation.checkpoints import fill_everywhere, last_whole_checkpoint, load_student, student_weights
-from cab_hf.distillation.checks import check_outputs, check_sharding, check_whole
+from cab_hf.distillation.checks import check_outputs, check_sharding, check_student, check_whole
 from cab_hf.distillation.cuda_graph import GraphedStep
 from cab_hf.distillation.ema import MovingAverage
 from cab_hf.distillation.evaluated_trainer import EvaluatedTrainer
@@ -93,6 +93,7 @@ class DistillationTrainer(EvaluatedTrainer):
             )
             args._n_gpu = 1
         check_whole("student", student)
+        check_student(student)
         if not isinstance(teacher, Teacher | RecordedTeacher):
             teacher = make_teacher(teacher, args)
         if args.cuda_graph and isinstance(teacher, RecordedTeacher):
@@ -489,6 +490,11 @@ class DistillationTrainer(EvaluatedTrainer):
             return
         model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
         folder = Path(resume_from_checkpoint)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"`resume_from_checkpoint` is {str(folder)!r}, which is no folder (seen from {Path.cwd()}). True "
+                "takes the newest whole checkpoint of `output_dir`."
+            )
         if not (folder / BRIDGE_NAME).is_file():
             raise ValueError(
                 f"{folder} has no {BRIDGE_NAME}: it is a student, not a checkpoint of a distillation. Pass it as the "
