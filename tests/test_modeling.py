@@ -287,13 +287,12 @@ def test_a_cache_that_would_be_cropped_is_refused():
 
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["whole", "backbone"])
-@pytest.mark.parametrize("name", ["cache_params", "past_key_values"])
-def test_other_names_of_the_cache_are_deprecated_not_ignored(part, name):
+def test_the_old_name_of_the_cache_is_deprecated_not_ignored(part):
     model, ids = tiny_model(**VARIANTS["mixed"]), random_ids(1, 6)
     model = model if part == "whole" else model.backbone
     cache = model(ids[:, :4], use_cache=True).cache
-    with pytest.warns(FutureWarning, match=f"`{name}` is deprecated.*Use `cache`"):
-        ended = model(ids[:, 4:], **{name: cache}, use_cache=True)
+    with pytest.warns(FutureWarning, match="`cache_params` is deprecated.*Use `cache`"):
+        ended = model(ids[:, 4:], cache_params=cache, use_cache=True)
     assert ended.cache is cache
     assert largest_difference(ended[0], model(ids)[0][:, 4:]) < 1e-4
 

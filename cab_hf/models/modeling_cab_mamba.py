@@ -146,7 +146,6 @@ class CABMambaModel(CABMambaPreTrainedModel):
         self.embeddings = value
 
     @deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -332,7 +331,6 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
         )
 
     @deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -420,7 +418,6 @@ class CABMambaForSequenceClassification(CABMambaPreTrainedModel):
         self.backbone.set_input_embeddings(value)
 
     @deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
