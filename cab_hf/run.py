@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from cab_hf import run_images, run_text
 from cab_hf.files import write_whole
@@ -37,7 +37,6 @@ FREE_OPTIONS = {
     "hub_strategy",
     "cpu_threads",
 }
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 WITHOUT_PACKAGE = """
 import sys
 sys.modules["cab_hf"] = None  # an import of the package would fail: the folder must do alone
@@ -56,6 +55,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         The report that is also in `report.json`.
 
     Raises:
+        FileNotFoundError: the teacher can only be a folder, and is none.
         ValueError: `output_dir` holds a run of another recipe, or with `push_to_hub` the token may not write or the
             recipe makes a teacher.
         ConnectionError: with `push_to_hub`, the Hub can't be reached.
@@ -115,12 +115,15 @@ def _run(recipe: Recipe) -> dict[str, Any]:
 def _check_teacher(recipe: Recipe) -> None:
     """That a teacher which can only be a folder is one, before `output_dir` is this recipe's."""
     teacher = recipe.model.teacher
-    can_be_elsewhere = recipe.model.teacher_recipe is not None or HUB_ID.fullmatch(teacher)
-    if not can_be_elsewhere and not Path(teacher).expanduser().is_dir():
+    if recipe.model.teacher_recipe is not None or Path(teacher).expanduser().is_dir():
+        return
+    try:
+        validate_repo_id(teacher)
+    except HFValidationError as error:
         raise FileNotFoundError(
             f"`teacher` {teacher!r} is no folder (seen from {Path.cwd()}) and no Hub id, such as "
             "HuggingFaceTB/SmolLM2-135M. Name a folder of save_pretrained, or a `teacher_recipe` that makes it."
-        )
+        ) from error
 
 
 def _make_teacher(recipe: Recipe) -> None:

@@ -306,8 +306,8 @@ def build_image_student(
     if model.num_hidden_layers is not None:
         config["num_hidden_layers"] = model.num_hidden_layers
     labels = _label_fields(sets.names)
-    check_fields(CABVisionMambaConfig, config)
     if model.student_from == "config":
+        check_fields(CABVisionMambaConfig, config)
         return CABVisionMambaForImageClassification(
             CABVisionMambaConfig(**{"mixer_type": model.mixer_type} | labels | config)
         )

@@ -318,8 +318,8 @@ def build_student(
     config = dict(model.student_config)
     if model.num_hidden_layers is not None:
         config["num_hidden_layers"] = model.num_hidden_layers
-    check_fields(CABMambaConfig, config)
     if model.student_from == "config":
+        check_fields(CABMambaConfig, config)
         return CABMambaForCausalLM(
             CABMambaConfig(**{"vocab_size": teacher.config.vocab_size, "mixer_type": model.mixer_type} | config)
         )

@@ -309,7 +309,7 @@ def vision_student_config(
         **overrides: any field of `CABVisionMambaConfig`.
 
     Raises:
-        ValueError: an unknown family, or a feature that a student can't express.
+        ValueError: an unknown family or field, or a feature that a student can't express.
     """
     check_fields(CABVisionMambaConfig, overrides)
     config = teacher.config
