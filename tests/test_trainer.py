@@ -359,8 +359,12 @@ def test_rows_that_make_no_batch_raise(tmp_path):
         trainer.train()
 
 
+@pytest.mark.filterwarnings("default::FutureWarning")  # peft's own
 def test_a_transformer_is_no_student(tmp_path):
-    for student, teacher in ((tiny_teacher(), tiny_teacher()), (tiny_teacher(), tiny_student())):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_teacher(), peft.LoraConfig(target_modules=["q_proj"]))
+    pairs = (tiny_teacher(), tiny_teacher()), (tiny_teacher(), tiny_student()), (adapted, tiny_teacher())
+    for student, teacher in pairs:
         with pytest.raises(ValueError, match="student is a LlamaForCausalLM.*DistillationTrainer.student, teacher"):
             make_trainer(tmp_path, student=student, teacher=teacher)
 
