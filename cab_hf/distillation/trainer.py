@@ -18,7 +18,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
 from cab_hf.distillation.alignment import align_targets, student_layout, teacher_layout
-from cab_hf.distillation.checkpoints import fill_everywhere, last_whole_checkpoint, load_student, student_weights
+from cab_hf.distillation.checkpoints import (
+    check_written_by,
+    fill_everywhere,
+    last_whole_checkpoint,
+    load_student,
+    student_weights,
+)
 from cab_hf.distillation.checks import check_outputs, check_sharding, check_student, check_whole
 from cab_hf.distillation.cuda_graph import GraphedStep
 from cab_hf.distillation.ema import MovingAverage
@@ -505,8 +511,10 @@ class DistillationTrainer(EvaluatedTrainer):
                 f"`ema_decay` is {self.args.ema_decay}, but {folder} has no {EMA_NAME}: its run kept no average. "
                 "Leave `ema_decay` out, or train from the start."
             )
+        rest = load_file(folder / BRIDGE_NAME)
+        check_written_by(model, folder, rest)
         load_student(model.student, folder)
-        model.load_state_dict(load_file(folder / BRIDGE_NAME), strict=False)
+        model.load_state_dict(rest, strict=False)
         if self._ema is not None:
             self._ema.load_state_dict(load_file(folder / EMA_NAME))
 
