@@ -138,6 +138,8 @@ class DistillationTrainer(EvaluatedTrainer):
         self._eval_sums = None
         self._constant_weights = {}
         self._graphed_step = None
+        # Labels that are all ignored leave the cross-entropy alone with nothing to learn.
+        self._looks_at_labels = [name for name in LOSSES if getattr(args, f"{name}_weight") > 0] == ["ce"]
         self._is_calibrated = not (args.relative_loss or (args.bridge_centered and args.bridge_weight > 0))
         set_seed(args.seed)  # of the bridge's start, which must be the same on every process
         model = DistillationModel(student, teacher, args)
@@ -272,6 +274,14 @@ class DistillationTrainer(EvaluatedTrainer):
         counts = sum(map(self._local_counts, batch_samples), start=torch.zeros(2, dtype=torch.long, device=device))
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
+        if self._looks_at_labels and batch_samples:
+            self._looks_at_labels = False  # at the first step alone: the host waits for the device here
+            if "labels" in batch_samples[0] and int(counts[1]) == 0:
+                logger.warning(
+                    f"`ce_weight` is {self.args.ce_weight} and every other loss 0.0, but the first step's labels are "
+                    f"all {IGNORE_INDEX}: nothing is learnt from them. Check the dataset's `labels`, or give a loss "
+                    "that needs none, such as `kl_weight`."
+                )
         return counts
 
     def _local_counts(self, batch: dict[str, Tensor]) -> Tensor:
