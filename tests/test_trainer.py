@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any, NamedTuple
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -357,6 +358,24 @@ def test_rows_that_make_no_batch_raise(tmp_path):
     trainer, _ = make_trainer(tmp_path, [], relative_loss=True)
     with pytest.raises(ValueError, match="has 0 rows, which make no batch"):
         trainer.train()
+
+
+@pytest.mark.parametrize("relative_loss", [False, True])
+@pytest.mark.parametrize("streams", [False, True])
+def test_text_that_is_not_tokenised_teaches(tmp_path, streams, relative_loss):
+    texts = datasets.Dataset.from_list([{"text": "abc", "id": 1}] * 8)
+    rows = texts.to_iterable_dataset() if streams else texts
+    options = {"relative_loss": relative_loss, "bridge_centered": False, "max_steps": 1}
+    trainer, _ = make_trainer(tmp_path, rows, **options)
+    with pytest.raises(ValueError, match=r"columns \['text', 'id'\].*no `input_ids`.*cab_hf.data.pack_documents"):
+        trainer.train()
+
+    def tokenise(rows):
+        return {"input_ids": torch.tensor([[ord(letter) % VOCAB for letter in row["text"]] for row in rows])}
+
+    trainer, recorder = make_trainer(tmp_path, rows, data_collator=tokenise, remove_unused_columns=False, **options)
+    trainer.train()
+    assert recorder.logs[0]["kl"] > 0
 
 
 @pytest.mark.filterwarnings("default::FutureWarning")  # peft's own

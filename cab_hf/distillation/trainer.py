@@ -38,7 +38,7 @@ from cab_hf.distillation.modeling_distillation import (
 from cab_hf.distillation.recorded_teacher import RecordedTeacher
 from cab_hf.distillation.teacher import Teacher, TeacherOutput, with_positions
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
-from cab_hf.packing import IGNORE_INDEX, shift_labels
+from cab_hf.packing import IGNORE_INDEX, Documents, shift_labels
 from cab_hf.publish import push_trainer
 
 
@@ -201,6 +201,7 @@ class DistillationTrainer(EvaluatedTrainer):
         dataset = self.train_dataset
         if self._is_calibrated or not active or dataset is None or (has_length(dataset) and len(dataset) == 0):
             return
+        self._check_columns()
         if isinstance(dataset, IterableDataset):
             examples = list(islice(dataset, CALIBRATION_EXAMPLES))
         else:
@@ -233,8 +234,9 @@ class DistillationTrainer(EvaluatedTrainer):
         """As [`~transformers.Trainer.get_train_dataloader`].
 
         Raises:
-            ValueError: it has no batch: a run of no step would end as if it had trained.
+            ValueError: it has no batch: a run of no step would end as if it had trained. Or it is not tokenised.
         """
+        self._check_columns()
         rows = len(self.train_dataset) if has_length(self.train_dataset) else None
         loader = None if rows == 0 else super().get_train_dataloader()
         if loader is None or (rows is not None and len(loader) == 0):
@@ -246,6 +248,19 @@ class DistillationTrainer(EvaluatedTrainer):
                 "`dataloader_drop_last=False`."
             )
         return loader
+
+    def _check_columns(self) -> None:
+        dataset = self.train_dataset
+        columns = dataset.column_names if isinstance(dataset, Documents) else None
+        # A collator that tokenises gets the text only where no column is removed.
+        if self._reads_images or columns is None or "input_ids" in columns or not self.args.remove_unused_columns:
+            return
+        raise ValueError(
+            f"`train_dataset` has the columns {columns}, but no `input_ids`: it is not tokenised. Pass "
+            "`cab_hf.data.pack_documents(dataset, tokenizer, block_size)`, which reads a column `text` "
+            "(`pad_documents` gives each document its own rows), or set `remove_unused_columns=False` for a "
+            "`data_collator` that tokenises."
+        )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return super()._get_train_sampler(train_dataset) if self.train_sampler is None else self.train_sampler
