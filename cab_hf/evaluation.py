@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.data import IGNORE_INDEX, LanguageCollator, shift_labels
+from cab_hf.distillation.modeling_distillation import core_of
 from cab_hf.distillation.teacher import check_vocabularies
 from cab_hf.metrics import (
     distinct_n,
@@ -564,9 +565,8 @@ def num_positions(model: PreTrainedModel) -> int | None:
 
 
 def _core(model: PreTrainedModel | nn.Module) -> PreTrainedModel:
-    """The model without torch.compile or an adapter of PEFT around it, whose own signature hides what it takes."""
-    model = getattr(model, "_orig_mod", model)
-    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    """The model without torch.compile or an adapter around it."""
+    return core_of(getattr(model, "_orig_mod", model))
 
 
 def _token_chunks(targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

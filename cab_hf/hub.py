@@ -1,7 +1,6 @@
 """The model card of a student: metadata that the Hub can read, and only what is known to be true."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
@@ -33,7 +33,6 @@ PLOTS = {
 }
 TAGS = ("mamba", "cab", "distillation")
 _MIXERS = {"mamba": "Mamba (S6)", "mamba2": "Mamba-2 (SSD)"}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _GROUPS = ((10**9, "B"), (10**6, "M"), (10**3, "K"))
 
 
@@ -395,9 +394,17 @@ def _short(count: int) -> str:
     return str(count)
 
 
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub could have a repository of that name: by its own rule, without asking it."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _is_hub_id(source: str) -> bool:
-    is_special = source in SPECIAL_SOURCES
-    return not is_special and _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+    return source not in SPECIAL_SOURCES and is_repo_id(source) and not Path(source).exists()
 
 
 def public_name(source: str) -> str:

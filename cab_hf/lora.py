@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from cab_hf.hub import describe_teacher, write_card
+from cab_hf.hub import describe_teacher, is_repo_id, write_card
 from cab_hf.models.students import UNFILLED
 
 
@@ -55,7 +55,6 @@ _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForImageClassification": "image-classification",
 }
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def lora_config(
@@ -139,7 +138,7 @@ def adapter_card(
     """
     folder = Path(folder)
     config, shapes = _read_adapter(folder)
-    if not _HUB_ID.fullmatch(base_model) or Path(base_model).exists():
+    if "/" not in base_model or not is_repo_id(base_model) or Path(base_model).exists():
         raise ValueError(
             f"`base_model` is {base_model!r}, which others can't load. Publish that student, and give its Hub id, \""
             'owner/name".'

@@ -365,8 +365,14 @@ def test_compiles_once_for_all_layers_where_kernels_break_the_graph(tmp_path, mo
     assert parts[2] > 0 and parts[3] > 0
 
 
-def test_a_whole_step_is_one_graph(tmp_path):
+@pytest.mark.filterwarnings("default::FutureWarning")  # peft's own
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_whole_step_is_one_graph(tmp_path, adapted):
     model, keywords = make_step(tmp_path, attention_weight=1.0, hidden_weight=1.0)
+    if adapted:
+        peft, core = pytest.importorskip("peft"), model.core
+        model.student = peft.get_peft_model(core, peft.LoraConfig(target_modules=["in_proj"]))
+        assert model.core is core
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)(**keywords)
     torch.testing.assert_close(compiled.parts, model(**keywords).parts)

@@ -188,6 +188,63 @@ def test_a_plain_student_is_no_checkpoint(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("written", "resumed", "said"),
+    [
+        (
+            {"mixer": "mamba2"},
+            {"mixer": "mamba"},
+            r"layers\.0\.mixer\.A_log is \(4,\) there and \(32, 6\) here; .*D is \(4,\) there",
+        ),
+        ({"num_hidden_layers": 3}, {}, r"layers\.2\.\S+ is \(.*\) there and missing here"),
+        ({}, {"num_hidden_layers": 3}, r"layers\.2\.\S+ is missing there and \("),
+        ({"bridge_hidden_size": 8}, {"bridge_hidden_size": 9}, r"bridge\.\S+ is \(8, 6\) there and \(9, 6\) here"),
+        ({"bridge_weight": 0.0}, {}, r"bridge\.\S+ is missing there and \("),
+        ({}, {"bridge_weight": 0.0}, r"bridge\.\S+ is \(.*\) there and missing here"),
+        ({"lora": 2}, {"lora": 3}, r"lora_A\.weight is \(2, 32\) there and \(3, 32\) here"),
+        ({"lora": 2, "target": "in_proj"}, {"lora": 2}, r"out_proj\.lora_A\.weight is missing there and \(2, 32\)"),
+        ({"lora": 2}, {"lora": 2, "target": "in_proj"}, r"out_proj\.lora_A\.weight is \(2, 32\) there and missing"),
+        ({"lora": 2}, {}, r"embeddings\.weight is missing there and \(61, 32\) here"),
+        ({}, {"lora": 2}, r"lora_A\.weight is missing there and \(2, 32\) here"),
+    ],
+)
+@pytest.mark.filterwarnings("default::FutureWarning")  # peft's own
+def test_a_checkpoint_of_another_student_or_bridge_teaches(tmp_path, written, resumed, said):
+    def trainer_of(mixer="mamba2", num_hidden_layers=2, lora=None, target="out_proj", **options):
+        student = tiny_student(mixer, num_hidden_layers=num_hidden_layers)
+        if lora is not None:
+            peft = pytest.importorskip("peft")
+            student = peft.get_peft_model(student, peft.LoraConfig(r=lora, target_modules=["in_proj", target]))
+        return make_trainer(tmp_path, student=student, **SAVING, **options)[0]
+
+    trainer_of(**written).train()
+    trainer = trainer_of(**resumed)
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(ValueError, match=f"checkpoint-1 was written by another student or bridge.*{said}") as error:
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert all(words in str(error.value) for words in ("Resume with the options", "`output_dir`"))
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("default::FutureWarning")  # peft's own
+def test_an_adapter_with_whole_modules_resumes(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def run(seed: int, **keywords: Any):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=2, target_modules=["in_proj", "lm_head"], modules_to_save=["norm_f"])
+        student = peft.get_peft_model(tiny_student(tie_word_embeddings=False), config)
+        trainer, recorder = make_trainer(tmp_path, student=student, max_steps=4, **SAVING)
+        trainer.train(**keywords)
+        return trainer, recorder
+
+    whole, logs = run(seed=1)
+    assert any("lm_head.base_layer" in name for name in load_file(tmp_path / "checkpoint-2/adapter_model.safetensors"))
+    resumed, later = run(seed=2, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert later.logs[:2] == logs.logs[2:4]
+    assert_same_state(resumed.model, whole.model)
+
+
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     trainer, _ = make_trainer(
         tmp_path,

@@ -16,7 +16,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 from cab_hf.card import HEADS, describe_losses, describe_method
 from cab_hf.demo import random_llama
 from cab_hf.distillation.training_args import DistillationTrainingArguments
-from cab_hf.hub import build_card, dataset_facts, describe_teacher, write_card, write_model_card
+from cab_hf.hub import build_card, dataset_facts, describe_teacher, public_name, write_card, write_model_card
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaForSequenceClassification, CABMambaModel
 from cab_hf.plots import learning_curves
 from cab_hf.publish import check_card, student_files
@@ -504,6 +504,23 @@ class TestWriting:
             assert "someone" not in text and "- notes.txt" in text and no_placeholder(text)
             (result,) = ModelCard(text).data.eval_results
             assert (result.dataset_name, result.dataset_split) == (name, "held-out")
+
+    @pytest.mark.parametrize(
+        ("source", "public"),
+        [
+            ("org/texts", "org/texts"),
+            ("gpt2", "gpt2"),
+            ("Org/a-b_c.1", "Org/a-b_c.1"),
+            ("../texts", "texts"),
+            ("./texts", "texts"),
+            ("org/my--texts", "my--texts"),
+            ("org/.texts", ".texts"),
+            ("org/texts.git", "texts.git"),
+            ("texts/of/mine", "mine"),
+        ],
+    )
+    def test_a_hub_id_is_what_the_hub_takes(self, source, public):
+        assert public_name(source) == public
 
     @pytest.mark.parametrize("on_hub", [True, False])
     def test_what_the_run_saw_says_what_is_of_the_hub(self, folder, tmp_path, on_hub, monkeypatch):

@@ -330,7 +330,7 @@ class TestCard:
         )
         with pytest.raises(ValueError, match=f"licence of base model '{BASE}' is unknown.*license="):
             adapter_card(folder, base_model=BASE)
-        for local in (str(tmp_path), "./out", "out"):
+        for local in (str(tmp_path), "./out", "../out", "out", "org/my--base"):
             with pytest.raises(ValueError, match="`base_model`.*others can't load.*owner/name"):
                 adapter_card(folder, base_model=local, license="mit")
         with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):

@@ -13,7 +13,7 @@ from transformers import (
     pipeline,
 )
 
-from cab_hf.models import CABMambaModel
+from cab_hf.models import CABMambaForSequenceClassification, CABMambaModel
 
 
 SPLITS = ([8, 5], [1, 12], [12, 1], [4, 1, 1, 7])
@@ -295,6 +295,21 @@ def test_the_old_name_of_the_cache_is_deprecated_not_ignored(part):
         ended = model(ids[:, 4:], cache_params=cache, use_cache=True)
     assert ended.cache is cache
     assert largest_difference(ended[0], model(ids)[0][:, 4:]) < 1e-4
+
+
+@torch.no_grad()
+def test_a_transformers_cache_is_refused_not_ignored():
+    ids = random_ids(1, 6)
+    causal, classifier = tiny_model(), CABMambaForSequenceClassification(tiny_model().config).eval()
+    cache = causal(ids[:, :4], use_cache=True).cache
+    for model in (causal, causal.backbone, classifier):
+        with pytest.raises(ValueError, match="`past_key_values` is a DynamicCache.*Pass as `cache`"):
+            model(ids[:, 4:], past_key_values=cache)
+        assert torch.equal(model(ids, past_key_values=None)[0], model(ids)[0])
+    # `generate` itself knows that name as an older one of `cache`.
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated.*Use `cache`"):
+        ended = causal.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert torch.equal(ended, causal.generate(ids, max_new_tokens=3, do_sample=False))
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def test_compiles_without_a_graph_break(mixer_type):
     mask[0, :2] = 0
     seq_idx = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
     for options in (
-        {"attention_mask": mask, "use_cache": True},
+        {"attention_mask": mask, "use_cache": True, "past_key_values": None},
         {"seq_idx": seq_idx, "output_attentions": True, "output_projections": True},
     ):
         with torch.no_grad():

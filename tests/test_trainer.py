@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any, NamedTuple
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -359,8 +360,30 @@ def test_rows_that_make_no_batch_raise(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("relative_loss", [False, True])
+@pytest.mark.parametrize("streams", [False, True])
+def test_text_that_is_not_tokenised_teaches(tmp_path, streams, relative_loss):
+    texts = datasets.Dataset.from_list([{"text": "abc", "id": 1}] * 8)
+    rows = texts.to_iterable_dataset() if streams else texts
+    options = {"relative_loss": relative_loss, "bridge_centered": False, "max_steps": 1}
+    trainer, _ = make_trainer(tmp_path, rows, **options)
+    with pytest.raises(ValueError, match=r"columns \['text', 'id'\].*no `input_ids`.*cab_hf.data.pack_documents"):
+        trainer.train()
+
+    def tokenise(rows):
+        return {"input_ids": torch.tensor([[ord(letter) % VOCAB for letter in row["text"]] for row in rows])}
+
+    trainer, recorder = make_trainer(tmp_path, rows, data_collator=tokenise, remove_unused_columns=False, **options)
+    trainer.train()
+    assert recorder.logs[0]["kl"] > 0
+
+
+@pytest.mark.filterwarnings("default::FutureWarning")  # peft's own
 def test_a_transformer_is_no_student(tmp_path):
-    for student, teacher in ((tiny_teacher(), tiny_teacher()), (tiny_teacher(), tiny_student())):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_teacher(), peft.LoraConfig(target_modules=["q_proj"]))
+    pairs = (tiny_teacher(), tiny_teacher()), (tiny_teacher(), tiny_student()), (adapted, tiny_teacher())
+    for student, teacher in pairs:
         with pytest.raises(ValueError, match="student is a LlamaForCausalLM.*DistillationTrainer.student, teacher"):
             make_trainer(tmp_path, student=student, teacher=teacher)
 

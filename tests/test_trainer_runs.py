@@ -337,6 +337,34 @@ def test_a_step_never_waits_for_the_device(tmp_path, mixer):
             trainer.training_step(trainer.model, dict(batch), counts)
 
 
+@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_labels_that_are_all_ignored_are_told_once(tmp_path, caplog, monkeypatch, ignored, kl_weight):
+    monkeypatch.setattr(logging.getLogger("cab_hf.distillation.trainer"), "propagate", True)
+    rows = ragged_rows()
+    if ignored:
+        rows = [row | {"labels": torch.full_like(row["labels"], -100)} for row in rows]
+    options = {**NO_LOSS, "ce_weight": 0.3, "kl_weight": kl_weight}
+    trainer, _ = make_trainer(tmp_path, rows, max_steps=3, **options)
+    trainer.train()
+    trainer.train()
+    assert caplog.text.count("labels are all -100") == (ignored and kl_weight == 0)
+    if ignored and kl_weight == 0:
+        assert "`ce_weight` is 0.3" in caplog.text and "`kl_weight`" in caplog.text
+    batch = torch.utils.data.default_collate(rows)
+    with NoHostSync():
+        trainer._get_num_items_in_batch([batch], trainer.args.device)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor(-100), torch.tensor(1)])
+def test_labels_of_images_that_are_all_ignored_are_told(tmp_path, caplog, monkeypatch, labels):
+    monkeypatch.setattr(logging.getLogger("cab_hf.distillation.trainer"), "propagate", True)
+    rows = [row | {"labels": labels} for row in image_rows()]
+    trainer, _ = make_image_trainer(tmp_path, rows, **{**NO_LOSS, "ce_weight": 1.0})
+    trainer.train()
+    assert ("labels are all -100" in caplog.text) == (labels < 0)
+
+
 # Errors
 
 

@@ -2,16 +2,17 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 
 logger = logging.get_logger(__name__)
@@ -48,6 +49,59 @@ def load_student(student: nn.Module, folder: Path) -> None:
             raise ValueError(f"{shard} holds weights that the student lacks, such as {loaded.unexpected_keys[:3]}.")
 
 
+def check_written_by(model: nn.Module, folder: Path, rest: dict[str, Tensor]) -> None:
+    """That a checkpoint's weights are those of this [`DistillationModel`], by their names and shapes.
+
+    Args:
+        model: what would be filled.
+        folder: the checkpoint.
+        rest: its weights that are not the student's.
+
+    Raises:
+        ValueError: another student or bridge wrote it.
+    """
+    student, state = model.student, model.state_dict()
+    saved = _saved_shapes(student, folder)
+    if isinstance(student, PreTrainedModel):
+        own = _shapes(student_weights(student, state))
+    else:
+        from peft import get_peft_model_state_dict
+
+        own = _shapes(
+            get_peft_model_state_dict(student, adapter_name=student.active_adapter, save_embedding_layers=False)
+        )
+        # Whole embeddings are saved by rules of PEFT's own, which may ask the Hub.
+        own |= {name: shape for name, shape in _shapes(student.state_dict()).items() if name in saved}
+    saved |= _shapes(rest)
+    own |= {name: shape for name, shape in _shapes(state).items() if not name.startswith(PREFIX)}
+    differing = [
+        f"{name} is {saved.get(name, 'missing')} there and {own.get(name, 'missing')} here"
+        for name in own | saved
+        if own.get(name) != saved.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} was written by another student or bridge. {len(differing)} weights differ, such as: "
+            f"{'; '.join(differing[:3])}. Resume with the options that it was written with, or start anew: without "
+            "`resume_from_checkpoint`, and in another `output_dir`."
+        )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _saved_shapes(student: nn.Module, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of the student's weights in a folder; none where it holds those of an adapter instead, or of a whole model."""
+    is_whole = isinstance(student, PreTrainedModel)
+    shapes = {}
+    for path in _weight_files(folder) if is_whole else [folder / ADAPTER_SAFE_WEIGHTS_NAME]:
+        if path.is_file():
+            with safe_open(path, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+    return shapes
+
+
 @torch.no_grad()
 def fill_everywhere(student: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Gives the student of every process the weights that the first process holds in `state_dict`."""
@@ -70,4 +124,4 @@ def student_weights(student: nn.Module, state_dict: dict[str, Tensor]) -> dict[s
     return {name: tensor for name, tensor in of_student.items() if name not in repeated}
 
 
-__all__ = ["fill_everywhere", "last_whole_checkpoint", "load_student", "student_weights"]
+__all__ = ["check_written_by", "fill_everywhere", "last_whole_checkpoint", "load_student", "student_weights"]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from cab_hf.distillation.modeling_distillation import core_of
 from cab_hf.distillation.recorded_teacher import RecordedTeacher
 from cab_hf.distillation.teacher import Teacher, check_vocabularies
 from cab_hf.distillation.training_args import DistillationTrainingArguments
@@ -16,7 +17,7 @@ from cab_hf.distillation.training_args import DistillationTrainingArguments
 
 def check_student(student: nn.Module) -> None:
     """That the student's layers show what a distillation compares."""
-    core = student.get_base_model() if hasattr(student, "get_base_model") else student
+    core = core_of(student)
     if "projections_callback" not in inspect.signature(core.base_model.forward).parameters:
         raise ValueError(
             f"The student is a {type(core).__name__}, whose layers show no B and C. Pass a CABMambaForCausalLM or a "

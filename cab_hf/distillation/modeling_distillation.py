@@ -65,6 +65,11 @@ class LayerShows(NamedTuple):
     output: Tensor | None
 
 
+def core_of(model: nn.Module) -> PreTrainedModel:
+    """The model without an adapter of PEFT around it, whose own signature hides what it takes."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
 class DistillationModel(nn.Module):
     """A student and the bridge to its teacher, which DDP, FSDP and ZeRO wrap as one.
 
@@ -134,7 +139,7 @@ class DistillationModel(nn.Module):
     @property
     def core(self) -> nn.Module:
         """The student without an adapter around it."""
-        return self.student if isinstance(self.student, PreTrainedModel) else self.student.get_base_model()
+        return core_of(self.student)
 
     def activation_checkpointing_enable(self, **kwargs) -> None:
         """The Trainer asks the model for activation checkpointing; the student's blocks have it."""

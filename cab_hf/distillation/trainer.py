@@ -18,7 +18,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
 from cab_hf.distillation.alignment import align_targets, student_layout, teacher_layout
-from cab_hf.distillation.checkpoints import fill_everywhere, last_whole_checkpoint, load_student, student_weights
+from cab_hf.distillation.checkpoints import (
+    check_written_by,
+    fill_everywhere,
+    last_whole_checkpoint,
+    load_student,
+    student_weights,
+)
 from cab_hf.distillation.checks import check_outputs, check_sharding, check_student, check_whole
 from cab_hf.distillation.cuda_graph import GraphedStep
 from cab_hf.distillation.ema import MovingAverage
@@ -32,7 +38,7 @@ from cab_hf.distillation.modeling_distillation import (
 from cab_hf.distillation.recorded_teacher import RecordedTeacher
 from cab_hf.distillation.teacher import Teacher, TeacherOutput, with_positions
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
-from cab_hf.packing import IGNORE_INDEX, shift_labels
+from cab_hf.packing import IGNORE_INDEX, Documents, shift_labels
 from cab_hf.publish import push_trainer
 
 
@@ -132,6 +138,8 @@ class DistillationTrainer(EvaluatedTrainer):
         self._eval_sums = None
         self._constant_weights = {}
         self._graphed_step = None
+        # Labels that are all ignored leave the cross-entropy alone with nothing to learn.
+        self._looks_at_labels = [name for name in LOSSES if getattr(args, f"{name}_weight") > 0] == ["ce"]
         self._is_calibrated = not (args.relative_loss or (args.bridge_centered and args.bridge_weight > 0))
         set_seed(args.seed)  # of the bridge's start, which must be the same on every process
         model = DistillationModel(student, teacher, args)
@@ -193,6 +201,7 @@ class DistillationTrainer(EvaluatedTrainer):
         dataset = self.train_dataset
         if self._is_calibrated or not active or dataset is None or (has_length(dataset) and len(dataset) == 0):
             return
+        self._check_columns()
         if isinstance(dataset, IterableDataset):
             examples = list(islice(dataset, CALIBRATION_EXAMPLES))
         else:
@@ -225,8 +234,9 @@ class DistillationTrainer(EvaluatedTrainer):
         """As [`~transformers.Trainer.get_train_dataloader`].
 
         Raises:
-            ValueError: it has no batch: a run of no step would end as if it had trained.
+            ValueError: it has no batch: a run of no step would end as if it had trained. Or it is not tokenised.
         """
+        self._check_columns()
         rows = len(self.train_dataset) if has_length(self.train_dataset) else None
         loader = None if rows == 0 else super().get_train_dataloader()
         if loader is None or (rows is not None and len(loader) == 0):
@@ -238,6 +248,19 @@ class DistillationTrainer(EvaluatedTrainer):
                 "`dataloader_drop_last=False`."
             )
         return loader
+
+    def _check_columns(self) -> None:
+        dataset = self.train_dataset
+        columns = dataset.column_names if isinstance(dataset, Documents) else None
+        # A collator that tokenises gets the text only where no column is removed.
+        if self._reads_images or columns is None or "input_ids" in columns or not self.args.remove_unused_columns:
+            return
+        raise ValueError(
+            f"`train_dataset` has the columns {columns}, but no `input_ids`: it is not tokenised. Pass "
+            "`cab_hf.data.pack_documents(dataset, tokenizer, block_size)`, which reads a column `text` "
+            "(`pad_documents` gives each document its own rows), or set `remove_unused_columns=False` for a "
+            "`data_collator` that tokenises."
+        )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return super()._get_train_sampler(train_dataset) if self.train_sampler is None else self.train_sampler
@@ -266,6 +289,14 @@ class DistillationTrainer(EvaluatedTrainer):
         counts = sum(map(self._local_counts, batch_samples), start=torch.zeros(2, dtype=torch.long, device=device))
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
+        if self._looks_at_labels and batch_samples:
+            self._looks_at_labels = False  # at the first step alone: the host waits for the device here
+            if "labels" in batch_samples[0] and int(counts[1]) == 0:
+                logger.warning(
+                    f"`ce_weight` is {self.args.ce_weight} and every other loss 0.0, but the first step's labels are "
+                    f"all {IGNORE_INDEX}: nothing is learnt from them. Check the dataset's `labels`, or give a loss "
+                    "that needs none, such as `kl_weight`."
+                )
         return counts
 
     def _local_counts(self, batch: dict[str, Tensor]) -> Tensor:
@@ -505,8 +536,10 @@ class DistillationTrainer(EvaluatedTrainer):
                 f"`ema_decay` is {self.args.ema_decay}, but {folder} has no {EMA_NAME}: its run kept no average. "
                 "Leave `ema_decay` out, or train from the start."
             )
+        rest = load_file(folder / BRIDGE_NAME)
+        check_written_by(model, folder, rest)
         load_student(model.student, folder)
-        model.load_state_dict(load_file(folder / BRIDGE_NAME), strict=False)
+        model.load_state_dict(rest, strict=False)
         if self._ema is not None:
             self._ema.load_state_dict(load_file(folder / EMA_NAME))
 

@@ -125,6 +125,14 @@ class CABMambaPreTrainedModel(MixerPreTrainedModel):
     _no_split_modules = ["CABMambaBlock"]
     _is_stateful = True
 
+    @staticmethod
+    def _refuse_past(past_key_values: object = None, **kwargs) -> None:
+        if past_key_values is not None:
+            raise ValueError(
+                f"`past_key_values` is a {type(past_key_values).__name__}, but a Mamba keeps no keys and values. "
+                "Pass as `cache` the one that an earlier call with `use_cache=True` returned."
+            )
+
 
 class CABMambaModel(CABMambaPreTrainedModel):
     """The backbone: embeddings, blocks and a final norm."""
@@ -177,9 +185,10 @@ class CABMambaModel(CABMambaPreTrainedModel):
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, for packed sequences with a
-                cache, for a cache that records its past, and for learned positions that can't be known or do not
-                exist.
+                cache, for a cache that records its past, for `past_key_values`, and for learned positions that can't
+                be known or do not exist.
         """
+        self._refuse_past(**kwargs)
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -355,6 +364,7 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
             labels: `(b, t)`, shifted inside; -100 is ignored.
             logits_to_keep: compute logits for the last that many tokens (0: all), or for these positions.
         """
+        self._refuse_past(**kwargs)
         outputs = self.backbone(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -450,6 +460,7 @@ class CABMambaForSequenceClassification(CABMambaPreTrainedModel):
             ValueError: as the backbone; for several rows where neither a mask nor `pad_token_id` tells padding; for
                 labels of another shape than the problem has.
         """
+        self._refuse_past(**kwargs)
         outputs = self.backbone(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
