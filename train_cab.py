@@ -2,6 +2,8 @@
 
 import sys
 
+from accelerate import PartialState
+
 from cab_hf.recipes import fail_in_one_line, parse_recipe
 from cab_hf.run import run_recipe
 
@@ -9,6 +11,7 @@ from cab_hf.run import run_recipe
 def main() -> None:
     try:
         run_recipe(parse_recipe(sys.argv[1:]))
+        PartialState().destroy_process_group()
     except (ValueError, OSError, ImportError) as error:
         fail_in_one_line(error)
 

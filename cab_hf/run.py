@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from cab_hf import run_images, run_text
 from cab_hf.files import write_whole
-from cab_hf.hub import hub_ids, license_of, write_model_card
+from cab_hf.hub import hub_ids, is_repo_id, license_of, write_model_card
 from cab_hf.plots import learning_curves
 from cab_hf.publish import CARD_NAME, check_access, publish_folder
 from cab_hf.recipes import Recipe, default_of, parse_recipe
@@ -115,15 +114,11 @@ def _run(recipe: Recipe) -> dict[str, Any]:
 def _check_teacher(recipe: Recipe) -> None:
     """That a teacher which can only be a folder is one, before `output_dir` is this recipe's."""
     teacher = recipe.model.teacher
-    if recipe.model.teacher_recipe is not None or Path(teacher).expanduser().is_dir():
-        return
-    try:
-        validate_repo_id(teacher)
-    except HFValidationError as error:
+    if recipe.model.teacher_recipe is None and not Path(teacher).expanduser().is_dir() and not is_repo_id(teacher):
         raise FileNotFoundError(
             f"`teacher` {teacher!r} is no folder (seen from {Path.cwd()}) and no Hub id, such as "
             "HuggingFaceTB/SmolLM2-135M. Name a folder of save_pretrained, or a `teacher_recipe` that makes it."
-        ) from error
+        )
 
 
 def _make_teacher(recipe: Recipe) -> None:

@@ -378,6 +378,11 @@ def test_text_that_is_not_tokenised_teaches(tmp_path, streams, relative_loss):
     assert recorder.logs[0]["kl"] > 0
 
 
+def test_a_compiled_student_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="student is a torch.compile of a model.*`torch_compile=True`"):
+        make_trainer(tmp_path, student=torch.compile(tiny_student()))
+
+
 @pytest.mark.filterwarnings("default::FutureWarning")  # peft's own
 def test_a_transformer_is_no_student(tmp_path):
     peft = pytest.importorskip("peft")

@@ -17,6 +17,11 @@ from cab_hf.distillation.training_args import DistillationTrainingArguments
 
 def check_student(student: nn.Module) -> None:
     """That the student's layers show what a distillation compares."""
+    if hasattr(student, "_orig_mod"):
+        raise ValueError(
+            "The student is a torch.compile of a model, which hides the weights' own names. Pass the model itself and "
+            "`torch_compile=True`."
+        )
     core = core_of(student)
     if "projections_callback" not in inspect.signature(core.base_model.forward).parameters:
         raise ValueError(
