@@ -104,9 +104,12 @@ def copy_tensor(name: str, target: Tensor, source: Tensor) -> None:
 
 
 def copy_norm(name: str, target: nn.Module, source: nn.Module) -> None:
+    """Copies a norm; one without weights, as OLMo's, has ones and zeros."""
+    if getattr(source, "weight", None) is None:
+        source = nn.LayerNorm(len(target.weight), device=target.weight.device)
     copy_tensor(f"{name}.weight", target.weight, source.weight)
     if isinstance(target, nn.LayerNorm):
-        copy_tensor(f"{name}.bias", target.bias, source.bias)
+        copy_bias(f"{name}.bias", target.bias, source.bias)
 
 
 def copy_bias(name: str, target: Tensor | None, source: Tensor | None) -> None:

@@ -79,11 +79,37 @@ def _scaled_rows(affine: Affine, scale: Tensor) -> Affine:
     return Affine(affine.weight * scale[:, None], None if affine.bias is None else affine.bias * scale)
 
 
+def _split(fused: nn.Linear, *sizes: int) -> tuple[Affine, ...]:
+    """The rows of one projection that holds several, in order."""
+    biases = (None,) * len(sizes) if fused.bias is None else fused.bias.split(sizes)
+    return tuple(map(Affine, fused.weight.split(sizes), biases))
+
+
+def _projections(attention: nn.Module) -> dict[str, Any]:
+    output = attention.o_proj if hasattr(attention, "o_proj") else attention.dense
+    return {
+        "query": _linear(attention.q_proj),
+        "key": _linear(attention.k_proj),
+        "value": _linear(attention.v_proj),
+        "output": _linear(output),
+        "scaling": attention.scaling,
+    }
+
+
+def _layer(
+    block: nn.Module, attention: dict[str, Any], up: Affine, down: Affine, gate: Affine | None = None
+) -> TeacherLayer:
+    """Of a block whose norms have Llama's names; where MLP and attention share one, there is no second."""
+    mlp_norm = getattr(block, "post_attention_layernorm", None)
+    return TeacherLayer(norm=block.input_layernorm, mlp_norm=mlp_norm, **attention, gate=gate, up=up, down=down)
+
+
 def _llama_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    values = config.to_dict()
     return {
         "intermediate_size": config.intermediate_size,
         "gated_mlp": True,
-        "mlp_bias": config.to_dict().get("mlp_bias", False),
+        "mlp_bias": values.get("mlp_bias", values.get("use_bias", False)),
         "hidden_act": config.hidden_act,
         "norm_type": "rms_norm",
         "layer_norm_epsilon": config.rms_norm_eps,
@@ -91,19 +117,78 @@ def _llama_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _llama_layer(block: nn.Module) -> TeacherLayer:
-    attention, mlp = block.self_attn, block.mlp
-    return TeacherLayer(
-        norm=block.input_layernorm,
-        mlp_norm=block.post_attention_layernorm,
-        query=_linear(attention.q_proj),
-        key=_linear(attention.k_proj),
-        value=_linear(attention.v_proj),
-        output=_linear(attention.o_proj),
-        scaling=attention.scaling,
-        gate=_linear(mlp.gate_proj),
-        up=_linear(mlp.up_proj),
-        down=_linear(mlp.down_proj),
-    )
+    mlp = block.mlp
+    projections = _projections(block.self_attn)
+    return _layer(block, projections, _linear(mlp.up_proj), _linear(mlp.down_proj), _linear(mlp.gate_proj))
+
+
+def _arcee_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    return _llama_fields(config) | {"gated_mlp": False}
+
+
+def _arcee_layer(block: nn.Module) -> TeacherLayer:
+    return _layer(block, _projections(block.self_attn), _linear(block.mlp.up_proj), _linear(block.mlp.down_proj))
+
+
+def _glm_layer(block: nn.Module, attention: dict[str, Any] | None = None) -> TeacherLayer:
+    """As Llama's, with gate and up in one projection."""
+    mlp = block.mlp
+    gate, up = _split(mlp.gate_up_proj, *[mlp.down_proj.in_features] * 2)
+    return _layer(block, attention or _projections(block.self_attn), up, _linear(mlp.down_proj), gate)
+
+
+def _phi3_layer(block: nn.Module) -> TeacherLayer:
+    """As GLM's, with query, key and value in one projection, too."""
+    attention = block.self_attn
+    fused, output = attention.qkv_proj, _linear(attention.o_proj)
+    width = attention.o_proj.in_features
+    query, key, value = _split(fused, width, *[(fused.out_features - width) // 2] * 2)
+    projections = {"query": query, "key": key, "value": value, "output": output, "scaling": attention.scaling}
+    return _glm_layer(block, projections)
+
+
+def _olmo_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """As Llama's, with norms that have no weights. A student does not clip queries, keys and values (`clip_qkv`)."""
+    return {
+        "intermediate_size": config.intermediate_size,
+        "gated_mlp": True,
+        "hidden_act": config.hidden_act,
+        "norm_type": "layer_norm",
+        "layer_norm_epsilon": 1e-5,
+    }
+
+
+def _stablelm_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    if config.qk_layernorm:
+        raise ValueError(
+            "The teacher's qk_layernorm is True: its queries and keys are normalised per head, which a student's "
+            "projections can't express. Use a StableLM with qk_layernorm=False, or build a student from a "
+            "CABMambaConfig."
+        )
+    return {
+        "intermediate_size": config.intermediate_size,
+        "gated_mlp": True,
+        "hidden_act": config.hidden_act,
+        "norm_type": "layer_norm",
+        "layer_norm_epsilon": config.layer_norm_eps,
+        "parallel_residual": config.use_parallel_residual,
+        "shared_norm": config.use_parallel_residual,
+    }
+
+
+def _starcoder2_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "intermediate_size": config.intermediate_size,
+        "gated_mlp": False,
+        "mlp_bias": config.use_bias,
+        "hidden_act": config.hidden_act,
+        "norm_type": "layer_norm",
+        "layer_norm_epsilon": config.norm_epsilon,
+    }
+
+
+def _starcoder2_layer(block: nn.Module) -> TeacherLayer:
+    return _layer(block, _projections(block.self_attn), _linear(block.mlp.c_fc), _linear(block.mlp.c_proj))
 
 
 def _qwen3_layer(block: nn.Module) -> TeacherLayer:
@@ -177,19 +262,7 @@ def _phi_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _phi_layer(block: nn.Module) -> TeacherLayer:
-    attention, mlp = block.self_attn, block.mlp
-    return TeacherLayer(
-        norm=block.input_layernorm,
-        mlp_norm=None,
-        query=_linear(attention.q_proj),
-        key=_linear(attention.k_proj),
-        value=_linear(attention.v_proj),
-        output=_linear(attention.dense),
-        scaling=attention.scaling,
-        gate=None,
-        up=_linear(mlp.fc1),
-        down=_linear(mlp.fc2),
-    )
+    return _layer(block, _projections(block.self_attn), _linear(block.mlp.fc1), _linear(block.mlp.fc2))
 
 
 def _gpt_neox_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -213,27 +286,22 @@ def _gpt_neox_layer(block: nn.Module) -> TeacherLayer:
     if fused.bias is not None:
         biases = [bias.flatten() for bias in fused.bias.unflatten(0, (-1, 3, attention.head_size)).unbind(1)]
     query, key, value = (Affine(weight.flatten(0, 1), bias) for weight, bias in zip(by_role, biases, strict=True))
-    return TeacherLayer(
-        norm=block.input_layernorm,
-        mlp_norm=block.post_attention_layernorm,
-        query=query,
-        key=key,
-        value=value,
-        output=_linear(attention.dense),
-        scaling=attention.scaling,
-        gate=None,
-        up=_linear(mlp.dense_h_to_4h),
-        down=_linear(mlp.dense_4h_to_h),
-    )
+    output, up, down = _linear(attention.dense), _linear(mlp.dense_h_to_4h), _linear(mlp.dense_4h_to_h)
+    projections = {"query": query, "key": key, "value": value, "output": output, "scaling": attention.scaling}
+    return _layer(block, projections, up, down)
 
 
 _LLAMA = Family(_llama_fields, _llama_layer, layers="layers", final_norm="norm")
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "smollm3": _LLAMA,
+    **dict.fromkeys(("llama", "mistral", "ministral", "ministral3", "qwen2", "smollm3"), _LLAMA),
+    **dict.fromkeys(("ernie4_5", "exaone", "helium", "internlm3", "seed_oss"), _LLAMA),
+    "arcee": Family(_arcee_fields, _arcee_layer, layers="layers", final_norm="norm"),
+    "glm": Family(_llama_fields, _glm_layer, layers="layers", final_norm="norm"),
+    "olmo": Family(_olmo_fields, _llama_layer, layers="layers", final_norm="norm"),
+    "phi3": Family(_llama_fields, _phi3_layer, layers="layers", final_norm="norm"),
+    "stablelm": Family(_stablelm_fields, _llama_layer, layers="layers", final_norm="norm"),
+    "starcoder2": Family(_starcoder2_fields, _starcoder2_layer, layers="layers", final_norm="norm"),
     "qwen3": Family(_llama_fields, _qwen3_layer, layers="layers", final_norm="norm"),
     "gpt2": Family(_gpt2_fields, _gpt2_layer, layers="h", final_norm="ln_f", positions="wpe"),
     "phi": Family(_phi_fields, _phi_layer, layers="layers", final_norm="final_layernorm"),
