@@ -315,6 +315,10 @@ def _obstacles(config: CABMambaConfig, kind: str, dtype: torch.dtype) -> list[st
         reasons.append(f"it has {config.max_position_embeddings} learned positions (max_position_embeddings)")
     if config.lm_head_bias:
         reasons.append("its head has a bias (lm_head_bias)")
+    if config.post_norms:
+        reasons.append("norms stand behind its mixers, too (post_norms)")
+    if config.embedding_multiplier != 1.0:
+        reasons.append(f"its embeddings are multiplied by {config.embedding_multiplier:g} (embedding_multiplier)")
     if config.expand != int(config.expand):
         reasons.append(
             f"its mixers are {config.mixer_width} wide, expand={config.expand:g} times hidden_size="

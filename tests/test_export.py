@@ -108,6 +108,7 @@ REFUSED = {
     "s6 positions, plain mlp": ["S6", "norm_type", "40 learned positions", "gated_mlp", "'gelu'"],
     "ssd 2 groups, gated mlp": ["'gelu'"],
     "ssd parallel, shared norm": ["parallel_residual", "norm_type", "learned positions"],
+    "ssd post norms, scaled embeddings": ["post_norms", "embedding_multiplier", "5.7"],
     "mixed": ["layers [1]", "S6"],
 }
 

@@ -13,7 +13,7 @@ from transformers import (
     pipeline,
 )
 
-from cab_hf.models import CABMambaForSequenceClassification, CABMambaModel
+from cab_hf.models import CABMambaForCausalLM, CABMambaForSequenceClassification, CABMambaModel
 
 
 SPLITS = ([8, 5], [1, 12], [12, 1], [4, 1, 1, 7])
@@ -66,23 +66,45 @@ def naive_mlp(mlp, x: torch.Tensor, gated: bool) -> torch.Tensor:
 
 @torch.no_grad()
 def test_a_block_adds_up(model):
-    """Sequential: `h = x + mixer(norm(x)); h + mlp(norm(h))`. Parallel: `x + mixer(norm(x)) + mlp(norm(x))`."""
+    """Sequential: `h = x + mixer(norm(x)); h + mlp(norm(h))`. Parallel: `x + mixer(norm(x)) + mlp(norm(x))`.
+
+    With `post_norms` mixer and MLP are normed before they are added.
+    """
     block, config = model.backbone.layers[0], model.config
+
+    def added(norm, x: torch.Tensor) -> torch.Tensor:
+        assert (norm is not None) == config.post_norms
+        return x if norm is None else naive_norm(norm, x, config.norm_type)
+
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     normed = naive_norm(block.norm, x, config.norm_type)
-    expected = x + block.mixer(normed)[0]
+    expected = x + added(block.post_norm, block.mixer(normed)[0])
     if config.intermediate_size:
         if config.shared_norm:
             assert block.mlp_norm is None
         else:
             normed = naive_norm(block.mlp_norm, x if config.parallel_residual else expected, config.norm_type)
-        expected = expected + naive_mlp(block.mlp, normed, config.gated_mlp)
+        expected = expected + added(block.post_mlp_norm, naive_mlp(block.mlp, normed, config.gated_mlp))
     assert largest_difference(block(x)[0], expected) < 1e-4
     final = naive_norm(model.backbone.norm_f, expected, config.norm_type)
     logits = final @ model.lm_head.weight.T + (0 if model.lm_head.bias is None else model.lm_head.bias)
     model.backbone.layers = model.backbone.layers[:1]
     model.backbone.position_embeddings = None
     assert largest_difference(model(inputs_embeds=x, use_cache=False).logits, logits) < 1e-4
+
+
+@torch.no_grad()
+def test_embeddings_are_multiplied_where_they_are_looked_up(tmp_path):
+    sizes, ids = VARIANTS["ssd post norms, scaled embeddings"], random_ids(2, 5)
+    model, plain = tiny_model(**sizes), tiny_model(**sizes | {"embedding_multiplier": 1})
+    plain.load_state_dict(model.state_dict())
+    expected = plain(inputs_embeds=5.7 * plain.get_input_embeddings()(ids)).logits
+    assert largest_difference(expected, plain(ids).logits) > 0.1
+    model.save_pretrained(tmp_path)
+    for one in (model, CABMambaForCausalLM.from_pretrained(tmp_path)):
+        assert largest_difference(one(ids).logits, expected) < 1e-4
+        embedded = one.get_input_embeddings()(ids)
+        assert torch.equal(one(inputs_embeds=embedded).logits, one(ids).logits)
 
 
 @torch.no_grad()

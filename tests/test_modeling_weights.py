@@ -139,7 +139,9 @@ def test_several_missing_keys_of_one_mixer(tmp_path):
         assert torch.equal(loaded[name], value) == (name not in gone), name
 
 
-@pytest.mark.parametrize("name", ["s6", "s6 untied, biases", "ssd 2 groups, gated mlp"])
+@pytest.mark.parametrize(
+    "name", ["s6", "s6 untied, biases", "ssd 2 groups, gated mlp", "ssd post norms, scaled embeddings"]
+)
 @pytest.mark.parametrize("new_size", [120, 50])
 @torch.no_grad()
 def test_resize_token_embeddings(name, new_size, tmp_path):

@@ -66,6 +66,15 @@ TEACHERS = {
     "arcee": AutoConfig.for_model("arcee", **GQA, mlp_bias=True, attention_bias=True),
     "ernie4_5": AutoConfig.for_model("ernie4_5", **GQA, head_dim=6, use_bias=True),
     "exaone": AutoConfig.for_model("exaone", **GQA),
+    "gemma": AutoConfig.for_model("gemma", **GQA, head_dim=10, attention_bias=True),
+    "gemma3_text": AutoConfig.for_model(
+        "gemma3_text",
+        **GQA,
+        head_dim=10,
+        query_pre_attn_scalar=12,
+        attention_bias=True,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     "glm": AutoConfig.for_model("glm", **GQA, head_dim=10, attention_bias=True),
     "helium": AutoConfig.for_model("helium", **GQA, head_dim=6),
     "internlm3": AutoConfig.for_model("internlm3", **GQA),
@@ -128,7 +137,8 @@ class AttentionAsMixer(nn.Module):
         arguments = {"attention_mask": mask}
         if self.base[0].config.model_type != "gpt2":
             arguments["position_ids"] = torch.arange(length)[None]
-            arguments["position_embeddings"] = self.base[0].rotary_emb(hidden_states, arguments["position_ids"])
+            kind = (self.attention[0].layer_type,) if self.base[0].config.model_type == "gemma3_text" else ()
+            arguments["position_embeddings"] = self.base[0].rotary_emb(hidden_states, arguments["position_ids"], *kind)
         return self.attention[0](hidden_states, **arguments)[0], (None, None, None, None)
 
 
@@ -239,9 +249,10 @@ def test_mixers_start_from_the_teachers_projections(name):
     for index, block in enumerate(student.backbone.layers):
         attention = blocks_and_attention(teacher)[1][index]
         x, (query, key) = normed[index], projections[index]
-        if kind == "qwen3":  # the norm's weight is copied, its division by the RMS can't be
-            query = attention.q_proj(x).unflatten(-1, (-1, head_dim)) * attention.q_norm.weight
-            key = attention.k_proj(x).unflatten(-1, (-1, head_dim)) * attention.k_norm.weight
+        if kind in ("qwen3", "gemma3_text"):  # the norm's weight is copied, its division by the RMS can't be
+            weights = [norm.weight + (kind == "gemma3_text") for norm in (attention.q_norm, attention.k_norm)]
+            query = attention.q_proj(x).unflatten(-1, (-1, head_dim)) * weights[0]
+            key = attention.k_proj(x).unflatten(-1, (-1, head_dim)) * weights[1]
         value = values(attention, x, kind, head_dim)
         _, mixed = block.mixer(x)
         repeats = heads // key.shape[2]
@@ -446,7 +457,13 @@ def test_errors_teach():
     for config in (PhiConfig(qk_layernorm=True), AutoConfig.for_model("stablelm", qk_layernorm=True)):
         with pytest.raises(ValueError, match="qk_layernorm"):
             student_config(config)
+    with pytest.raises(ValueError, match=r"final_logit_softcapping is 30\.0"):
+        student_config(AutoConfig.for_model("gemma3_text", final_logit_softcapping=30.0))
+    with pytest.raises(ValueError, match="student and teacher has layers.0.post_norm.*post_norms"):
+        student_from_teacher(make("gemma3_text"), post_norms=False)
     teacher = make("llama")
+    with pytest.raises(ValueError, match="student and teacher has layers.0.post_norm.*post_norms"):
+        student_from_teacher(teacher, post_norms=True)
     with pytest.raises(
         ValueError, match="n_groups=2 and state_size=6, the teacher 6 query heads.*copy_attention=False"
     ):

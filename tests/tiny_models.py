@@ -48,6 +48,12 @@ VARIANTS = {
         "norm_type": "layer_norm",
         "max_position_embeddings": 40,
     },
+    "ssd post norms, scaled embeddings": {
+        "mixer_type": "mamba2",
+        **MLP,
+        "post_norms": True,
+        "embedding_multiplier": 5.7,
+    },
     "mixed": {"mixer_types": ["mamba2", "mamba"], "num_hidden_layers": 2},
 }
 MIXER_TYPES = ("mamba", "mamba2")

@@ -196,6 +196,9 @@ class CABMambaConfig(MixerConfig):
         All of [`MixerConfig`], and
         parallel_residual (`bool`, defaults to `False`): mixer and MLP read the same residual stream side by side.
         shared_norm (`bool`, defaults to `False`): with `parallel_residual`, one norm feeds both.
+        post_norms (`bool`, defaults to `False`): norms behind mixer and MLP, too, as Gemma 3 has.
+        embedding_multiplier (`float`, defaults to 1.0): factor of the embeddings that are looked up, as Gemma has;
+            `inputs_embeds` are taken as they are.
         max_position_embeddings (`int`, *optional*): learned absolute positions of that many tokens; none if not given.
         lm_head_bias (`bool`, defaults to `False`): bias of the language-modelling head.
 
@@ -209,6 +212,8 @@ class CABMambaConfig(MixerConfig):
     vocab_size: int = 50280
     parallel_residual: bool = False
     shared_norm: bool = False
+    post_norms: bool = False
+    embedding_multiplier: int | float = 1.0
     max_position_embeddings: int | None = None
 
     lm_head_bias: bool = False

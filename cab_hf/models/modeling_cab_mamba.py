@@ -79,6 +79,17 @@ class CABMambaSequenceClassifierOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings times a factor, also where they are looked up to become `inputs_embeds`."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, scale: float):
+        super().__init__(num_embeddings, embedding_dim)
+        self.embed_scale = scale  # the name that PEFT looks for
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids) * self.embed_scale
+
+
 class CABMambaBlock(GradientCheckpointingLayer):
     """Norm, mixer and, where the config has one, MLP around a residual stream."""
 
@@ -90,6 +101,8 @@ class CABMambaBlock(GradientCheckpointingLayer):
         self.mixer = MIXERS[config.layer_mixer_types[layer_idx]](config, layer_idx)
         self.mlp = CABMambaMLP(config) if config.intermediate_size else None
         self.mlp_norm = make_norm(config) if self.mlp is not None and not config.shared_norm else None
+        self.post_norm = make_norm(config) if config.post_norms else None
+        self.post_mlp_norm = make_norm(config) if config.post_norms and self.mlp is not None else None
 
     def forward(
         self,
@@ -107,12 +120,17 @@ class CABMambaBlock(GradientCheckpointingLayer):
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
         normed = self.norm(hidden_states.to(self.norm.weight.dtype))
         mixed, projections = self.mixer(normed, cache, attention_mask, seq_idx, output_projections)
+        if self.post_norm is not None:
+            mixed = self.post_norm(mixed.to(self.post_norm.weight.dtype))
         hidden_states = residual + mixed
         if self.mlp is not None:
             if self.mlp_norm is not None:
                 stream = residual if self.parallel_residual else hidden_states
                 normed = self.mlp_norm(stream.to(self.mlp_norm.weight.dtype))
-            hidden_states = hidden_states + self.mlp(normed)
+            transformed = self.mlp(normed)
+            if self.post_mlp_norm is not None:
+                transformed = self.post_mlp_norm(transformed.to(self.post_mlp_norm.weight.dtype))
+            hidden_states = hidden_states + transformed
         attention_map = None
         if output_attentions:
             attention_map = self.mixer.attention_map(*projections[:3], seq_idx)
@@ -139,7 +157,8 @@ class CABMambaModel(CABMambaPreTrainedModel):
 
     def __init__(self, config: CABMambaConfig):
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        sizes, scale = (config.vocab_size, config.hidden_size), config.embedding_multiplier
+        self.embeddings = nn.Embedding(*sizes) if scale == 1.0 else ScaledEmbedding(*sizes, scale)
         positions = config.max_position_embeddings
         self.position_embeddings = nn.Embedding(positions, config.hidden_size) if positions else None
         self.layers = nn.ModuleList([CABMambaBlock(config, idx) for idx in range(config.num_hidden_layers)])

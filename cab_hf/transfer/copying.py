@@ -69,9 +69,11 @@ def mixer_fields(teacher_config: PreTrainedConfig, num_hidden_layers: int | None
 def copy_block(name: str, block: nn.Module, layer: TeacherLayer, copy_attention: bool) -> None:
     """Copies a layer's norms, MLP and, with `copy_attention`, attention into a student's block called `name`."""
     copy_norm(f"{name}.norm", block.norm, layer.norm)
+    _copy_post_norm(f"{name}.post_norm", getattr(block, "post_norm", None), layer.post_norm)
     if block.mlp is not None:
         if block.mlp_norm is not None:
             copy_norm(f"{name}.mlp_norm", block.mlp_norm, layer.mlp_norm or layer.norm)
+        _copy_post_norm(f"{name}.post_mlp_norm", getattr(block, "post_mlp_norm", None), layer.post_mlp_norm)
         for part in ("gate", "up", "down"):
             copy_affine(f"{name}.mlp.{part}_proj", getattr(block.mlp, f"{part}_proj"), getattr(layer, part))
     if copy_attention and isinstance(block.mixer, SSDMixer):
@@ -103,13 +105,23 @@ def copy_tensor(name: str, target: Tensor, source: Tensor) -> None:
     target.copy_(source)
 
 
-def copy_norm(name: str, target: nn.Module, source: nn.Module) -> None:
+def copy_norm(name: str, target: nn.Module, source: nn.Module | Affine) -> None:
     """Copies a norm; one without weights, as OLMo's, has ones and zeros."""
     if getattr(source, "weight", None) is None:
         source = nn.LayerNorm(len(target.weight), device=target.weight.device)
     copy_tensor(f"{name}.weight", target.weight, source.weight)
     if isinstance(target, nn.LayerNorm):
         copy_bias(f"{name}.bias", target.bias, source.bias)
+
+
+def _copy_post_norm(name: str, target: nn.Module | None, source: Affine | None) -> None:
+    if (target is None) != (source is None):
+        raise ValueError(
+            f"Only one of student and teacher has {name}: the student must have norms behind mixer and MLP "
+            "(post_norms) exactly if the teacher's layers have them."
+        )
+    if target is not None:
+        copy_norm(name, target, source)
 
 
 def copy_bias(name: str, target: Tensor | None, source: Tensor | None) -> None:

@@ -5,7 +5,7 @@ the base model, and a function that reads one layer. Matrices are `(out, in)`, w
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -25,14 +25,15 @@ class TeacherLayer:
 
     Attributes:
         norm, mlp_norm: norms before attention and MLP; `mlp_norm` is None where one norm feeds both.
+        post_norm, post_mlp_norm: norms behind them, or None.
         query, key, value: from the normed hidden states to heads x head_dim.
         output: from heads x head_dim to the residual stream.
         scaling: factor of `query @ key.T`.
         gate, up, down: the MLP; `gate` is None where it has no gate.
     """
 
-    norm: nn.Module
-    mlp_norm: nn.Module | None
+    norm: nn.Module | Affine
+    mlp_norm: nn.Module | Affine | None
     query: Affine
     key: Affine
     value: Affine
@@ -41,6 +42,8 @@ class TeacherLayer:
     gate: Affine | None
     up: Affine
     down: Affine
+    post_norm: Affine | None = None
+    post_mlp_norm: Affine | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Family:
         read_layer: from one layer's module to its weights.
         layers, final_norm: paths inside the base model.
         positions: path of the learned position embedding, or None.
+        read_norm: from a norm's module to its weights.
     """
 
     student_fields: Callable[[PreTrainedConfig], dict[str, Any]]
@@ -60,6 +64,7 @@ class Family:
     layers: str
     final_norm: str
     positions: str | None = None
+    read_norm: Callable[[nn.Module], nn.Module | Affine] = lambda norm: norm
 
 
 def _linear(module: nn.Linear) -> Affine:
@@ -75,7 +80,9 @@ def _rows(affine: Affine, rows: slice) -> Affine:
     return Affine(affine.weight[rows], None if affine.bias is None else affine.bias[rows])
 
 
-def _scaled_rows(affine: Affine, scale: Tensor) -> Affine:
+def _scaled_heads(affine: Affine, scale: Tensor) -> Affine:
+    """Every head's rows times `scale` `(head_dim,)`."""
+    scale = scale.repeat(affine.weight.shape[0] // len(scale))
     return Affine(affine.weight * scale[:, None], None if affine.bias is None else affine.bias * scale)
 
 
@@ -198,12 +205,53 @@ def _qwen3_layer(block: nn.Module) -> TeacherLayer:
     queries and keys of the right direction and the wrong length.
     """
     layer, attention = _llama_layer(block), block.self_attn
-    folded = {}
-    for name, norm in (("query", attention.q_norm), ("key", attention.k_norm)):
-        affine: Affine = getattr(layer, name)
-        heads = affine.weight.shape[0] // norm.weight.shape[0]
-        folded[name] = _scaled_rows(affine, norm.weight.repeat(heads))
-    return TeacherLayer(**(vars(layer) | folded))
+    query = _scaled_heads(layer.query, attention.q_norm.weight)
+    return replace(layer, query=query, key=_scaled_heads(layer.key, attention.k_norm.weight))
+
+
+def _gemma_norm(norm: nn.Module) -> Affine:
+    """Gemma's norms multiply by one more than their weights."""
+    return Affine(1.0 + norm.weight.float(), None)
+
+
+def _gemma_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    return _llama_fields(config) | {"embedding_multiplier": config.hidden_size**0.5}
+
+
+def _gemma_layer(block: nn.Module) -> TeacherLayer:
+    layer = _llama_layer(block)
+    return replace(layer, norm=_gemma_norm(layer.norm), mlp_norm=_gemma_norm(layer.mlp_norm))
+
+
+def _gemma3_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    if config.final_logit_softcapping is not None:
+        raise ValueError(
+            f"The teacher's final_logit_softcapping is {config.final_logit_softcapping}, but a student's logits have "
+            "no cap. Use a Gemma 3 without (all released ones), or build a student from a CABMambaConfig."
+        )
+    return {
+        "intermediate_size": config.intermediate_size,
+        "gated_mlp": True,
+        "hidden_act": config.hidden_activation,
+        "norm_type": "rms_norm",
+        "layer_norm_epsilon": config.rms_norm_eps,
+        "post_norms": True,
+        "embedding_multiplier": config.hidden_size**0.5,
+    }
+
+
+def _gemma3_layer(block: nn.Module) -> TeacherLayer:
+    """With the weights of the query and key norms folded into the projections, as of Qwen3."""
+    layer, attention = _llama_layer(block), block.self_attn
+    return replace(
+        layer,
+        norm=_gemma_norm(block.input_layernorm),
+        mlp_norm=_gemma_norm(block.pre_feedforward_layernorm),
+        post_norm=_gemma_norm(block.post_attention_layernorm),
+        post_mlp_norm=_gemma_norm(block.post_feedforward_layernorm),
+        query=_scaled_heads(layer.query, _gemma_norm(attention.q_norm).weight),
+        key=_scaled_heads(layer.key, _gemma_norm(attention.k_norm).weight),
+    )
 
 
 def _gpt2_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -297,6 +345,8 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "ministral", "ministral3", "qwen2", "smollm3"), _LLAMA),
     **dict.fromkeys(("ernie4_5", "exaone", "helium", "internlm3", "seed_oss"), _LLAMA),
     "arcee": Family(_arcee_fields, _arcee_layer, layers="layers", final_norm="norm"),
+    "gemma": Family(_gemma_fields, _gemma_layer, layers="layers", final_norm="norm", read_norm=_gemma_norm),
+    "gemma3_text": Family(_gemma3_fields, _gemma3_layer, layers="layers", final_norm="norm", read_norm=_gemma_norm),
     "glm": Family(_llama_fields, _glm_layer, layers="layers", final_norm="norm"),
     "olmo": Family(_olmo_fields, _llama_layer, layers="layers", final_norm="norm"),
     "phi3": Family(_llama_fields, _phi3_layer, layers="layers", final_norm="norm"),

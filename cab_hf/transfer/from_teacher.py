@@ -157,7 +157,8 @@ def copy_teacher_weights(
     An S6 mixer computes B and C from x, so there is no slot for K and Q: x <- V and the output projection <- O are
     copied, and the bridge is what teaches B and C.
 
-    Of Qwen3, the weights of the query and key norms are copied into the projections; their normalisation can't be.
+    Of Qwen3 and Gemma 3, the weights of the query and key norms are copied into the projections; their normalisation
+    can't be.
 
     Args:
         student: a model whose shape follows the teacher (`student_config`).
@@ -173,7 +174,7 @@ def copy_teacher_weights(
     if family.positions is not None and target.position_embeddings is not None:
         positions = source.get_submodule(family.positions).weight
         copy_tensor("position_embeddings.weight", target.position_embeddings.weight, positions)
-    copy_norm("norm_f", target.norm_f, source.get_submodule(family.final_norm))
+    copy_norm("norm_f", target.norm_f, family.read_norm(source.get_submodule(family.final_norm)))
     _copy_head(student, teacher)
 
     blocks = source.get_submodule(family.layers)
