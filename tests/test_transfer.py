@@ -158,6 +158,7 @@ def test_with_the_teachers_attention_the_student_is_the_teacher(name):
 LABELS = {"id2label": {0: "no", 1: "so", 2: "yes"}, "label2id": {"no": 0, "so": 1, "yes": 2}}
 
 
+# transformers has no classifier of texts of the other three
 @pytest.mark.parametrize("name", [name for name in TEACHERS if name not in ("ernie4_5", "exaone", "internlm3")])
 @torch.no_grad()
 def test_a_classifier_of_texts_becomes_one(name, tmp_path):

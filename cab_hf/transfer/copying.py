@@ -106,9 +106,6 @@ def copy_tensor(name: str, target: Tensor, source: Tensor) -> None:
 
 
 def copy_norm(name: str, target: nn.Module, source: nn.Module | Affine) -> None:
-    """Copies a norm; one without weights, as OLMo's, has ones and zeros."""
-    if getattr(source, "weight", None) is None:
-        source = nn.LayerNorm(len(target.weight), device=target.weight.device)
     copy_tensor(f"{name}.weight", target.weight, source.weight)
     if isinstance(target, nn.LayerNorm):
         copy_bias(f"{name}.bias", target.bias, source.bias)

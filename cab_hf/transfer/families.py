@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -61,8 +62,8 @@ class Family:
 
     student_fields: Callable[[PreTrainedConfig], dict[str, Any]]
     read_layer: Callable[[nn.Module], TeacherLayer]
-    layers: str
-    final_norm: str
+    layers: str = "layers"
+    final_norm: str = "norm"
     positions: str | None = None
     read_norm: Callable[[nn.Module], nn.Module | Affine] = lambda norm: norm
 
@@ -92,35 +93,65 @@ def _split(fused: nn.Linear, *sizes: int) -> tuple[Affine, ...]:
     return tuple(map(Affine, fused.weight.split(sizes), biases))
 
 
-def _projections(attention: nn.Module) -> dict[str, Any]:
+def _attention(
+    attention: nn.Module, query: Affine, key: Affine, value: Affine, output: nn.Linear
+) -> dict[str, Affine | float]:
+    """A layer's fields of its attention."""
+    scaling = attention.scaling
+    return {"query": query, "key": key, "value": value, "output": _linear(output), "scaling": scaling}
+
+
+def _projections(attention: nn.Module) -> dict[str, Affine | float]:
     output = attention.o_proj if hasattr(attention, "o_proj") else attention.dense
-    return {
-        "query": _linear(attention.q_proj),
-        "key": _linear(attention.k_proj),
-        "value": _linear(attention.v_proj),
-        "output": _linear(output),
-        "scaling": attention.scaling,
-    }
+    query, key, value = map(_linear, (attention.q_proj, attention.k_proj, attention.v_proj))
+    return _attention(attention, query, key, value, output)
 
 
 def _layer(
-    block: nn.Module, attention: dict[str, Any], up: Affine, down: Affine, gate: Affine | None = None
+    block: nn.Module, attention: dict[str, Affine | float], up: Affine, down: Affine, gate: Affine | None = None
 ) -> TeacherLayer:
     """Of a block whose norms have Llama's names; where MLP and attention share one, there is no second."""
     mlp_norm = getattr(block, "post_attention_layernorm", None)
     return TeacherLayer(norm=block.input_layernorm, mlp_norm=mlp_norm, **attention, gate=gate, up=up, down=down)
 
 
-def _llama_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    values = config.to_dict()
+def _with_norms(layer: TeacherLayer, read_norm: Callable[[nn.Module], Affine]) -> TeacherLayer:
+    return replace(layer, norm=read_norm(layer.norm), mlp_norm=read_norm(layer.mlp_norm))
+
+
+def _fields(
+    config: PreTrainedConfig,
+    norm_type: str,
+    epsilon: float,
+    *,
+    gated: bool,
+    mlp_bias: bool = False,
+    hidden_act: str | None = None,
+) -> dict[str, Any]:
+    """Fields of MLP and norms; the activation is the config's `hidden_act` when not given."""
     return {
         "intermediate_size": config.intermediate_size,
-        "gated_mlp": True,
-        "mlp_bias": values.get("mlp_bias", values.get("use_bias", False)),
-        "hidden_act": config.hidden_act,
-        "norm_type": "rms_norm",
-        "layer_norm_epsilon": config.rms_norm_eps,
+        "gated_mlp": gated,
+        "mlp_bias": mlp_bias,
+        "hidden_act": hidden_act or config.hidden_act,
+        "norm_type": norm_type,
+        "layer_norm_epsilon": epsilon,
     }
+
+
+def _refuse_qk_layernorm(config: PreTrainedConfig) -> None:
+    if config.qk_layernorm:
+        raise ValueError(
+            "The teacher's qk_layernorm is True: its queries and keys are normalised per head with a shift, which a "
+            "student's projections can't express. Use a teacher with qk_layernorm=False (all released Phi), or build "
+            "a student from a CABMambaConfig."
+        )
+
+
+def _llama_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    values = config.to_dict()
+    mlp_bias = values.get("mlp_bias", values.get("use_bias", False))
+    return _fields(config, "rms_norm", config.rms_norm_eps, gated=True, mlp_bias=mlp_bias)
 
 
 def _llama_layer(block: nn.Module) -> TeacherLayer:
@@ -137,7 +168,7 @@ def _arcee_layer(block: nn.Module) -> TeacherLayer:
     return _layer(block, _projections(block.self_attn), _linear(block.mlp.up_proj), _linear(block.mlp.down_proj))
 
 
-def _glm_layer(block: nn.Module, attention: dict[str, Any] | None = None) -> TeacherLayer:
+def _glm_layer(block: nn.Module, attention: dict[str, Affine | float] | None = None) -> TeacherLayer:
     """As Llama's, with gate and up in one projection."""
     mlp = block.mlp
     gate, up = _split(mlp.gate_up_proj, *[mlp.down_proj.in_features] * 2)
@@ -147,51 +178,36 @@ def _glm_layer(block: nn.Module, attention: dict[str, Any] | None = None) -> Tea
 def _phi3_layer(block: nn.Module) -> TeacherLayer:
     """As GLM's, with query, key and value in one projection, too."""
     attention = block.self_attn
-    fused, output = attention.qkv_proj, _linear(attention.o_proj)
-    width = attention.o_proj.in_features
+    fused, width = attention.qkv_proj, attention.o_proj.in_features
     query, key, value = _split(fused, width, *[(fused.out_features - width) // 2] * 2)
-    projections = {"query": query, "key": key, "value": value, "output": output, "scaling": attention.scaling}
-    return _glm_layer(block, projections)
+    return _glm_layer(block, _attention(attention, query, key, value, attention.o_proj))
 
 
 def _olmo_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """As Llama's, with norms that have no weights. A student does not clip queries, keys and values (`clip_qkv`)."""
-    return {
-        "intermediate_size": config.intermediate_size,
-        "gated_mlp": True,
-        "hidden_act": config.hidden_act,
-        "norm_type": "layer_norm",
-        "layer_norm_epsilon": 1e-5,
-    }
+    """A student does not clip queries, keys and values (`clip_qkv`)."""
+    return _fields(config, "layer_norm", 1e-5, gated=True)
+
+
+def _olmo_norm(norm: nn.Module) -> Affine:
+    """OLMo's norms have no weights."""
+    return Affine(torch.ones(norm.normalized_shape), None)
+
+
+def _olmo_layer(block: nn.Module) -> TeacherLayer:
+    return _with_norms(_llama_layer(block), _olmo_norm)
 
 
 def _stablelm_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    if config.qk_layernorm:
-        raise ValueError(
-            "The teacher's qk_layernorm is True: its queries and keys are normalised per head, which a student's "
-            "projections can't express. Use a StableLM with qk_layernorm=False, or build a student from a "
-            "CABMambaConfig."
-        )
-    return {
-        "intermediate_size": config.intermediate_size,
-        "gated_mlp": True,
-        "hidden_act": config.hidden_act,
-        "norm_type": "layer_norm",
-        "layer_norm_epsilon": config.layer_norm_eps,
-        "parallel_residual": config.use_parallel_residual,
-        "shared_norm": config.use_parallel_residual,
+    _refuse_qk_layernorm(config)
+    parallel = config.use_parallel_residual
+    return _fields(config, "layer_norm", config.layer_norm_eps, gated=True) | {
+        "parallel_residual": parallel,
+        "shared_norm": parallel,
     }
 
 
 def _starcoder2_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    return {
-        "intermediate_size": config.intermediate_size,
-        "gated_mlp": False,
-        "mlp_bias": config.use_bias,
-        "hidden_act": config.hidden_act,
-        "norm_type": "layer_norm",
-        "layer_norm_epsilon": config.norm_epsilon,
-    }
+    return _fields(config, "layer_norm", config.norm_epsilon, gated=False, mlp_bias=config.use_bias)
 
 
 def _starcoder2_layer(block: nn.Module) -> TeacherLayer:
@@ -219,8 +235,7 @@ def _gemma_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _gemma_layer(block: nn.Module) -> TeacherLayer:
-    layer = _llama_layer(block)
-    return replace(layer, norm=_gemma_norm(layer.norm), mlp_norm=_gemma_norm(layer.mlp_norm))
+    return _with_norms(_llama_layer(block), _gemma_norm)
 
 
 def _gemma3_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -229,15 +244,8 @@ def _gemma3_fields(config: PreTrainedConfig) -> dict[str, Any]:
             f"The teacher's final_logit_softcapping is {config.final_logit_softcapping}, but a student's logits have "
             "no cap. Use a Gemma 3 without (all released ones), or build a student from a CABMambaConfig."
         )
-    return {
-        "intermediate_size": config.intermediate_size,
-        "gated_mlp": True,
-        "hidden_act": config.hidden_activation,
-        "norm_type": "rms_norm",
-        "layer_norm_epsilon": config.rms_norm_eps,
-        "post_norms": True,
-        "embedding_multiplier": config.hidden_size**0.5,
-    }
+    fields = _fields(config, "rms_norm", config.rms_norm_eps, gated=True, hidden_act=config.hidden_activation)
+    return fields | {"post_norms": True, "embedding_multiplier": config.hidden_size**0.5}
 
 
 def _gemma3_layer(block: nn.Module) -> TeacherLayer:
@@ -290,19 +298,8 @@ def _gpt2_layer(block: nn.Module) -> TeacherLayer:
 
 
 def _phi_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    if config.qk_layernorm:
-        raise ValueError(
-            "The teacher's qk_layernorm is True: its queries and keys are normalised per head with a shift, which a "
-            "student's projections can't express. Use a Phi with qk_layernorm=False (all released ones), or build a "
-            "student from a CABMambaConfig."
-        )
-    return {
-        "intermediate_size": config.intermediate_size,
-        "gated_mlp": False,
-        "mlp_bias": True,
-        "hidden_act": config.hidden_act,
-        "norm_type": "layer_norm",
-        "layer_norm_epsilon": config.layer_norm_eps,
+    _refuse_qk_layernorm(config)
+    return _fields(config, "layer_norm", config.layer_norm_eps, gated=False, mlp_bias=True) | {
         "parallel_residual": True,
         "shared_norm": True,
         "lm_head_bias": True,
@@ -314,15 +311,8 @@ def _phi_layer(block: nn.Module) -> TeacherLayer:
 
 
 def _gpt_neox_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    return {
-        "intermediate_size": config.intermediate_size,
-        "gated_mlp": False,
-        "mlp_bias": True,
-        "hidden_act": config.hidden_act,
-        "norm_type": "layer_norm",
-        "layer_norm_epsilon": config.layer_norm_eps,
-        "parallel_residual": config.use_parallel_residual,
-    }
+    fields = _fields(config, "layer_norm", config.layer_norm_eps, gated=False, mlp_bias=True)
+    return fields | {"parallel_residual": config.use_parallel_residual}
 
 
 def _gpt_neox_layer(block: nn.Module) -> TeacherLayer:
@@ -334,28 +324,27 @@ def _gpt_neox_layer(block: nn.Module) -> TeacherLayer:
     if fused.bias is not None:
         biases = [bias.flatten() for bias in fused.bias.unflatten(0, (-1, 3, attention.head_size)).unbind(1)]
     query, key, value = (Affine(weight.flatten(0, 1), bias) for weight, bias in zip(by_role, biases, strict=True))
-    output, up, down = _linear(attention.dense), _linear(mlp.dense_h_to_4h), _linear(mlp.dense_4h_to_h)
-    projections = {"query": query, "key": key, "value": value, "output": output, "scaling": attention.scaling}
-    return _layer(block, projections, up, down)
+    projections = _attention(attention, query, key, value, attention.dense)
+    return _layer(block, projections, _linear(mlp.dense_h_to_4h), _linear(mlp.dense_4h_to_h))
 
 
-_LLAMA = Family(_llama_fields, _llama_layer, layers="layers", final_norm="norm")
+_LLAMA = Family(_llama_fields, _llama_layer)
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "ministral", "ministral3", "qwen2", "smollm3"), _LLAMA),
     **dict.fromkeys(("ernie4_5", "exaone", "helium", "internlm3", "seed_oss"), _LLAMA),
-    "arcee": Family(_arcee_fields, _arcee_layer, layers="layers", final_norm="norm"),
-    "gemma": Family(_gemma_fields, _gemma_layer, layers="layers", final_norm="norm", read_norm=_gemma_norm),
-    "gemma3_text": Family(_gemma3_fields, _gemma3_layer, layers="layers", final_norm="norm", read_norm=_gemma_norm),
-    "glm": Family(_llama_fields, _glm_layer, layers="layers", final_norm="norm"),
-    "olmo": Family(_olmo_fields, _llama_layer, layers="layers", final_norm="norm"),
-    "phi3": Family(_llama_fields, _phi3_layer, layers="layers", final_norm="norm"),
-    "stablelm": Family(_stablelm_fields, _llama_layer, layers="layers", final_norm="norm"),
-    "starcoder2": Family(_starcoder2_fields, _starcoder2_layer, layers="layers", final_norm="norm"),
-    "qwen3": Family(_llama_fields, _qwen3_layer, layers="layers", final_norm="norm"),
+    "arcee": Family(_arcee_fields, _arcee_layer),
+    "gemma": Family(_gemma_fields, _gemma_layer, read_norm=_gemma_norm),
+    "gemma3_text": Family(_gemma3_fields, _gemma3_layer, read_norm=_gemma_norm),
+    "glm": Family(_llama_fields, _glm_layer),
+    "olmo": Family(_olmo_fields, _olmo_layer, read_norm=_olmo_norm),
+    "phi3": Family(_llama_fields, _phi3_layer),
+    "stablelm": Family(_stablelm_fields, _llama_layer),
+    "starcoder2": Family(_starcoder2_fields, _starcoder2_layer),
+    "qwen3": Family(_llama_fields, _qwen3_layer),
     "gpt2": Family(_gpt2_fields, _gpt2_layer, layers="h", final_norm="ln_f", positions="wpe"),
-    "phi": Family(_phi_fields, _phi_layer, layers="layers", final_norm="final_layernorm"),
-    "gpt_neox": Family(_gpt_neox_fields, _gpt_neox_layer, layers="layers", final_norm="final_layer_norm"),
+    "phi": Family(_phi_fields, _phi_layer, final_norm="final_layernorm"),
+    "gpt_neox": Family(_gpt_neox_fields, _gpt_neox_layer, final_norm="final_layer_norm"),
 }
 
 
