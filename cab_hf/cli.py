@@ -179,7 +179,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     from cab_hf.packing import check_token_path, save_tokens
     from cab_hf.report import place_and_dtype
     from cab_hf.run_text import load_teacher
-    from cab_hf.sampling import sample_documents
+    from cab_hf.teachers.sampling import sample_documents
 
     check_token_path(arguments.out)
     device, dtype = place_and_dtype(arguments.device, arguments.dtype)

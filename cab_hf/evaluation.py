@@ -22,7 +22,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cab_hf.data import IGNORE_INDEX, LanguageCollator, shift_labels
 from cab_hf.distillation.modeling_distillation import core_of
-from cab_hf.distillation.teacher import check_vocabularies
 from cab_hf.metrics import (
     distinct_n,
     perplexity_of_sums,
@@ -31,6 +30,7 @@ from cab_hf.metrics import (
     repetition_rate,
     safe_exp,
 )
+from cab_hf.teachers.teacher import check_vocabularies
 
 
 # Dataset of rows, or (n, t) token ids, or rows as dicts or lists of token ids.

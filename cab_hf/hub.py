@@ -14,12 +14,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from cab_hf import card as sections
-from cab_hf.demo import SMOLLM2_LANGUAGE, SMOLLM2_LICENSE, SMOLLM2_SOURCE
 from cab_hf.export import stock_class_name
 from cab_hf.image_data import BUILTIN
 from cab_hf.models import CABMambaConfig, CABVisionMambaConfig
 from cab_hf.publish import shareable
 from cab_hf.recipes import Recipe
+from cab_hf.teachers.demo import SMOLLM2_LANGUAGE, SMOLLM2_LICENSE, SMOLLM2_SOURCE
 
 
 logger = logging.get_logger(__name__)

@@ -16,9 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cab_hf.data import load_documents
-from cab_hf.distillation.alignment import align_targets, student_layout, teacher_layout
-from cab_hf.distillation.alignment import layer_map as map_layers
-from cab_hf.distillation.teacher import TeacherAttention, check_vocabularies
 from cab_hf.export import load_image_processor, load_tokenizer, read_student
 from cab_hf.image_data import load_images
 from cab_hf.images import ImageDataset, normalisation
@@ -27,6 +24,9 @@ from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedMode
 from cab_hf.models.students import MixerPreTrainedModel
 from cab_hf.run_images import load_image_teacher
 from cab_hf.run_text import load_teacher
+from cab_hf.teachers.alignment import align_targets, student_layout, teacher_layout
+from cab_hf.teachers.alignment import layer_map as map_layers
+from cab_hf.teachers.teacher import TeacherAttention, check_vocabularies
 from cab_hf.transfer.calibration import borrowed_teacher
 
 

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.augmentation import two_sizes
 from cab_hf.data import load_documents, split_documents
-from cab_hf.distillation.teacher import Teacher, check_vocabularies
 from cab_hf.evaluation import (
     Blocks,
     associative_recall,
@@ -44,6 +43,7 @@ from cab_hf.recipes import DataArguments, ImageArguments, Recipe, build_recipe
 from cab_hf.run_images import compare_images, load_image_teacher, processor_side
 from cab_hf.run_text import load_teacher
 from cab_hf.speed import image_speed, text_speed
+from cab_hf.teachers.teacher import Teacher, check_vocabularies
 
 
 EVALUATION_NAME, RECIPE_NAME, REPORT_NAME = "evaluation.json", "recipe.yaml", "report.json"

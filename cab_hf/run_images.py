@@ -30,7 +30,6 @@ from transformers.utils import logging
 from cab_hf.augmentation import ImageAugmentation, two_sizes
 from cab_hf.distillation.checkpoints import load_student
 from cab_hf.distillation.modeling_distillation import parse_layer_map
-from cab_hf.distillation.teacher import Teacher
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.image_data import class_balanced_fraction, load_images, split_validation
@@ -39,6 +38,7 @@ from cab_hf.metrics import top_k_accuracy
 from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification
 from cab_hf.recipes import Recipe
 from cab_hf.stages import finetune_stage, run_facts, run_stage
+from cab_hf.teachers.teacher import Teacher
 from cab_hf.transfer import fit_output_projection, vision_student_from_teacher
 from cab_hf.transfer.copying import check_fields
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from cab_hf.distillation.checkpoints import last_whole_checkpoint, load_student
-from cab_hf.distillation.teacher import Teacher
 from cab_hf.distillation.trainer import DistillationTrainer
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.files import write_whole
+from cab_hf.teachers.teacher import Teacher
 
 
 logger = logging.get_logger(__name__)

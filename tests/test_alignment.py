@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cab_hf.distillation.alignment import layer_map, layers_by_influence
+from cab_hf.teachers.alignment import layer_map, layers_by_influence
 
 
 depths = st.integers(1, 60)

@@ -13,7 +13,7 @@ from tiny_models import tiny_model, tiny_vision_model
 from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
 
 from cab_hf.cli import COMMANDS, main
-from cab_hf.demo import random_llama
+from cab_hf.teachers.demo import random_llama
 
 
 @pytest.fixture

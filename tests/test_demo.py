@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cab_hf import demo
+from cab_hf.teachers import demo
 
 
 @pytest.fixture

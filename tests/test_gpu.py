@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from cab_hf import CABMambaConfig, CABMambaForCausalLM, CABVisionMambaConfig, CABVisionMambaForImageClassification
-from cab_hf.demo import random_llama
 from cab_hf.models.mixers import S6Mixer, SSDMixer
-from cab_hf.sampling import sample_documents
+from cab_hf.teachers.demo import random_llama
+from cab_hf.teachers.sampling import sample_documents
 
 
 pytestmark = [

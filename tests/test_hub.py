@@ -14,13 +14,13 @@ from tiny_models import tiny_config, tiny_vision_model
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from cab_hf.card import HEADS, describe_losses, describe_method
-from cab_hf.demo import random_llama
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.hub import build_card, dataset_facts, describe_teacher, public_name, write_card, write_model_card
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaForSequenceClassification, CABMambaModel
 from cab_hf.plots import learning_curves
 from cab_hf.publish import check_card, student_files
 from cab_hf.recipes import build_recipe
+from cab_hf.teachers.demo import random_llama
 
 
 REPORT = {

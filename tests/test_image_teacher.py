@@ -15,7 +15,7 @@ from transformers import (
     ViTForMaskedImageModeling,
 )
 
-from cab_hf.distillation.teacher import Teacher
+from cab_hf.teachers.teacher import Teacher
 
 
 # Options, and tokens in front of the 4 patches.

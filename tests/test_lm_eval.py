@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from cab_hf.demo import random_llama
+from cab_hf.teachers.demo import random_llama
 
 
 pytest.importorskip("lm_eval")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from cab_hf.demo import random_llama
 from cab_hf.packing import IGNORE_INDEX
 from cab_hf.recipes import parse_recipe
 from cab_hf.repeats import LONGEST, SHORTEST, insert_repeats
 from cab_hf.run_text import load_blocks
+from cab_hf.teachers.demo import random_llama
 
 
 SMOKE = Path(__file__).parents[1] / "training_args/smoke.yaml"

@@ -13,7 +13,6 @@ from tiny_images import tiny_image_student, tiny_image_teacher
 from tiny_models import random_ids, tiny_model
 
 from cab_hf.data import load_documents
-from cab_hf.demo import random_llama
 from cab_hf.evaluation import compare
 from cab_hf.image_data import load_images
 from cab_hf.images import make_image_processor
@@ -22,6 +21,7 @@ from cab_hf.models import CABMambaForSequenceClassification
 from cab_hf.packing import pack_documents
 from cab_hf.report import describe, evaluate, read_recipe, write_card_of
 from cab_hf.speed import image_speed, text_speed
+from cab_hf.teachers.demo import random_llama
 
 
 TEXT = "It is a truth that a text of some length has many words, and that few of them are new. "

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cab_hf.cli import main
 from cab_hf.data import load_documents, pack_documents
-from cab_hf.demo import random_llama
-from cab_hf.sampling import sample_documents
+from cab_hf.teachers.demo import random_llama
+from cab_hf.teachers.sampling import sample_documents
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,9 @@ from transformers import (
     StableLmConfig,
 )
 
-from cab_hf.distillation import rotary
-from cab_hf.distillation.attention_interface import register_recording
-from cab_hf.distillation.teacher import Teacher, TeacherAttention, check_vocabularies
+from cab_hf.teachers import rotary
+from cab_hf.teachers.attention_interface import register_recording
+from cab_hf.teachers.teacher import Teacher, TeacherAttention, check_vocabularies
 
 
 TEXT = {

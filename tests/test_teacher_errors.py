@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from cab_hf.distillation.teacher import Teacher
+from cab_hf.teachers.teacher import Teacher
 
 
 def image_classifier(family, **options):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cab_hf import CABVisionMambaConfig
-from cab_hf.distillation.alignment import (
+from cab_hf.teachers.alignment import (
     TokenLayout,
     align_targets,
     align_tokens,
@@ -17,7 +17,7 @@ from cab_hf.distillation.alignment import (
     student_layout,
     teacher_layout,
 )
-from cab_hf.distillation.teacher import TeacherAttention, TeacherOutput
+from cab_hf.teachers.teacher import TeacherAttention, TeacherOutput
 
 
 def tokens(*values: float) -> Tensor:

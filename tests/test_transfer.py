@@ -25,8 +25,8 @@ from transformers import (
     SmolLM3Config,
 )
 
-from cab_hf.distillation.teacher import Teacher
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaForSequenceClassification
+from cab_hf.teachers.teacher import Teacher
 from cab_hf.transfer import (
     FAMILIES,
     calibrate_output_norm,

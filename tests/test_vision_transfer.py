@@ -32,8 +32,8 @@ from transformers import (
     ViTModel,
 )
 
-from cab_hf.distillation.teacher import Teacher
 from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification, CABVisionMambaModel
+from cab_hf.teachers.teacher import Teacher
 from cab_hf.transfer import (
     VISION_FAMILIES,
     calibrate_output_norm,

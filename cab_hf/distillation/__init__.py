@@ -2,10 +2,10 @@
 
 from cab_hf.distillation.bridge import AttentionBridge
 from cab_hf.distillation.modeling_distillation import DistillationModel
-from cab_hf.distillation.recorded_teacher import RecordedTeacher, record_teacher
-from cab_hf.distillation.teacher import Teacher, TeacherAttention
 from cab_hf.distillation.trainer import DistillationTrainer
 from cab_hf.distillation.training_args import DistillationTrainingArguments
+from cab_hf.teachers.recorded_teacher import RecordedTeacher, record_teacher
+from cab_hf.teachers.teacher import Teacher, TeacherAttention
 
 
 __all__ = [

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cab_hf.distillation.modeling_distillation import core_of
-from cab_hf.distillation.recorded_teacher import RecordedTeacher
-from cab_hf.distillation.teacher import Teacher, check_vocabularies
 from cab_hf.distillation.training_args import DistillationTrainingArguments
+from cab_hf.teachers.recorded_teacher import RecordedTeacher
+from cab_hf.teachers.teacher import Teacher, check_vocabularies
 
 
 def check_student(student: nn.Module) -> None:

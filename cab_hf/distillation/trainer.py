@@ -17,7 +17,6 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
-from cab_hf.distillation.alignment import align_targets, student_layout, teacher_layout
 from cab_hf.distillation.checkpoints import (
     check_written_by,
     fill_everywhere,
@@ -35,11 +34,12 @@ from cab_hf.distillation.modeling_distillation import (
     DistillationModel,
     DistillationOutput,
 )
-from cab_hf.distillation.recorded_teacher import RecordedTeacher
-from cab_hf.distillation.teacher import Teacher, TeacherOutput, with_positions
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
 from cab_hf.packing import IGNORE_INDEX, Documents, shift_labels
 from cab_hf.publish import push_trainer
+from cab_hf.teachers.alignment import align_targets, student_layout, teacher_layout
+from cab_hf.teachers.recorded_teacher import RecordedTeacher
+from cab_hf.teachers.teacher import Teacher, TeacherOutput, with_positions
 
 
 logger = logging.get_logger(__name__)

@@ -77,7 +77,7 @@ class DistillationTrainingArguments(TrainingArguments):
         default="floor",
         metadata={
             "help": "Teacher layer of each student layer: floor (the paper's), uniform, last, or indices '0,2,5', for "
-            "instance those of `cab_hf.distillation.alignment.layers_by_influence`."
+            "instance those of `cab_hf.teachers.alignment.layers_by_influence`."
         },
     )
     target_map: str = field(

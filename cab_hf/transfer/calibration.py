@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cab_hf.distillation.alignment import layer_map as map_layers
-from cab_hf.distillation.teacher import Teacher
 from cab_hf.models.mixers import BidirectionalProjections, S6Mixer, SSDMixer, SSMProjections
 from cab_hf.models.students import MixerPreTrainedModel
+from cab_hf.teachers.alignment import layer_map as map_layers
+from cab_hf.teachers.teacher import Teacher
 
 
 @torch.no_grad()

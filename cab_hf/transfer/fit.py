@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cab_hf.distillation.alignment import align_targets, student_layout, teacher_layout
-from cab_hf.distillation.alignment import layer_map as map_layers
-from cab_hf.distillation.teacher import TeacherOutput
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
 from cab_hf.models.students import MixerPreTrainedModel
+from cab_hf.teachers.alignment import align_targets, student_layout, teacher_layout
+from cab_hf.teachers.alignment import layer_map as map_layers
+from cab_hf.teachers.teacher import TeacherOutput
 from cab_hf.transfer.calibration import borrowed_teacher
 from cab_hf.transfer.families import family_of
 from cab_hf.transfer.vision import vision_family_of

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cab_hf.distillation.alignment import layer_map as map_layers
 from cab_hf.models.configuration_cab_mamba import CABMambaConfig
 from cab_hf.models.modeling_cab_mamba import (
     CABMambaForCausalLM,
     CABMambaForSequenceClassification,
     CABMambaPreTrainedModel,
 )
+from cab_hf.teachers.alignment import layer_map as map_layers
 from cab_hf.transfer.calibration import calibrate_output_norm
 from cab_hf.transfer.copying import cast, check_fields, copy_bias, copy_block, copy_norm, copy_tensor, mixer_fields
 from cab_hf.transfer.families import family_of

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from cab_hf.distillation.alignment import layer_map as map_layers
 from cab_hf.models.configuration_cab_vision_mamba import CABVisionMambaConfig
 from cab_hf.models.modeling_cab_vision_mamba import (
     CABVisionMambaEmbeddings,
@@ -27,6 +26,7 @@ from cab_hf.models.modeling_cab_vision_mamba import (
     CABVisionMambaPreTrainedModel,
     insert_tokens,
 )
+from cab_hf.teachers.alignment import layer_map as map_layers
 from cab_hf.transfer.calibration import calibrate_output_norm
 from cab_hf.transfer.copying import (
     cast,

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cab_hf.data import load_documents, save_tokens, split_documents
-from cab_hf.sampling import sample_documents
+from cab_hf.teachers.sampling import sample_documents
 
 
 OUTPUT = Path("outputs/small_lm")

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cab_hf.distillation.teacher import TeacherAttention, TeacherOutput
 from cab_hf.models import CABVisionMambaConfig
+from cab_hf.teachers.teacher import TeacherAttention, TeacherOutput
 
 
 def layer_map(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from cab_hf.distillation.attention_interface import AttentionCall, base_of, register_recording
-from cab_hf.distillation.rotary import RotaryPlan, find_plan, recorded_tables, relative_error, undo_rotary
+from cab_hf.teachers.attention_interface import AttentionCall, base_of, register_recording
+from cab_hf.teachers.rotary import RotaryPlan, find_plan, recorded_tables, relative_error, undo_rotary
 
 
 logger = logging.get_logger(__name__)

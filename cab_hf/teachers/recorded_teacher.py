@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cab_hf.distillation.teacher import (
+from cab_hf.files import write_whole, written_whole
+from cab_hf.teachers.teacher import (
     Teacher,
     TeacherAttention,
     TeacherOutput,
     positions_from_documents,
     with_positions,
 )
-from cab_hf.files import write_whole, written_whole
 
 
 INDEX_NAME = "index.json"
