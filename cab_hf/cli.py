@@ -175,8 +175,8 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from cab_hf.data import load_documents
-    from cab_hf.packing import check_token_path, save_tokens
+    from cab_hf.data.documents import load_documents
+    from cab_hf.data.packing import check_token_path, save_tokens
     from cab_hf.report import place_and_dtype
     from cab_hf.run_text import load_teacher
     from cab_hf.teachers.sampling import sample_documents

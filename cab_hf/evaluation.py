@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cab_hf.data import IGNORE_INDEX, LanguageCollator, shift_labels
+from cab_hf.data.documents import IGNORE_INDEX, LanguageCollator, shift_labels
 from cab_hf.distillation.modeling_distillation import core_of
 from cab_hf.metrics import (
     distinct_n,

@@ -13,7 +13,7 @@ import evaluate
 import numpy as np
 from transformers import EvalPrediction
 
-from cab_hf.packing import IGNORE_INDEX
+from cab_hf.data.packing import IGNORE_INDEX
 
 
 _Z95 = 1.959964

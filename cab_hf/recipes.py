@@ -14,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from cab_hf.augmentation import AugmentationArguments
+from cab_hf.data.augmentation import AugmentationArguments
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 
 

@@ -21,8 +21,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cab_hf.augmentation import two_sizes
-from cab_hf.data import load_documents, split_documents
+from cab_hf.data.augmentation import two_sizes
+from cab_hf.data.documents import load_documents, split_documents
+from cab_hf.data.image_sources import load_images
+from cab_hf.data.images import ImageDataset, collate_images, normalisation
+from cab_hf.data.packing import pack_documents
 from cab_hf.evaluation import (
     Blocks,
     associative_recall,
@@ -33,11 +36,8 @@ from cab_hf.evaluation import (
 from cab_hf.export import load_image_processor, load_tokenizer, read_student
 from cab_hf.files import write_whole
 from cab_hf.hub import dataset_facts, license_of, public_name, write_model_card
-from cab_hf.image_data import load_images
-from cab_hf.images import ImageDataset, collate_images, normalisation
 from cab_hf.metrics import crossing_length
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
-from cab_hf.packing import pack_documents
 from cab_hf.plots import recall_curves, speed_curves
 from cab_hf.recipes import DataArguments, ImageArguments, Recipe, build_recipe
 from cab_hf.run_images import compare_images, load_image_teacher, processor_side

@@ -27,13 +27,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from cab_hf.augmentation import ImageAugmentation, two_sizes
+from cab_hf.data.augmentation import ImageAugmentation, two_sizes
+from cab_hf.data.image_sources import class_balanced_fraction, load_images, split_validation
+from cab_hf.data.images import ImageDataset, RepeatedSampler, collate_images, make_image_processor, normalisation
 from cab_hf.distillation.checkpoints import load_student
 from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.distillation.training_args import DistillationTrainingArguments
-from cab_hf.image_data import class_balanced_fraction, load_images, split_validation
-from cab_hf.images import ImageDataset, RepeatedSampler, collate_images, make_image_processor, normalisation
 from cab_hf.metrics import top_k_accuracy
 from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification
 from cab_hf.recipes import Recipe
@@ -452,7 +452,7 @@ def processor_side(processor: BaseImageProcessor) -> int:
     if len(sides) != 1:
         raise ValueError(
             f"The teacher's processor makes images of {size}; recipes are for square ones. Save the teacher with a "
-            "processor of one size: cab_hf.images.make_image_processor."
+            "processor of one size: cab_hf.data.images.make_image_processor."
         )
     return sides.pop()
 

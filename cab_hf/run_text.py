@@ -17,15 +17,15 @@ from transformers import (
     set_seed,
 )
 
-from cab_hf.data import load_documents, split_documents
+from cab_hf.data.documents import load_documents, split_documents
+from cab_hf.data.packing import LanguageCollator, pack_documents, save_tokens
+from cab_hf.data.repeats import insert_repeats
 from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.evaluation import check_packing, compare, copying_recall, sample
 from cab_hf.hub import public_name
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
-from cab_hf.packing import LanguageCollator, pack_documents, save_tokens
 from cab_hf.recipes import DataArguments, Recipe
-from cab_hf.repeats import insert_repeats
 from cab_hf.stages import finetune_stage, run_facts, run_stage
 from cab_hf.teachers.demo import fetch_smollm2, random_llama
 from cab_hf.teachers.sampling import PROMPT_LENGTH, longest_document, sample_documents

@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from cab_hf import augmentation
-from cab_hf.augmentation import (
+from cab_hf.data.augmentation import (
     OPERATIONS,
     AugmentationArguments,
     ImageAugmentation,
@@ -23,6 +22,7 @@ from cab_hf.augmentation import (
     warp,
     warp_maps,
 )
+from cab_hf.data.documents import augmentation
 
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

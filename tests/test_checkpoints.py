@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cab_hf import CABMambaForCausalLM, DistillationTrainer
+from cab_hf.data.packing import LanguageCollator
 from cab_hf.distillation.checkpoints import last_whole_checkpoint, load_student
 from cab_hf.distillation.training_args import LOSSES
-from cab_hf.packing import LanguageCollator
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}

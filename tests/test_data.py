@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cab_hf.data import (
+from cab_hf.data.documents import (
     LanguageCollator,
     load_documents,
     pack_documents,

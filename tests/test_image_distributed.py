@@ -14,7 +14,7 @@ from tiny_images import image_rows, make_image_trainer, tiny_image_student, tiny
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cab_hf.augmentation import two_sizes
+from cab_hf.data.augmentation import two_sizes
 from cab_hf.distillation.training_args import LOSSES
 
 

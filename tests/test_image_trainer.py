@@ -30,7 +30,7 @@ from tiny_images import (
 from torch import Tensor, nn
 from transformers import SwinConfig, SwinForImageClassification
 
-from cab_hf.augmentation import two_sizes
+from cab_hf.data.augmentation import two_sizes
 from cab_hf.distillation.training_args import LOSSES
 
 

@@ -25,10 +25,11 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from cab_hf import image_data, images
-from cab_hf.augmentation import normalise
-from cab_hf.image_data import class_balanced_fraction, images_to_dataset, load_images, split_validation
-from cab_hf.images import (
+from cab_hf.data.augmentation import normalise
+from cab_hf.data.documents import image_sources as image_data
+from cab_hf.data.documents import images
+from cab_hf.data.image_sources import class_balanced_fraction, images_to_dataset, load_images, split_validation
+from cab_hf.data.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageDataset,

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_vision_model
 
 from cab_hf import models
+from cab_hf.data.images import make_image_processor
 from cab_hf.hub import build_card, write_card
-from cab_hf.images import make_image_processor
 from cab_hf.publish import shareable, student_files
 from cab_hf.teachers.demo import random_llama
 

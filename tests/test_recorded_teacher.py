@@ -20,7 +20,7 @@ from tiny_distillation import (
 from transformers import LlamaForCausalLM, default_data_collator
 
 from cab_hf import RecordedTeacher, Teacher, record_teacher
-from cab_hf.packing import LanguageCollator
+from cab_hf.data.packing import LanguageCollator
 from cab_hf.teachers.recorded_teacher import RecordedHead, documents
 
 

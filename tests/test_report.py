@@ -12,13 +12,13 @@ from huggingface_hub import ModelCard
 from tiny_images import tiny_image_student, tiny_image_teacher
 from tiny_models import random_ids, tiny_model
 
-from cab_hf.data import load_documents
+from cab_hf.data.documents import load_documents
+from cab_hf.data.image_sources import load_images
+from cab_hf.data.images import make_image_processor
+from cab_hf.data.packing import pack_documents
 from cab_hf.evaluation import compare
-from cab_hf.image_data import load_images
-from cab_hf.images import make_image_processor
 from cab_hf.metrics import crossing_length
 from cab_hf.models import CABMambaForSequenceClassification
-from cab_hf.packing import pack_documents
 from cab_hf.report import describe, evaluate, read_recipe, write_card_of
 from cab_hf.speed import image_speed, text_speed
 from cab_hf.teachers.demo import random_llama

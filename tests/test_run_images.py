@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from cab_hf.image_data import images_to_dataset
-from cab_hf.images import make_image_processor
+from cab_hf.data.image_sources import images_to_dataset
+from cab_hf.data.images import make_image_processor
 from cab_hf.recipes import parse_recipe
 from cab_hf.run import run_recipe
 from cab_hf.run_images import compare_images, load_rows, processor_side

@@ -28,8 +28,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassifica
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cab_hf import CABMambaForCausalLM, CABMambaForSequenceClassification, Teacher
+from cab_hf.data.packing import LanguageCollator
 from cab_hf.distillation.training_args import LOSSES
-from cab_hf.packing import LanguageCollator
 
 
 LAYER_MAP = (0, 2)
@@ -367,7 +367,9 @@ def test_text_that_is_not_tokenised_teaches(tmp_path, streams, relative_loss):
     rows = texts.to_iterable_dataset() if streams else texts
     options = {"relative_loss": relative_loss, "bridge_centered": False, "max_steps": 1}
     trainer, _ = make_trainer(tmp_path, rows, **options)
-    with pytest.raises(ValueError, match=r"columns \['text', 'id'\].*no `input_ids`.*cab_hf.data.pack_documents"):
+    with pytest.raises(
+        ValueError, match=r"columns \['text', 'id'\].*no `input_ids`.*cab_hf.data.documents.pack_documents"
+    ):
         trainer.train()
 
     def tokenise(rows):

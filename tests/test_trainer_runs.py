@@ -29,12 +29,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from cab_hf import DistillationTrainer, Teacher
+from cab_hf.data.packing import shift_labels
 from cab_hf.distillation import modeling_distillation
 from cab_hf.distillation.bridge import AttentionBridge
 from cab_hf.distillation.cuda_graph import GraphedStep
 from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
-from cab_hf.packing import shift_labels
 
 
 MIXERS = ("mamba", "mamba2")

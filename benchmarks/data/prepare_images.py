@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cab_hf.image_data import CIFAR10_PACKAGE, read_cifar10_sheets
+from cab_hf.data.image_sources import CIFAR10_PACKAGE, read_cifar10_sheets
 
 
 CIFAR10_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"

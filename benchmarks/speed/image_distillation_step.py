@@ -15,8 +15,8 @@ from distillation_step import StepTimer, fresh_memory, row, save_report, step_pa
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, Dinov2Config
 
+from cab_hf.data.images import collate_images, make_image_processor
 from cab_hf.distillation.trainer import DistillationTrainer, make_teacher
-from cab_hf.images import collate_images, make_image_processor
 from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification
 from cab_hf.recipes import parse_recipe
 from cab_hf.run_images import make_transform

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from cab_hf.packing import IGNORE_INDEX
+from cab_hf.data.packing import IGNORE_INDEX
 
 
 IMPOSSIBLE_LOGIT = -1e4

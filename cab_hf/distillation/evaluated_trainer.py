@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from cab_hf.data.packing import shift_labels
 from cab_hf.distillation.chunked_kl import chunked_kl_ce
 from cab_hf.distillation.modeling_distillation import DistillationOutput
 from cab_hf.distillation.training_args import LOSSES
-from cab_hf.packing import shift_labels
 
 
 class EvaluatedTrainer(Trainer):

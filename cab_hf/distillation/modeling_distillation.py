@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from cab_hf.data.packing import shift_labels
 from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair, Role, bridge_targets
 from cab_hf.distillation.losses import (
     LogitsLoss,
@@ -26,7 +27,6 @@ from cab_hf.distillation.losses import (
 )
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
 from cab_hf.models.mixers import BidirectionalProjections, SSMProjections
-from cab_hf.packing import shift_labels
 from cab_hf.teachers.alignment import layer_map
 from cab_hf.teachers.teacher import Teacher, TeacherAttention, TeacherOutput
 

@@ -17,6 +17,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
+from cab_hf.data.packing import IGNORE_INDEX, Documents, shift_labels
 from cab_hf.distillation.checkpoints import (
     check_written_by,
     fill_everywhere,
@@ -35,7 +36,6 @@ from cab_hf.distillation.modeling_distillation import (
     DistillationOutput,
 )
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
-from cab_hf.packing import IGNORE_INDEX, Documents, shift_labels
 from cab_hf.publish import push_trainer
 from cab_hf.teachers.alignment import align_targets, student_layout, teacher_layout
 from cab_hf.teachers.recorded_teacher import RecordedTeacher
@@ -69,7 +69,7 @@ class DistillationTrainer(EvaluatedTrainer):
         trainer_kwargs: of [`~transformers.Trainer`], such as `train_dataset`, `eval_dataset`, `data_collator`,
             `processing_class`, `callbacks`.
         batch_transform: takes each batch, on its device, and whether it is trained on: augmentation, for instance
-            [`~cab_hf.augmentation.ImageAugmentation`]. `teacher_pixel_values` beside `pixel_values` show the teacher
+            [`~cab_hf.data.augmentation.ImageAugmentation`]. `teacher_pixel_values` beside `pixel_values` show the teacher
             the same images at its own size.
         train_sampler: order of the training examples, instead of the Trainer's.
 
@@ -257,7 +257,7 @@ class DistillationTrainer(EvaluatedTrainer):
             return
         raise ValueError(
             f"`train_dataset` has the columns {columns}, but no `input_ids`: it is not tokenised. Pass "
-            "`cab_hf.data.pack_documents(dataset, tokenizer, block_size)`, which reads a column `text` "
+            "`cab_hf.data.documents.pack_documents(dataset, tokenizer, block_size)`, which reads a column `text` "
             "(`pad_documents` gives each document its own rows), or set `remove_unused_columns=False` for a "
             "`data_collator` that tokenises."
         )

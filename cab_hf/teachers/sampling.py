@@ -16,8 +16,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cab_hf.data.packing import TOKENISED, Documents, pack_documents, vocabulary_digest
 from cab_hf.evaluation import generating, num_positions
-from cab_hf.packing import TOKENISED, Documents, pack_documents, vocabulary_digest
 
 
 PROMPT_LENGTH = 16

@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cab_hf import Teacher
-from cab_hf.augmentation import normalise
-from cab_hf.data import load_documents
+from cab_hf.data.augmentation import normalise
+from cab_hf.data.documents import load_documents
+from cab_hf.data.image_sources import load_images
+from cab_hf.data.images import ImageDataset, normalisation
+from cab_hf.data.packing import pack_documents
 from cab_hf.distillation.bridge import ROLES, bridge_targets
 from cab_hf.distillation.losses import mean_square, token_mean
-from cab_hf.image_data import load_images
-from cab_hf.images import ImageDataset, normalisation
-from cab_hf.packing import pack_documents
 from cab_hf.run_images import load_image_teacher, processor_side
 from cab_hf.run_text import load_teacher
 

@@ -22,9 +22,9 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from cab_hf import CABMambaConfig, CABMambaForCausalLM, DistillationTrainer, DistillationTrainingArguments
+from cab_hf.data.packing import IGNORE_INDEX, LanguageCollator
+from cab_hf.data.repeats import insert_repeats
 from cab_hf.evaluation import copying_recall
-from cab_hf.packing import IGNORE_INDEX, LanguageCollator
-from cab_hf.repeats import insert_repeats
 from cab_hf.transfer import fit_output_projection
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from cab_hf import CABMambaForCausalLM
-from cab_hf.data import load_documents, split_documents
+from cab_hf.data.documents import load_documents, split_documents
+from cab_hf.data.packing import LanguageCollator, pack_documents
 from cab_hf.evaluation import compare
-from cab_hf.packing import LanguageCollator, pack_documents
 from cab_hf.run_text import load_teacher
 from cab_hf.transfer import calibrate_output_norm, fit_output_projection
 

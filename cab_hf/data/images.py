@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from cab_hf.image_data import require_pillow
+from cab_hf.data.image_sources import require_pillow
 
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from cab_hf.packing import IGNORE_INDEX
+from cab_hf.data.packing import IGNORE_INDEX
 
 
 SHORTEST, LONGEST = 8, 128

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
-from cab_hf.packing import (
+from cab_hf.data.packing import (
     IGNORE_INDEX,
     TOKEN_SUFFIX,
     TOKENISED,
@@ -336,7 +336,7 @@ def _token_files(paths: tuple[str, ...], stamps: tuple) -> Iterator[dict]:
         with np.load(path) as file:
             missing = [name for name in ("tokens", "offsets", "names", "vocabulary") if name not in file]
             if missing:
-                raise ValueError(f"{path} lacks the arrays {missing}. Write it by cab_hf.data.save_tokens.")
+                raise ValueError(f"{path} lacks the arrays {missing}. Write it by cab_hf.data.documents.save_tokens.")
             tokens, offsets, names = file["tokens"], file["offsets"], file["names"]
             vocabulary = str(file["vocabulary"])
         for start, stop, name in zip(offsets[:-1], offsets[1:], names, strict=True):

@@ -1,0 +1,1 @@
+"""Texts and images, from where they are to what a model reads."""
