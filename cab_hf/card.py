@@ -348,7 +348,7 @@ def _count(head: Head, name: str, report: Mapping[str, Any]) -> int:
     if missing:
         raise ValueError(
             f"The report on {name!r} lacks {missing} (it has {sorted(report)}), but a card of {head.task} needs them. "
-            "Give what cab_hf.evaluation.compare or cab_hf.run_images.compare_images returns, or these numbers."
+            "Give what cab_hf.evaluation.language.compare or cab_hf.run_images.compare_images returns, or these numbers."
         )
     return int(report[f"n_{head.unit}"])
 

@@ -85,7 +85,7 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from cab_hf.inspection import describe, inspect
+    from cab_hf.evaluation.inspection import describe, inspect
 
     report = inspect(
         arguments.folder,

@@ -58,7 +58,7 @@ def build_card(
     Args:
         folder: The saved student: `config.json` and its safetensors. The class that its config names under
             `architectures` decides what the card says of its use.
-        metrics: Name of a text -> report of `cab_hf.evaluation.compare` on it. A report may hold under `recall`
+        metrics: Name of a text -> report of `cab_hf.evaluation.language.compare` on it. A report may hold under `recall`
             reports of `copying_recall`, as {gap: {"teacher": ..., "student": ...}}. Of an image student: name of a
             set -> report of `cab_hf.run_images.compare_images`, under `baselines` perhaps those of other methods. Of
             a classifier of texts: name of a text -> {"student_accuracy", "n_texts"} and, where they are known,

@@ -26,23 +26,23 @@ from cab_hf.data.documents import load_documents, split_documents
 from cab_hf.data.image_sources import load_images
 from cab_hf.data.images import ImageDataset, collate_images, normalisation
 from cab_hf.data.packing import pack_documents
-from cab_hf.evaluation import (
+from cab_hf.evaluation.language import (
     Blocks,
     associative_recall,
     compare,
     copying_recall,
     generate,
 )
+from cab_hf.evaluation.metrics import crossing_length
+from cab_hf.evaluation.plots import recall_curves, speed_curves
+from cab_hf.evaluation.speed import image_speed, text_speed
 from cab_hf.export import load_image_processor, load_tokenizer, read_student
 from cab_hf.files import write_whole
 from cab_hf.hub import dataset_facts, license_of, public_name, write_model_card
-from cab_hf.metrics import crossing_length
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
-from cab_hf.plots import recall_curves, speed_curves
 from cab_hf.recipes import DataArguments, ImageArguments, Recipe, build_recipe
 from cab_hf.run_images import compare_images, load_image_teacher, processor_side
 from cab_hf.run_text import load_teacher
-from cab_hf.speed import image_speed, text_speed
 from cab_hf.teachers.teacher import Teacher, check_vocabularies
 
 

@@ -34,7 +34,7 @@ from cab_hf.distillation.checkpoints import load_student
 from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.distillation.training_args import DistillationTrainingArguments
-from cab_hf.metrics import top_k_accuracy
+from cab_hf.evaluation.metrics import top_k_accuracy
 from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification
 from cab_hf.recipes import Recipe
 from cab_hf.stages import finetune_stage, run_facts, run_stage

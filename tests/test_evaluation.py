@@ -20,14 +20,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cab_hf.evaluation import (
+from cab_hf.evaluation.language import (
     compare,
     copying_recall,
     perplexity,
     sample,
     throughput,
 )
-from cab_hf.metrics import perplexity_of_sums, ratio_interval, wilson_interval
+from cab_hf.evaluation.metrics import perplexity_of_sums, ratio_interval, wilson_interval
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 
 

@@ -15,9 +15,9 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from cab_hf.card import HEADS, describe_losses, describe_method
 from cab_hf.distillation.training_args import DistillationTrainingArguments
+from cab_hf.evaluation.plots import learning_curves
 from cab_hf.hub import build_card, dataset_facts, describe_teacher, public_name, write_card, write_model_card
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaForSequenceClassification, CABMambaModel
-from cab_hf.plots import learning_curves
 from cab_hf.publish import check_card, student_files
 from cab_hf.recipes import build_recipe
 from cab_hf.teachers.demo import random_llama
@@ -556,7 +556,7 @@ class TestLearningCurves:
         drawing = path.read_text()
         assert drawing.count("<svg") == 1
         assert all(f"<!-- {tick} -->" in drawing for tick in ("0.4", "1", "2"))  # as numbers, not as powers
-        from cab_hf.plots import _points
+        from cab_hf.evaluation.plots import _points
 
         assert _points(history, "kl") == ([5, 10, 15, 20], [2.0, 1.0, 0.5, 0.4])
 

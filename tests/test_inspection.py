@@ -8,7 +8,7 @@ from tiny_distillation import tiny_student, tiny_teacher
 from tiny_models import random_ids, random_images, tiny_model, tiny_vision_model
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from cab_hf.inspection import attention_similarity, inspect, layer_table, parameter_table, plot_attention
+from cab_hf.evaluation.inspection import attention_similarity, inspect, layer_table, parameter_table, plot_attention
 from cab_hf.teachers.demo import random_llama
 from cab_hf.transfer import student_from_teacher
 

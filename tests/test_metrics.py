@@ -17,8 +17,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from cab_hf.evaluation import associative_recall, generate, perplexity
-from cab_hf.metrics import (
+from cab_hf.evaluation.language import associative_recall, generate, perplexity
+from cab_hf.evaluation.metrics import (
     Perplexity,
     Recall,
     TopKAccuracy,

@@ -25,7 +25,7 @@ from cab_hf import run as run_module
 from cab_hf.data.documents import load_documents
 from cab_hf.data.packing import LanguageCollator
 from cab_hf.distillation.trainer import DistillationTrainer
-from cab_hf.evaluation import compare
+from cab_hf.evaluation.language import compare
 from cab_hf.recipes import build_recipe, load_recipe, parse_recipe
 from cab_hf.run import run_recipe, summary
 from cab_hf.run_text import load_blocks

@@ -16,11 +16,11 @@ from cab_hf.data.documents import load_documents
 from cab_hf.data.image_sources import load_images
 from cab_hf.data.images import make_image_processor
 from cab_hf.data.packing import pack_documents
-from cab_hf.evaluation import compare
-from cab_hf.metrics import crossing_length
+from cab_hf.evaluation.language import compare
+from cab_hf.evaluation.metrics import crossing_length
+from cab_hf.evaluation.speed import image_speed, text_speed
 from cab_hf.models import CABMambaForSequenceClassification
 from cab_hf.report import describe, evaluate, read_recipe, write_card_of
-from cab_hf.speed import image_speed, text_speed
 from cab_hf.teachers.demo import random_llama
 
 

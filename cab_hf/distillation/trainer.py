@@ -122,7 +122,7 @@ class DistillationTrainer(EvaluatedTrainer):
             if trainer_kwargs.get(name) is not None:
                 raise ValueError(
                     f"`{name}` is not used here: evaluation keeps no logits, the losses are the arguments' weights, "
-                    "and the student is given. Leave it out; `cab_hf.evaluation` measures a finished student."
+                    "and the student is given. Leave it out; `cab_hf.evaluation.language` measures a finished student."
                 )
         if args.trainable is not None:
             freeze_others(student, args.trainable)

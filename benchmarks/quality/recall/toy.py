@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from cab_hf import CABMambaConfig, CABMambaForCausalLM, DistillationTrainer, DistillationTrainingArguments
 from cab_hf.data.packing import IGNORE_INDEX, LanguageCollator
 from cab_hf.data.repeats import insert_repeats
-from cab_hf.evaluation import copying_recall
+from cab_hf.evaluation.language import copying_recall
 from cab_hf.transfer import fit_output_projection
 
 

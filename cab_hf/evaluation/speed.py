@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cab_hf.evaluation import evaluating, num_positions, throughput
+from cab_hf.evaluation.language import evaluating, num_positions, throughput
 
 
 def text_speed(

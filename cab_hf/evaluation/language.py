@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cab_hf.data.documents import IGNORE_INDEX, LanguageCollator, shift_labels
 from cab_hf.distillation.modeling_distillation import core_of
-from cab_hf.metrics import (
+from cab_hf.evaluation.metrics import (
     distinct_n,
     perplexity_of_sums,
     ratio_interval,
