@@ -50,13 +50,13 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from cab_hf.export import export_onnx, export_stock
+    from cab_hf.export.stock import export_onnx, export_stock
 
     if arguments.to == "onnx":
         print(export_onnx(arguments.folder, arguments.out, tokens=arguments.tokens))
         return
     if arguments.to == "gguf":
-        from cab_hf.gguf_export import export_gguf
+        from cab_hf.export.gguf import export_gguf
 
         print(export_gguf(arguments.folder, arguments.out, compact=arguments.compact))
         return

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from cab_hf import card as sections
 from cab_hf.data.image_sources import BUILTIN
-from cab_hf.export import stock_class_name
+from cab_hf.export.stock import stock_class_name
 from cab_hf.models import CABMambaConfig, CABVisionMambaConfig
 from cab_hf.publish import shareable
 from cab_hf.recipes import Recipe

@@ -36,7 +36,7 @@ from cab_hf.evaluation.language import (
 from cab_hf.evaluation.metrics import crossing_length
 from cab_hf.evaluation.plots import recall_curves, speed_curves
 from cab_hf.evaluation.speed import image_speed, text_speed
-from cab_hf.export import load_image_processor, load_tokenizer, read_student
+from cab_hf.export.stock import load_image_processor, load_tokenizer, read_student
 from cab_hf.files import write_whole
 from cab_hf.hub import dataset_facts, license_of, public_name, write_model_card
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel

@@ -19,7 +19,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from cab_hf.export import export_onnx, export_stock, from_stock, read_student, to_program, to_stock
+from cab_hf.export.stock import export_onnx, export_stock, from_stock, read_student, to_program, to_stock
 from cab_hf.models import CABMambaForCausalLM
 from cab_hf.transfer import student_from_teacher
 

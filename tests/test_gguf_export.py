@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 gguf = pytest.importorskip("gguf")
 
-from cab_hf.gguf_export import export_gguf  # noqa: E402
+from cab_hf.export.gguf import export_gguf  # noqa: E402
 
 
 SSD = {"mixer_type": "mamba2", "n_groups": 2}

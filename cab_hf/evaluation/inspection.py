@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from cab_hf.data.documents import load_documents
 from cab_hf.data.image_sources import load_images
 from cab_hf.data.images import ImageDataset, normalisation
-from cab_hf.export import load_image_processor, load_tokenizer, read_student
+from cab_hf.export.stock import load_image_processor, load_tokenizer, read_student
 from cab_hf.models.mixers import StateSpaceBranch
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
 from cab_hf.models.students import MixerPreTrainedModel

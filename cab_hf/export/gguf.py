@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cab_hf.export import load_tokenizer, read_student, to_stock
+from cab_hf.export.stock import load_tokenizer, read_student, to_stock
 from cab_hf.files import written_whole
 
 
@@ -52,7 +52,7 @@ def export_gguf(folder: str | Path, out: str | Path, *, compact: bool = False) -
     Args:
         folder: a saved student, or its Hub id.
         out: folder to write `model.gguf` into.
-        compact: as in `cab_hf.export.to_stock`.
+        compact: as in `cab_hf.export.stock.to_stock`.
 
     Returns:
         The file. Factors of a student with `conv_activation=None` are too small for float16 and integer formats:

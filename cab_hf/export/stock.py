@@ -557,7 +557,7 @@ def export_onnx(folder: str | Path, out: str | Path, *, tokens: int = 128) -> Pa
     student = read_student(folder).float()
     program = to_program(student, tokens)
     try:
-        from cab_hf.onnx_operators import selective_scan
+        from cab_hf.export.onnx_operators import selective_scan
     except ImportError as error:
         raise ImportError("ONNX needs onnx and onnxscript. Run `pip install cab-hf[export]`.") from error
 

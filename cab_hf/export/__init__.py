@@ -1,0 +1,1 @@
+"""Students as models that run without this package."""
