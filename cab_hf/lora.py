@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from cab_hf.hub import describe_teacher, is_repo_id, write_card
+from cab_hf.hub.card import describe_teacher, is_repo_id, write_card
 from cab_hf.models.students import UNFILLED
 
 

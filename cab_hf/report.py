@@ -38,7 +38,7 @@ from cab_hf.evaluation.plots import recall_curves, speed_curves
 from cab_hf.evaluation.speed import image_speed, text_speed
 from cab_hf.export.stock import load_image_processor, load_tokenizer, read_student
 from cab_hf.files import write_whole
-from cab_hf.hub import dataset_facts, license_of, public_name, write_model_card
+from cab_hf.hub.card import dataset_facts, license_of, public_name, write_model_card
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
 from cab_hf.recipes import DataArguments, ImageArguments, Recipe, build_recipe
 from cab_hf.run_images import compare_images, load_image_teacher, processor_side
@@ -193,7 +193,7 @@ def write_card_of(folder: str | Path, *, license: str | None = None, overwrite: 
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} has no {name}, so nothing is known of its training. Name the output_dir of a finished "
-                "recipe, or make the card by cab_hf.hub.build_card."
+                "recipe, or make the card by cab_hf.hub.card.build_card."
             )
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists and is left as it is. Pass overwrite (--overwrite) to replace it.")

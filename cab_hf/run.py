@@ -14,8 +14,8 @@ import yaml
 from cab_hf import run_images, run_text
 from cab_hf.evaluation.plots import learning_curves
 from cab_hf.files import write_whole
-from cab_hf.hub import hub_ids, is_repo_id, license_of, write_model_card
-from cab_hf.publish import CARD_NAME, check_access, publish_folder
+from cab_hf.hub.card import hub_ids, is_repo_id, license_of, write_model_card
+from cab_hf.hub.publish import CARD_NAME, check_access, publish_folder
 from cab_hf.recipes import Recipe, default_of, parse_recipe
 
 

@@ -23,7 +23,7 @@ from cab_hf.data.repeats import insert_repeats
 from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.evaluation.language import check_packing, compare, copying_recall, sample
-from cab_hf.hub import public_name
+from cab_hf.hub.card import public_name
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 from cab_hf.recipes import DataArguments, Recipe
 from cab_hf.stages import finetune_stage, run_facts, run_stage

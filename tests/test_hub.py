@@ -13,12 +13,12 @@ from test_hub_code import BLOCKED, run_apart
 from tiny_models import tiny_config, tiny_vision_model
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from cab_hf.card import HEADS, describe_losses, describe_method
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.evaluation.plots import learning_curves
-from cab_hf.hub import build_card, dataset_facts, describe_teacher, public_name, write_card, write_model_card
+from cab_hf.hub.card import build_card, dataset_facts, describe_teacher, public_name, write_card, write_model_card
+from cab_hf.hub.card_sections import HEADS, describe_losses, describe_method
+from cab_hf.hub.publish import check_card, student_files
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaForSequenceClassification, CABMambaModel
-from cab_hf.publish import check_card, student_files
 from cab_hf.recipes import build_recipe
 from cab_hf.teachers.demo import random_llama
 
@@ -452,7 +452,7 @@ class TestTeacher:
         def unreachable(*args, **kwargs):
             raise ConnectionError("offline")
 
-        monkeypatch.setattr("cab_hf.hub.ModelCard.load", unreachable)
+        monkeypatch.setattr("cab_hf.hub.card.ModelCard.load", unreachable)
         unknown = {"license": None, "language": None}
         assert describe_teacher("org/teacher") == {"name": "org/teacher", "base_model": "org/teacher"} | unknown
         assert describe_teacher("smollm2-demo")["license"] == "apache-2.0"
@@ -525,7 +525,7 @@ class TestWriting:
     @pytest.mark.parametrize("on_hub", [True, False])
     def test_what_the_run_saw_says_what_is_of_the_hub(self, folder, tmp_path, on_hub, monkeypatch):
         """Written again where the relative folders do not exist, which look like Hub ids there."""
-        monkeypatch.setattr("cab_hf.hub.ModelCard.load", lambda name: ModelCard("---\nlanguage: de\n---\n"))
+        monkeypatch.setattr("cab_hf.hub.card.ModelCard.load", lambda name: ModelCard("---\nlanguage: de\n---\n"))
         sources = {"teacher": "outputs/teacher", "dataset": ["data/texts"]}
         recipe = build_recipe({**sources, "output_dir": "out", "license": "mit", "use_cpu": True})
         report = {"after": {"texts": REPORT}, "stages": [], "train_tokens": 1, "hardware": "CPU", "versions": {}}

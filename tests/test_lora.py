@@ -27,8 +27,8 @@ from tiny_models import (
 )
 
 from cab_hf import CABMambaForSequenceClassification
+from cab_hf.hub.publish import check_card, student_files
 from cab_hf.lora import LORA_TARGETS, adapter_card, lora_config, write_adapter_card
-from cab_hf.publish import check_card, student_files
 
 
 pytestmark = pytest.mark.filterwarnings("default::FutureWarning")  # peft's own
@@ -226,7 +226,9 @@ def test_a_distilled_adapter_is_published_and_loads_without_the_package(hub: Hub
         check_card(folder / "README.md")
     (tmp_path / "worker").mkdir()
     worker = Worker(hub.endpoint, tmp_path / "worker")
-    worker.run("from cab_hf.publish import publish_folder\nfrom cab_hf.lora import adapter_card, write_adapter_card")
+    worker.run(
+        "from cab_hf.hub.publish import publish_folder\nfrom cab_hf.lora import adapter_card, write_adapter_card"
+    )
     worker.run(worker.publish(base, BASE))
     # The licence and the language are those of the base model's card, on the Hub.
     worker.run(

@@ -21,8 +21,8 @@ from tiny_models import tiny_model, tiny_vision_model
 
 from cab_hf import models
 from cab_hf.data.images import make_image_processor
-from cab_hf.hub import build_card, write_card
-from cab_hf.publish import shareable, student_files
+from cab_hf.hub.card import build_card, write_card
+from cab_hf.hub.publish import shareable, student_files
 from cab_hf.teachers.demo import random_llama
 
 
@@ -154,7 +154,7 @@ class Worker:
 @pytest.fixture(scope="module")
 def worker(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     worker = Worker(hub.endpoint, tmp_path_factory.mktemp("worker"))
-    worker.run("from cab_hf.publish import check_access, publish_folder, push_trainer")
+    worker.run("from cab_hf.hub.publish import check_access, publish_folder, push_trainer")
     yield worker
     worker.process.stdin.close()
     worker.process.wait(timeout=60)
@@ -511,7 +511,7 @@ class TestFaults:
     def test_offline_ends_a_command_in_one_line(self, hub, copy, tmp_path):
         code = (
             "import sys\n"
-            "from cab_hf.publish import publish_folder\nfrom cab_hf.recipes import fail_in_one_line\n"
+            "from cab_hf.hub.publish import publish_folder\nfrom cab_hf.recipes import fail_in_one_line\n"
             "try:\n    publish_folder(sys.argv[1], 'org/new')\n"
             "except (ValueError, OSError) as error:\n    fail_in_one_line(error)\n"
         )

@@ -36,7 +36,7 @@ from cab_hf.distillation.modeling_distillation import (
     DistillationOutput,
 )
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
-from cab_hf.publish import push_trainer
+from cab_hf.hub.publish import push_trainer
 from cab_hf.teachers.alignment import align_targets, student_layout, teacher_layout
 from cab_hf.teachers.recorded_teacher import RecordedTeacher
 from cab_hf.teachers.teacher import Teacher, TeacherOutput, with_positions

@@ -163,7 +163,7 @@ def push_trainer(
         trainer: whose student is pushed; all processes call this.
         commit_message, token, revision, private: as in [`publish_folder`].
         blocking: wait for the upload.
-        card: keywords of [`~cab_hf.hub.build_card`] for a new card, such as `license` or `datasets`.
+        card: keywords of [`~cab_hf.hub.card.build_card`] for a new card, such as `license` or `datasets`.
 
     Returns:
         The commit, or its future without `blocking`; None on processes other than the first.
@@ -236,7 +236,7 @@ def check_card(path: Path) -> ModelCard:
     if not path.is_file():
         raise ValueError(
             f"{path.parent} has no {CARD_NAME}. A recipe writes one once its `license` is known; "
-            "`cab_hf.hub.build_card` makes one by hand."
+            "`cab_hf.hub.card.build_card` makes one by hand."
         )
     try:
         card = ModelCard.load(path)
@@ -350,13 +350,13 @@ def _refuse_secrets(contents: Mapping[str, Path | bytes], token: str) -> None:
 
 def _write_card(trainer: "DistillationTrainer", folder: Path, repo_id: str, card: dict[str, Any]) -> None:
     # The card knows recipes, these know the trainer's arguments, and the trainer knows this module.
-    from cab_hf.hub import build_card, write_card
+    from cab_hf.hub.card import build_card, write_card
 
     teacher = card.pop("teacher", trainer.teacher.model.name_or_path)
     if not teacher:
         raise ValueError(
             f"{folder} has no {CARD_NAME}, and the teacher does not say where it comes from. Pass teacher=..., its "
-            "Hub id or folder, or write the card by `cab_hf.hub.build_card` first."
+            "Hub id or folder, or write the card by `cab_hf.hub.card.build_card` first."
         )
     training = {"Steps": f"{trainer.state.global_step:,}", "Epochs": trainer.state.epoch}
     write_card(folder, build_card(folder, {}, training, teacher=teacher, repo_id=repo_id, **card))

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from cab_hf import card as sections
 from cab_hf.data.image_sources import BUILTIN
 from cab_hf.export.stock import stock_class_name
+from cab_hf.hub.card import card_sections as sections
+from cab_hf.hub.publish import shareable
 from cab_hf.models import CABMambaConfig, CABVisionMambaConfig
-from cab_hf.publish import shareable
 from cab_hf.recipes import Recipe
 from cab_hf.teachers.demo import SMOLLM2_LANGUAGE, SMOLLM2_LICENSE, SMOLLM2_SOURCE
 
