@@ -5,7 +5,7 @@ import sys
 from accelerate import PartialState
 
 from cab_hf.recipes import fail_in_one_line, parse_recipe
-from cab_hf.run import run_recipe
+from cab_hf.runs.run import run_recipe
 
 
 def main() -> None:

@@ -141,7 +141,7 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from cab_hf.report import EVALUATION_NAME, describe, evaluate
+    from cab_hf.runs.report import EVALUATION_NAME, describe, evaluate
 
     options = {name: value for name, value in vars(arguments).items() if name != "command"}
     report = evaluate(**options)
@@ -177,8 +177,8 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
 def _sample(arguments: argparse.Namespace) -> None:
     from cab_hf.data.documents import load_documents
     from cab_hf.data.packing import check_token_path, save_tokens
-    from cab_hf.report import place_and_dtype
-    from cab_hf.run_text import load_teacher
+    from cab_hf.runs.report import place_and_dtype
+    from cab_hf.runs.text import load_teacher
     from cab_hf.teachers.sampling import sample_documents
 
     check_token_path(arguments.out)
@@ -207,7 +207,7 @@ def _card_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _card(arguments: argparse.Namespace) -> None:
-    from cab_hf.report import write_card_of
+    from cab_hf.runs.report import write_card_of
 
     print(write_card_of(arguments.folder, license=arguments.license, overwrite=arguments.overwrite))
 

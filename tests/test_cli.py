@@ -106,7 +106,7 @@ def test_running_out_of_memory_is_one_line(student, capsys, monkeypatch):
     def allocate(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
-    monkeypatch.setattr("cab_hf.report.evaluate", allocate)
+    monkeypatch.setattr("cab_hf.runs.report.evaluate", allocate)
     options = ["--teacher", "random-llama", "--data", "builtin"]
     assert "2 GiB). Give a smaller --batch_size" in error_of(capsys, "evaluate", student, *options)
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from cab_hf.recipes import parse_recipe
-from cab_hf.run import run_recipe
+from cab_hf.runs.run import run_recipe
 
 
 ROOT = Path(__file__).parents[1]

@@ -21,14 +21,14 @@ from transformers import (
 )
 
 from cab_hf import recipes
-from cab_hf import run as run_module
 from cab_hf.data.documents import load_documents
 from cab_hf.data.packing import LanguageCollator
 from cab_hf.distillation.trainer import DistillationTrainer
 from cab_hf.evaluation.language import compare
 from cab_hf.recipes import build_recipe, load_recipe, parse_recipe
-from cab_hf.run import run_recipe, summary
-from cab_hf.run_text import load_blocks
+from cab_hf.runs import run as run_module
+from cab_hf.runs.run import run_recipe, summary
+from cab_hf.runs.text import load_blocks
 from cab_hf.teachers.demo import random_llama
 
 
@@ -215,7 +215,7 @@ class TestRun:
         def never(*args, **kwargs):
             raise AssertionError("text that is there was written again")
 
-        monkeypatch.setattr("cab_hf.run_text.sample_documents", never)
+        monkeypatch.setattr("cab_hf.runs.text.sample_documents", never)
         assert load_blocks(recipe, tokenizer, model)[0]["input_ids"] == blocks["input_ids"]
         report = run_recipe(recipe)
         assert report["after"].keys() == {"held-out part of the language reference of CPython"}
@@ -350,7 +350,7 @@ class TestRun:
         assert not torch.equal(tuned.lm_head.weight, model.lm_head.weight)
 
     def test_what_cannot_be_finetuned_is_said_before_training(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("cab_hf.stages.train_stage", lambda *args: 1 / 0)
+        monkeypatch.setattr("cab_hf.runs.stages.train_stage", lambda *args: 1 / 0)
         tokenizer = random_llama()[1]
         config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=128)
         GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
@@ -360,7 +360,7 @@ class TestRun:
         with pytest.raises(ValueError, match="a row has 144 tokens, but GPT2LMHeadModel has positions for 128"):
             run_recipe(parse_recipe([*options, "--recall_gaps", "16", "--output_dir", str(tmp_path / "gap")]))
         model = random_llama()[0].requires_grad_(False)  # as transformers loads an adapter's folder
-        monkeypatch.setattr("cab_hf.run_text.load_teacher", lambda name: (model, tokenizer))
+        monkeypatch.setattr("cab_hf.runs.text.load_teacher", lambda name: (model, tokenizer))
         with pytest.raises(ValueError, match="frozen, as an adapter's folder does. Merge the adapter"):
             run_recipe(parse_recipe([*options, "--output_dir", str(tmp_path / "lora")]))
 

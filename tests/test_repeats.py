@@ -9,7 +9,7 @@ from datasets import Dataset
 from cab_hf.data.packing import IGNORE_INDEX
 from cab_hf.data.repeats import LONGEST, SHORTEST, insert_repeats
 from cab_hf.recipes import parse_recipe
-from cab_hf.run_text import load_blocks
+from cab_hf.runs.text import load_blocks
 from cab_hf.teachers.demo import random_llama
 
 

@@ -16,8 +16,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from cab_hf.data.image_sources import images_to_dataset
 from cab_hf.data.images import make_image_processor
 from cab_hf.recipes import parse_recipe
-from cab_hf.run import run_recipe
-from cab_hf.run_images import compare_images, load_rows, processor_side
+from cab_hf.runs.images import compare_images, load_rows, processor_side
+from cab_hf.runs.run import run_recipe
 
 
 ROOT = Path(__file__).parents[1]

@@ -249,7 +249,7 @@ def _build(run: Run, grid: Grid, shared: Mapping[str, Any], overrides: Sequence[
 
 def train(recipe: "Recipe") -> dict[str, Any]:
     """The report of a whole run."""
-    from cab_hf.run import run_recipe
+    from cab_hf.runs.run import run_recipe
 
     return run_recipe(recipe)
 
@@ -302,7 +302,7 @@ def run_grid(
 
 
 def _run_one(run: Run, recipe: "Recipe", path: Path, command: str) -> None:
-    from cab_hf.run import REPORT_NAME
+    from cab_hf.runs.run import REPORT_NAME
 
     teacher = Path(recipe.model.teacher) / REPORT_NAME
     teacher_claim = path.parent / f".teacher-{slug(recipe.model.teacher)}.claim"
@@ -325,7 +325,7 @@ def _run_one(run: Run, recipe: "Recipe", path: Path, command: str) -> None:
 
 
 def _warn_of_other_options(path: Path, recipe: "Recipe") -> None:
-    from cab_hf.run import differences
+    from cab_hf.runs.run import differences
 
     differing = differences(read_result(path)["options"], _plain(_options(recipe)))
     if differing:

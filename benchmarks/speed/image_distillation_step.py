@@ -19,7 +19,7 @@ from cab_hf.data.images import collate_images, make_image_processor
 from cab_hf.distillation.trainer import DistillationTrainer, make_teacher
 from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification
 from cab_hf.recipes import parse_recipe
-from cab_hf.run_images import make_transform
+from cab_hf.runs.images import make_transform
 
 
 RECIPE = "training_args/cifar10_vim_tiny.yaml"

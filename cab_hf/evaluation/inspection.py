@@ -22,8 +22,8 @@ from cab_hf.export.stock import load_image_processor, load_tokenizer, read_stude
 from cab_hf.models.mixers import StateSpaceBranch
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
 from cab_hf.models.students import MixerPreTrainedModel
-from cab_hf.run_images import load_image_teacher
-from cab_hf.run_text import load_teacher
+from cab_hf.runs.images import load_image_teacher
+from cab_hf.runs.text import load_teacher
 from cab_hf.teachers.alignment import align_targets, student_layout, teacher_layout
 from cab_hf.teachers.alignment import layer_map as map_layers
 from cab_hf.teachers.teacher import TeacherAttention, check_vocabularies

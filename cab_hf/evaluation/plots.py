@@ -81,7 +81,7 @@ def learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, 
 
 
 def speed_curves(speed: Mapping[str, Any], path: str | Path) -> Path:
-    """Draws what `cab_hf.report` measured of speed and memory, teacher beside student, a panel a quantity.
+    """Draws what `cab_hf.runs.report` measured of speed and memory, teacher beside student, a panel a quantity.
 
     A dotted line marks the length from which the student is ahead.
 

@@ -60,7 +60,7 @@ def build_card(
             `architectures` decides what the card says of its use.
         metrics: Name of a text -> report of `cab_hf.evaluation.language.compare` on it. A report may hold under `recall`
             reports of `copying_recall`, as {gap: {"teacher": ..., "student": ...}}. Of an image student: name of a
-            set -> report of `cab_hf.run_images.compare_images`, under `baselines` perhaps those of other methods. Of
+            set -> report of `cab_hf.runs.images.compare_images`, under `baselines` perhaps those of other methods. Of
             a classifier of texts: name of a text -> {"student_accuracy", "n_texts"} and, where they are known,
             "student_accuracy_ci95", "teacher_accuracy", "teacher_accuracy_ci95", "kl", "agreement". Each report may
             name its `split` and, if it is on the Hub, its `dataset`.
@@ -76,7 +76,7 @@ def build_card(
         stock_subfolder: Sub-folder that holds the student as a class of transformers itself, if there is one.
         recipe: The recipe of the training, YAML.
         plots: (title, file in the folder) of the pictures to show.
-        evaluation: What `cab_hf.report.evaluate` returns; its `generation`, `recall` and `speed` are shown.
+        evaluation: What `cab_hf.runs.report.evaluate` returns; its `generation`, `recall` and `speed` are shown.
 
     Returns:
         The card; `write_card` saves it.
@@ -181,7 +181,7 @@ def write_model_card(
         folder: Folder of the student.
         recipe: The recipe that made it.
         report: What the run measured, as in its `report.json`; under `evaluation` perhaps what a later
-            `cab_hf.report.evaluate` did.
+            `cab_hf.runs.report.evaluate` did.
         overwrite: Replace an existing `README.md`.
 
     Returns:

@@ -130,7 +130,7 @@ def result_table(head: Head, metrics: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def recall_table(recall: Mapping[str, Mapping[str, Any]]) -> str:
-    """Recall of both models, a row a test and gap, as `cab_hf.report.evaluate` reports it."""
+    """Recall of both models, a row a test and gap, as `cab_hf.runs.report.evaluate` reports it."""
     rows = [
         [test, gap, *(_interval(one[who], "recall", 3, "ci95") for who in _WHO), f"{one['student']['n_tokens']:,}"]
         for test, gaps in recall.items()
@@ -140,7 +140,7 @@ def recall_table(recall: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def generation_table(generation: Mapping[str, Any]) -> str:
-    """How much both models repeat themselves, as `cab_hf.report.evaluate` reports it."""
+    """How much both models repeat themselves, as `cab_hf.runs.report.evaluate` reports it."""
     names = ("repetition_rate", "distinct_1", "distinct_2", "distinct_3")
     rows = [
         [way, who, *(f"{generation[who][way][name]:.3f}" for name in names), f"{generation[who][way]['n_tokens']:,}"]
@@ -151,7 +151,7 @@ def generation_table(generation: Mapping[str, Any]) -> str:
 
 
 def speed_table(speed: Mapping[str, Any]) -> str:
-    """Speed and memory of both models, a row a length or batch size, as `cab_hf.report.evaluate` reports them."""
+    """Speed and memory of both models, a row a length or batch size, as `cab_hf.runs.report.evaluate` reports them."""
     over = speed["over"]
     header = [over, *(f"{title}: {who}" for title, _ in _QUANTITIES.values() for who in _WHO)]
     rows = []
@@ -348,7 +348,7 @@ def _count(head: Head, name: str, report: Mapping[str, Any]) -> int:
     if missing:
         raise ValueError(
             f"The report on {name!r} lacks {missing} (it has {sorted(report)}), but a card of {head.task} needs them. "
-            "Give what cab_hf.evaluation.language.compare or cab_hf.run_images.compare_images returns, or these numbers."
+            "Give what cab_hf.evaluation.language.compare or cab_hf.runs.images.compare_images returns, or these numbers."
         )
     return int(report[f"n_{head.unit}"])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cab_hf.data.documents import load_documents, pack_documents
-from cab_hf.run_text import load_teacher
+from cab_hf.runs.text import load_teacher
 from cab_hf.teachers.alignment import layer_influence, layers_by_influence
 
 

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cab_hf.recipes import parse_recipe
-from cab_hf.run import run_recipe
+from cab_hf.runs.run import run_recipe
 
 
 HERE = Path(__file__).parent

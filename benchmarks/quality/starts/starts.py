@@ -18,7 +18,7 @@ from cab_hf import CABMambaForCausalLM
 from cab_hf.data.documents import load_documents, split_documents
 from cab_hf.data.packing import LanguageCollator, pack_documents
 from cab_hf.evaluation.language import compare
-from cab_hf.run_text import load_teacher
+from cab_hf.runs.text import load_teacher
 from cab_hf.transfer import calibrate_output_norm, fit_output_projection
 
 

@@ -41,8 +41,8 @@ from cab_hf.files import write_whole
 from cab_hf.hub.card import dataset_facts, license_of, public_name, write_model_card
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
 from cab_hf.recipes import DataArguments, ImageArguments, Recipe, build_recipe
-from cab_hf.run_images import compare_images, load_image_teacher, processor_side
-from cab_hf.run_text import load_teacher
+from cab_hf.runs.images import compare_images, load_image_teacher, processor_side
+from cab_hf.runs.text import load_teacher
 from cab_hf.teachers.teacher import Teacher, check_vocabularies
 
 

@@ -37,7 +37,7 @@ from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.evaluation.metrics import top_k_accuracy
 from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification
 from cab_hf.recipes import Recipe
-from cab_hf.stages import finetune_stage, run_facts, run_stage
+from cab_hf.runs.stages import finetune_stage, run_facts, run_stage
 from cab_hf.teachers.teacher import Teacher
 from cab_hf.transfer import fit_output_projection, vision_student_from_teacher
 from cab_hf.transfer.copying import check_fields

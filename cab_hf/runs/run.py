@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import yaml
 
-from cab_hf import run_images, run_text
 from cab_hf.evaluation.plots import learning_curves
 from cab_hf.files import write_whole
 from cab_hf.hub.card import hub_ids, is_repo_id, license_of, write_model_card
 from cab_hf.hub.publish import CARD_NAME, check_access, publish_folder
 from cab_hf.recipes import Recipe, default_of, parse_recipe
+from cab_hf.runs import images as run_images
+from cab_hf.runs import text as run_text
 
 
 RECIPE_NAME, REPORT_NAME = "recipe.yaml", "report.json"

@@ -26,7 +26,7 @@ from cab_hf.evaluation.language import check_packing, compare, copying_recall, s
 from cab_hf.hub.card import public_name
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 from cab_hf.recipes import DataArguments, Recipe
-from cab_hf.stages import finetune_stage, run_facts, run_stage
+from cab_hf.runs.stages import finetune_stage, run_facts, run_stage
 from cab_hf.teachers.demo import fetch_smollm2, random_llama
 from cab_hf.teachers.sampling import PROMPT_LENGTH, longest_document, sample_documents
 from cab_hf.transfer import fit_output_projection, student_from_teacher

@@ -1,0 +1,1 @@
+"""A recipe's run, from its data to its card."""
