@@ -13,7 +13,7 @@ from cab_hf.runs.text import load_blocks
 from cab_hf.teachers.demo import random_llama
 
 
-SMOKE = Path(__file__).parents[1] / "training_args/smoke.yaml"
+SMOKE = Path(__file__).parents[2] / "training_args/smoke.yaml"
 
 
 def rows(count: int, length: int) -> Dataset:

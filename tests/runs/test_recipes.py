@@ -32,7 +32,7 @@ from cab_hf.runs.text import load_blocks
 from cab_hf.teachers.demo import random_llama
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "training_args").glob("*.yaml"))
 SMOKE = str(ROOT / "training_args/smoke.yaml")
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]

@@ -21,7 +21,7 @@ from cab_hf.runs.images import load_rows
 from cab_hf.runs.run import run_recipe
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUIET = ["--use_cpu", "true", "--disable_tqdm", "true"]
 NAMES = ["dark", "light", "striped"]
 
