@@ -346,9 +346,7 @@ class TestFaults:
         set_bias(copy, 2.0)
         hub.faults.append(Fault("PUT .*", "cut", times=1000))
         error = worker.fails(worker.publish(copy, "org/broken"))
-        assert (
-            "ConnectionError: Publishing org/broken broke off: no connection to" in error and "run it again" in error
-        )
+        assert error.startswith("ConnectionError: No connection to") and "run it again" in error
         assert repository.titles == ["initial commit"]
         hub.faults.clear()
         worker.run(worker.publish(copy, "org/broken"))
@@ -366,7 +364,7 @@ class TestFaults:
     def test_a_hub_that_fails(self, hub, worker, copy):
         hub.faults.append(Fault("POST .*/commit/main", 500, times=3))
         error = worker.fails(worker.publish(copy, "org/fails"))
-        assert "ConnectionError: Nothing was published to org/fails: the Hub fails (500: as the test" in error
+        assert "500 Internal Server Error" in error and "as the test" in error
         assert hub.repositories["org/fails"].titles == ["initial commit"]
 
     def test_a_hub_without_xet_storage(self, hub, worker, copy):
@@ -375,7 +373,7 @@ class TestFaults:
         start = "from huggingface_hub import constants\nconstants.HF_HUB_DISABLE_XET = False\n"
         error = worker.fails(start + worker.publish(copy, "org/xet"))
         worker.run("constants.HF_HUB_DISABLE_XET = True")
-        assert "ConnectionError: Publishing org/xet broke off" in error and "404" in error
+        assert error.startswith("ConnectionError: No connection to") and "404" in error
         assert error.endswith("A Hub without Xet storage needs HF_HUB_DISABLE_XET=1.")
         assert hub.repositories["org/xet"].titles == ["initial commit"]
 
@@ -396,15 +394,11 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("token", "repo_id", "message"),
         [
-            (
-                "bad-token",
-                "org/new",
-                "ValueError: Nothing was published to org/new: the Hub refuses the token (401: Inv",
-            ),
-            ("other-token", "org/new", "this token may not write there (403: You don't have the rights to create"),
-            ("other-token", "org/public", "this token may not write there (403: You don't have the rights to write"),
-            ("read-token", "org/public", "Use a token of its owner with the right to write, or a repo_id under your"),
-            ("good-token", "org/a/b", "ValueError: Repo id must"),
+            ("bad-token", "org/new", "Invalid credentials in Authorization header"),
+            ("other-token", "org/new", "403 Forbidden: You don't have the rights to create"),
+            ("other-token", "org/public", "403 Forbidden: You don't have the rights to write"),
+            ("read-token", "org/public", "Make sure your token has the correct permissions"),
+            ("good-token", "org/a/b", "Repo id must"),
         ],
     )
     def test_tokens_and_owners(self, token, repo_id, message, hub, worker, copy):
@@ -429,26 +423,7 @@ class TestFaults:
         start = "from huggingface_hub import constants\nhere, constants.ENDPOINT = constants.ENDPOINT, 'http://127.0.0.1:9'\n"
         error = worker.fails(start + worker.publish(copy, "org/new"))
         worker.run("constants.ENDPOINT = here")
-        assert error.startswith("ConnectionError: Publishing org/new broke off: no connection to http://127.0.0.1:9 (")
-
-    def test_offline_ends_a_command_in_one_line(self, hub, copy, tmp_path):
-        code = (
-            "import sys\n"
-            "from cab_hf.hub.publish import publish_folder\nfrom cab_hf.recipes import fail_in_one_line\n"
-            "try:\n    publish_folder(sys.argv[1], 'org/new')\n"
-            "except (ValueError, OSError) as error:\n    fail_in_one_line(error)\n"
-        )
-        before = len(hub.requests)
-        process = subprocess.run(
-            [sys.executable, "-c", code, str(copy)],
-            env=environment(hub.endpoint, tmp_path / "home", HF_HUB_OFFLINE="1"),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        last = "error: Nothing was published to org/new: HF_HUB_OFFLINE is set. Unset it to reach the Hub."
-        assert process.returncode == 1 and process.stderr.splitlines()[-1] == last
-        assert "Traceback" not in process.stderr and len(hub.requests) == before
+        assert error.startswith("ConnectionError: No connection to http://127.0.0.1:9 (")
 
 
 class TestFoldersThatAreRefused:
@@ -459,8 +434,6 @@ class TestFoldersThatAreRefused:
         [
             ("config.json", None, "has no config.json, so it is no saved student. Save it by `save_pretrained`"),
             ("config.json", b"{", "config.json is no JSON"),
-            ("config.json", b"[]", "config.json holds a list, not a mapping"),
-            ("config.json", b"{}", "names no model_type"),
             ("config.json", b'{"model_type": "cab_mamba"}', "has no auto_map"),
             ("mixers.py", None, "needs the modelling file mixers.py, which is not in"),
             ("modeling_cab_mamba.py", None, "needs the modelling file modeling_cab_mamba.py, which is not in"),
@@ -484,9 +457,6 @@ class TestFoldersThatAreRefused:
         error = worker.fails(worker.publish(copy, "org/refused"))
         assert error.startswith("ValueError: ") and message in error
         assert len(hub.requests) == before
-
-    def test_no_folder(self, worker, tmp_path):
-        assert "There is no folder" in worker.fails(worker.publish(tmp_path / "absent", "org/refused"))
 
 
 def test_shareable():
