@@ -1,13 +1,11 @@
 """Turn any pretrained Transformer into a Mamba: distillation through the attention bridge (arXiv 2510.19266)."""
 
+from cab_hf import deprecated
 from cab_hf.distillation import (
     AttentionBridge,
     DistillationModel,
     DistillationTrainer,
     DistillationTrainingArguments,
-    RecordedTeacher,
-    Teacher,
-    record_teacher,
 )
 from cab_hf.models import (
     CABMambaConfig,
@@ -18,7 +16,11 @@ from cab_hf.models import (
     CABVisionMambaForImageClassification,
     CABVisionMambaModel,
 )
+from cab_hf.teachers import RecordedTeacher, Teacher, record_teacher
+from cab_hf.transfer import fit_output_projection, student_from_teacher
 
+
+del deprecated
 
 __version__ = "0.1.0"
 
@@ -37,5 +39,7 @@ __all__ = [
     "RecordedTeacher",
     "Teacher",
     "__version__",
+    "fit_output_projection",
     "record_teacher",
+    "student_from_teacher",
 ]

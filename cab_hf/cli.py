@@ -50,7 +50,8 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from cab_hf.export.stock import export_onnx, export_stock
+    from cab_hf.export.onnx import export_onnx
+    from cab_hf.export.stock import export_stock
 
     if arguments.to == "onnx":
         print(export_onnx(arguments.folder, arguments.out, tokens=arguments.tokens))
@@ -177,8 +178,8 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
 def _sample(arguments: argparse.Namespace) -> None:
     from cab_hf.data.documents import load_documents
     from cab_hf.data.packing import check_token_path, save_tokens
-    from cab_hf.runs.report import place_and_dtype
-    from cab_hf.runs.text import load_teacher
+    from cab_hf.inference import place_and_dtype
+    from cab_hf.teachers.loading import load_teacher
     from cab_hf.teachers.sampling import sample_documents
 
     check_token_path(arguments.out)
@@ -207,7 +208,7 @@ def _card_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _card(arguments: argparse.Namespace) -> None:
-    from cab_hf.runs.report import write_card_of
+    from cab_hf.runs.card import write_card_of
 
     print(write_card_of(arguments.folder, license=arguments.license, overwrite=arguments.overwrite))
 

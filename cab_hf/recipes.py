@@ -4,8 +4,8 @@ import difflib
 import functools
 import sys
 from argparse import SUPPRESS
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,13 @@ from cab_hf.data.augmentation import AugmentationArguments
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 
 
+# They say how a run computes on its hardware, and can be refused on other hardware, where only the card is made.
+_HARDWARE_OPTIONS = {"bf16", "bf16_full_eval", "deepspeed", "fp16", "fp16_full_eval", "fsdp", "tf32", "torch_compile"}
+
+
 logger = logging.get_logger(__name__)
+
+RECIPE_NAME, REPORT_NAME, EVALUATION_NAME = "recipe.yaml", "report.json", "evaluation.json"
 
 
 @dataclass
@@ -455,3 +461,31 @@ def fail_in_one_line(error: Exception | str) -> None:
     """Ends the process with the error's message, on one line, and exit code 1, without a traceback."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(1)
+
+
+def read_recipe(folder: Path) -> Recipe | None:
+    """The recipe that made a student, readable also where its hardware is missing; None where there is none.
+
+    Args:
+        folder: the `output_dir` of the run.
+
+    Raises:
+        ValueError: the file is damaged, or no recipe.
+    """
+    path = folder / RECIPE_NAME
+    if not path.is_file():
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is damaged and can't be read ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of options to values.")
+
+    def anywhere(options: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in options.items() if name not in _HARDWARE_OPTIONS}
+        return kept | {
+            name: [anywhere(run) for run in kept[name]] for name in ("stages", "baselines") if kept.get(name)
+        }
+
+    return replace(build_recipe(anywhere(values) | {"use_cpu": True}), values=values)

@@ -20,14 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cab_hf.evaluation.language import (
-    compare,
-    copying_recall,
-    perplexity,
-    sample,
-    throughput,
-)
+from cab_hf.evaluation.generation import sample
+from cab_hf.evaluation.language import compare, perplexity
 from cab_hf.evaluation.metrics import perplexity_of_sums, ratio_interval, wilson_interval
+from cab_hf.evaluation.recall import copying_recall
+from cab_hf.evaluation.speed import throughput
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 
 

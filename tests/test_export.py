@@ -19,7 +19,9 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from cab_hf.export.stock import export_onnx, export_stock, from_stock, read_student, to_program, to_stock
+from cab_hf.export.loading import read_student
+from cab_hf.export.onnx import export_onnx, to_program
+from cab_hf.export.stock import export_stock, from_stock, to_stock
 from cab_hf.models import CABMambaForCausalLM
 from cab_hf.transfer import student_from_teacher
 

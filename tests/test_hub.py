@@ -15,11 +15,13 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.evaluation.plots import learning_curves
-from cab_hf.hub.card import build_card, dataset_facts, describe_teacher, public_name, write_card, write_model_card
-from cab_hf.hub.card_sections import HEADS, describe_losses, describe_method
+from cab_hf.hub.card import build_card, write_card
+from cab_hf.hub.card_sections import HEADS
 from cab_hf.hub.publish import check_card, student_files
+from cab_hf.hub.sources import dataset_facts, describe_teacher, public_name
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaForSequenceClassification, CABMambaModel
 from cab_hf.recipes import build_recipe
+from cab_hf.runs.card import describe_losses, describe_method, write_model_card
 from cab_hf.teachers.demo import random_llama
 
 

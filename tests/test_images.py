@@ -25,9 +25,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from cab_hf.data import image_sources as image_data
+from cab_hf.data import images
 from cab_hf.data.augmentation import normalise
-from cab_hf.data.documents import image_sources as image_data
-from cab_hf.data.documents import images
 from cab_hf.data.image_sources import class_balanced_fraction, images_to_dataset, load_images, split_validation
 from cab_hf.data.images import (
     IMAGENET_MEAN,

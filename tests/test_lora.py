@@ -27,8 +27,9 @@ from tiny_models import (
 )
 
 from cab_hf import CABMambaForSequenceClassification
+from cab_hf.hub.adapter_card import adapter_card, write_adapter_card
 from cab_hf.hub.publish import check_card, student_files
-from cab_hf.lora import LORA_TARGETS, adapter_card, lora_config, write_adapter_card
+from cab_hf.lora import LORA_TARGETS, lora_config
 
 
 pytestmark = pytest.mark.filterwarnings("default::FutureWarning")  # peft's own

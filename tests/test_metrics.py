@@ -17,7 +17,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from cab_hf.evaluation.language import associative_recall, generate, perplexity
+from cab_hf.evaluation.generation import generate
+from cab_hf.evaluation.language import perplexity
 from cab_hf.evaluation.metrics import (
     Perplexity,
     Recall,
@@ -29,6 +30,7 @@ from cab_hf.evaluation.metrics import (
     top_k_accuracy,
     wilson_interval,
 )
+from cab_hf.evaluation.recall import associative_recall
 
 
 def test_by_hand():

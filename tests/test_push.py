@@ -154,7 +154,7 @@ class Worker:
 @pytest.fixture(scope="module")
 def worker(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     worker = Worker(hub.endpoint, tmp_path_factory.mktemp("worker"))
-    worker.run("from cab_hf.hub.publish import check_access, publish_folder, push_trainer")
+    worker.run("from cab_hf.hub.publish import check_access, publish_folder")
     yield worker
     worker.process.stdin.close()
     worker.process.wait(timeout=60)
@@ -374,16 +374,11 @@ class TestOtherWaysToPush:
     def test_push_to_hub_of_the_trainer(self, hub, worker, tmp_path):
         made = f"""
 from tiny_distillation import make_trainer, tiny_teacher
-from cab_hf import DistillationTrainer
-
-class Pushing(DistillationTrainer):
-    push_to_hub = push_trainer
 
 teacher = tiny_teacher()
 teacher.name_or_path = "org/teacher"
 options = {{"hub_model_id": "org/trained", "hub_token": "good-token"}}
 trainer, _ = make_trainer({str(tmp_path / "run")!r}, teacher=teacher, **options)
-trainer.__class__ = Pushing
 trainer.train()
 """
         worker.run(made)

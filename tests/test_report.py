@@ -20,7 +20,9 @@ from cab_hf.evaluation.language import compare
 from cab_hf.evaluation.metrics import crossing_length
 from cab_hf.evaluation.speed import image_speed, text_speed
 from cab_hf.models import CABMambaForSequenceClassification
-from cab_hf.runs.report import describe, evaluate, read_recipe, write_card_of
+from cab_hf.recipes import read_recipe
+from cab_hf.runs.card import write_card_of
+from cab_hf.runs.report import describe, evaluate
 from cab_hf.teachers.demo import random_llama
 
 

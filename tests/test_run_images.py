@@ -14,9 +14,10 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from cab_hf.data.image_sources import images_to_dataset
-from cab_hf.data.images import make_image_processor
+from cab_hf.data.images import make_image_processor, processor_side
+from cab_hf.evaluation.images import compare_images
 from cab_hf.recipes import parse_recipe
-from cab_hf.runs.images import compare_images, load_rows, processor_side
+from cab_hf.runs.images import load_rows
 from cab_hf.runs.run import run_recipe
 
 

@@ -33,8 +33,8 @@ from cab_hf.data.packing import shift_labels
 from cab_hf.distillation import modeling_distillation
 from cab_hf.distillation.bridge import AttentionBridge
 from cab_hf.distillation.cuda_graph import GraphedStep
-from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
+from cab_hf.teachers.alignment import parse_layer_map
 
 
 MIXERS = ("mamba", "mamba2")

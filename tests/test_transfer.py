@@ -1,6 +1,7 @@
 """A student made from a teacher: its function with the teacher's attention put back, its projections without."""
 
 import copy
+import functools
 import os
 
 import pytest
@@ -164,7 +165,7 @@ LABELS = {"id2label": {0: "no", 1: "so", 2: "yes"}, "label2id": {"no": 0, "so": 
 def test_a_classifier_of_texts_becomes_one(name, tmp_path):
     problem = "multi_label_classification" if name == "phi" else None
     teacher = make(name, auto=AutoModelForSequenceClassification, **LABELS, problem_type=problem)
-    student = CABMambaForSequenceClassification.from_teacher(teacher)
+    student = student_from_teacher(teacher, student_class=CABMambaForSequenceClassification)
     assert type(student) is CABMambaForSequenceClassification
     assert (student.config.num_labels, student.config.problem_type, student.config.pad_token_id) == (3, problem, 0)
     assert student.config.id2label == LABELS["id2label"] and student.config.label2id == LABELS["label2id"]
@@ -184,7 +185,7 @@ def test_a_classifier_of_texts_becomes_one(name, tmp_path):
 @torch.no_grad()
 def test_a_classifier_with_labels_of_its_own():
     causal, teacher = make("llama"), make("llama", auto=AutoModelForSequenceClassification, **LABELS)
-    build = CABMambaForSequenceClassification.from_teacher
+    build = functools.partial(student_from_teacher, student_class=CABMambaForSequenceClassification)
     for other in (causal, make("llama", auto=AutoModelForTokenClassification)):
         with pytest.raises(ValueError, match=rf"{type(other).__name__} has no classifier.*num_labels=2"):
             build(other)
@@ -193,7 +194,7 @@ def test_a_classifier_with_labels_of_its_own():
     assert student.score.weight.shape == (5, 36) and 0.01 < student.score.weight.std() < 0.03
     assert (student.config.num_hidden_layers, student.config.layer_mixer_types) == (2, ["mamba", "mamba"])
     assert torch.equal(student.backbone.embeddings.weight, causal.get_input_embeddings().weight)
-    causal_student = CABMambaForCausalLM.from_teacher(causal)
+    causal_student = student_from_teacher(causal)
     for name, weight in build(causal, id2label={0: "a", 1: "b"}).backbone.state_dict().items():
         assert torch.equal(weight, causal_student.backbone.state_dict()[name]), name
     # as many labels keep their names and weights, other numbers start anew
@@ -344,7 +345,7 @@ def test_calibration_of_a_student_that_shares_nothing_but_the_shape():
 def test_student_round_trip(name, tmp_path):
     teacher = make(name)
     teacher.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=2)
-    student = CABMambaForCausalLM.from_teacher(teacher, calibration_inputs=batch())
+    student = student_from_teacher(teacher, calibration_inputs=batch())
     student.save_pretrained(tmp_path)
     loaded = CABMambaForCausalLM.from_pretrained(tmp_path)
     assert loaded.generation_config.max_new_tokens == 7

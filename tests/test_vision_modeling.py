@@ -21,7 +21,6 @@ from transformers import (
     ViTModel,
 )
 
-import cab_hf.transfer
 from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification, CABVisionMambaModel, mixers
 from cab_hf.models.mixers import BidirectionalProjections, SSMProjections
 from cab_hf.models.modeling_cab_vision_mamba import AUTO_MAP, drop_path
@@ -402,18 +401,6 @@ def test_a_process_without_the_package_loads_trains_and_saves(tmp_path):
                 assert f"class {name}(" in (checkpoint / f"{module}.py").read_text()
         # the language model's modelling code does not travel with images
         assert not (folder / "modeling_cab_mamba.py").exists()
-
-
-def test_from_teacher_asks_the_package(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        cab_hf.transfer,
-        "vision_student_from_teacher",
-        lambda *a, **k: calls.append((a, k)) or "student",
-        raising=False,
-    )
-    assert CABVisionMambaForImageClassification.from_teacher("teacher", copy_weights=False) == "student"
-    assert calls == [(("teacher",), {"student_class": CABVisionMambaForImageClassification, "copy_weights": False})]
 
 
 # Training

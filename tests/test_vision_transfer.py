@@ -39,9 +39,9 @@ from cab_hf.transfer import (
     calibrate_output_norm,
     copy_vision_teacher_weights,
     fit_output_projection,
+    student_from_teacher,
     vision_family_of,
     vision_student_config,
-    vision_student_from_teacher,
 )
 
 
@@ -123,7 +123,7 @@ def with_attention_of(teacher, student):
 def test_with_the_teachers_attention_the_student_is_the_teacher(name, class_token):
     teacher = make(name)
     images = images_for(teacher)
-    student = with_attention_of(teacher, vision_student_from_teacher(teacher, class_token=class_token))
+    student = with_attention_of(teacher, student_from_teacher(teacher, class_token=class_token))
     expected = teacher(images).logits
     torch.testing.assert_close(student(images).logits, expected, rtol=1e-5, atol=1e-5)
     assert expected.std() > 0.3 and expected[0].sub(expected[1]).abs().max() > 0.1
@@ -142,10 +142,10 @@ def test_images_of_another_size(name, size, class_token):
     teacher = make(name)
     images = images_for(teacher, size=size)
     expected = teacher(images, **({} if "dinov2" in name else {"interpolate_pos_encoding": True})).logits
-    made_for_it = vision_student_from_teacher(teacher, image_size=size, class_token=class_token)
+    made_for_it = student_from_teacher(teacher, image_size=size, class_token=class_token)
     assert made_for_it.config.image_height_and_width == size
     torch.testing.assert_close(with_attention_of(teacher, made_for_it)(images).logits, expected, rtol=1e-5, atol=1e-5)
-    resizing = with_attention_of(teacher, vision_student_from_teacher(teacher, class_token=class_token))
+    resizing = with_attention_of(teacher, student_from_teacher(teacher, class_token=class_token))
     if VISION_FAMILIES[teacher.config.model_type].antialias:  # which a student's own resizing does not do
         assert largest_difference(resizing(images).logits, expected) < 0.5 * expected.std()
     else:
@@ -186,7 +186,7 @@ def moving_average(B, C, x):
 @torch.no_grad()
 def test_both_directions_start_from_the_teachers_projections(name):
     teacher = make(name)
-    student = vision_student_from_teacher(teacher)
+    student = student_from_teacher(teacher)
     inputs, _, heads = normed_and_attention(teacher, images_for(teacher))
     for block, attention, x, (query, key) in zip(
         student.backbone.layers, attentions_of(teacher), inputs, heads, strict=True
@@ -212,7 +212,7 @@ def test_both_directions_start_from_the_teachers_projections(name):
 @torch.no_grad()
 def test_s6_takes_values_and_outputs():
     teacher = make("dinov2")
-    student = vision_student_from_teacher(teacher, mixer_type="mamba")
+    student = student_from_teacher(teacher, mixer_type="mamba")
     assert student.config.state_size == 16
     for block, attention in zip(student.backbone.layers, attentions_of(teacher), strict=True):
         x = torch.randn(2, 5, 24)
@@ -226,7 +226,7 @@ def test_s6_takes_values_and_outputs():
 @torch.no_grad()
 def test_student_round_trip(name, tmp_path):
     teacher = make(name)
-    student = CABVisionMambaForImageClassification.from_teacher(teacher, calibration_inputs={"pixel_values": IMAGES})
+    student = student_from_teacher(teacher, calibration_inputs={"pixel_values": IMAGES})
     student.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert type(loaded) is CABVisionMambaForImageClassification
@@ -241,7 +241,7 @@ def test_student_round_trip(name, tmp_path):
 @pytest.mark.parametrize("mixer_type", ["mamba", "mamba2"])
 @pytest.mark.parametrize("name", FIRST_OF_FAMILY)
 def test_untrained_students_train_in_bfloat16_autocast(name, mixer_type):
-    student = vision_student_from_teacher(make(name), mixer_type=mixer_type, class_token="middle").train()
+    student = student_from_teacher(make(name), mixer_type=mixer_type, class_token="middle").train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = student(IMAGES, labels=torch.tensor([0, 3]))
     assert torch.isfinite(output.logits).all() and output.logits.std() > 0
@@ -256,8 +256,8 @@ def test_calibration_gives_the_outputs_the_teachers_size(name, mixer_type, class
     teacher, inputs = make(name), {"pixel_values": IMAGES, "labels": torch.tensor([0, 1])}
     recorded = Teacher(make(name))(inputs, attentions=True).attentions
     kinds = {"mixer_type": mixer_type, "class_token": class_token}
-    student = vision_student_from_teacher(teacher, calibration_inputs=inputs, **kinds)
-    before = vision_student_from_teacher(teacher, **kinds)
+    student = student_from_teacher(teacher, calibration_inputs=inputs, **kinds)
+    before = student_from_teacher(teacher, **kinds)
     projections = student(IMAGES, output_projections=True).projections
     for index, (attention, projection) in enumerate(zip(recorded, projections, strict=True)):
         rms = projection.output.unflatten(-1, (4, 6)).square().mean(dim=(0, 1, 3)).sqrt()
@@ -281,7 +281,7 @@ def test_fitted_output_projections_are_least_squares(name, options):
     """Against `lstsq` on the tokens of the teacher's layers, moved by hand to the student's places."""
     teacher = make(name)
     pixels = images_for(teacher, count=12, seed=3)
-    student = vision_student_from_teacher(teacher, **options)
+    student = student_from_teacher(teacher, **options)
     layers = options.get("layer_map", range(3))
     before = copy.deepcopy(student.state_dict())
     fit_output_projection(
@@ -310,7 +310,7 @@ def test_fewer_layers_take_the_mapped_ones():
     teacher = make("dinov2")
     blocks = teacher.dinov2.encoder.layer
     for kind, expected in (("floor", [0, 1]), ("last", [0, 2]), ("uniform", [0, 2]), ([2, 1], [2, 1])):
-        student = vision_student_from_teacher(teacher, num_hidden_layers=2, layer_map=kind)
+        student = student_from_teacher(teacher, num_hidden_layers=2, layer_map=kind)
         for block, layer in zip(student.backbone.layers, expected, strict=True):
             assert torch.equal(block.mlp.down_proj.weight, blocks[layer].mlp.fc2.weight)
             assert torch.equal(block.mlp_norm.bias, blocks[layer].norm2.bias)
@@ -325,7 +325,7 @@ def test_teacher_is_neither_changed_nor_shared(name):
     next(teacher.parameters()).requires_grad_(False)
     flags = [parameter.requires_grad for parameter in teacher.parameters()]
     before, implementation = copy.deepcopy(teacher.state_dict()), teacher.config._attn_implementation
-    student = vision_student_from_teacher(teacher, calibration_inputs={"pixel_values": IMAGES})
+    student = student_from_teacher(teacher, calibration_inputs={"pixel_values": IMAGES})
     fit_output_projection(student, teacher, [{"pixel_values": IMAGES}])
     for parameter in student.parameters():
         assert parameter.requires_grad
@@ -356,11 +356,11 @@ def warnings(monkeypatch):
 def test_a_teacher_without_a_classifier(kind, pooling, warnings):
     name = {ViTModel: "vit", DeiTModel: "deit", Dinov2Model: "dinov2"}[kind]
     teacher = shaken(kind(copy.deepcopy(TEACHERS[name][1])))
-    student = vision_student_from_teacher(teacher)
+    student = student_from_teacher(teacher)
     assert student.config.pooling == pooling and student.config.id2label == LABELS
     assert len(warnings) == 1 and f"5 labels starts at random: {kind.__name__} has no classifier" in warnings[0]
     expected = teacher(IMAGES).last_hidden_state
-    backbone = vision_student_from_teacher(teacher, student_class=CABVisionMambaModel)
+    backbone = student_from_teacher(teacher, student_class=CABVisionMambaModel)
     assert len(warnings) == 1 and type(backbone) is CABVisionMambaModel
     for student_backbone in (student.backbone, backbone):
         for block, attention in zip(student_backbone.layers, attentions_of(teacher), strict=True):
@@ -371,27 +371,27 @@ def test_a_teacher_without_a_classifier(kind, pooling, warnings):
 @torch.no_grad()
 def test_labels_and_pooling_of_the_users_choice(warnings):
     teacher = make("deit-two-heads")
-    same = vision_student_from_teacher(teacher, num_labels=5)
+    same = student_from_teacher(teacher, num_labels=5)
     assert same.config.id2label == LABELS and not warnings
     torch.testing.assert_close(
         same.classifier.weight,
         torch.cat([teacher.cls_classifier.weight, teacher.distillation_classifier.weight], dim=1) / 2,
     )
-    other = vision_student_from_teacher(teacher, num_labels=2)
+    other = student_from_teacher(teacher, num_labels=2)
     assert other.classifier.weight.shape == (2, 48) and other.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
     assert "2 labels starts at random: the teacher's has 5 labels" in warnings.pop()
-    assert isinstance(vision_student_from_teacher(teacher, num_labels=0).classifier, nn.Identity) and not warnings
-    plain = vision_student_from_teacher(teacher, num_register_tokens=0, pooling="class_token")
+    assert isinstance(student_from_teacher(teacher, num_labels=0).classifier, nn.Identity) and not warnings
+    plain = student_from_teacher(teacher, num_register_tokens=0, pooling="class_token")
     assert plain.backbone.embeddings.register_tokens is None and plain.classifier.weight.shape == (5, 24)
     assert "reads 'class_token_and_registers' and the student's 'class_token'" in warnings.pop()
-    none = vision_student_from_teacher(make("dinov2_with_registers"), class_token="none")
+    none = student_from_teacher(make("dinov2_with_registers"), class_token="none")
     assert (none.config.pooling, none.config.num_register_tokens) == ("mean", 0)
     positions = make("dinov2_with_registers").dinov2_with_registers.embeddings.position_embeddings[:, 1:]
     assert torch.equal(none.backbone.embeddings.position_embeddings, positions)
     assert "the student's 'mean'" in warnings.pop()
     headless = TEACHERS["vit"][0](ViTConfig(**{k: v for k, v in PLAIN.items() if "label" not in k}, num_labels=0))
-    assert vision_student_from_teacher(headless).config.num_labels == 0 and not warnings
-    vision_student_from_teacher(shaken(ViTForMaskedImageModeling(copy.deepcopy(TEACHERS["vit"][1]))))
+    assert student_from_teacher(headless).config.num_labels == 0 and not warnings
+    student_from_teacher(shaken(ViTForMaskedImageModeling(copy.deepcopy(TEACHERS["vit"][1]))))
     assert "ViTForMaskedImageModeling has no classifier" in warnings.pop()
 
 
@@ -399,17 +399,17 @@ def test_labels_and_pooling_of_the_users_choice(warnings):
 def test_tokens_that_only_one_of_both_has():
     teacher = make("dinov2_with_registers")
     tokens = teacher.dinov2_with_registers.embeddings
-    without = vision_student_from_teacher(teacher, num_register_tokens=0).backbone.embeddings
+    without = student_from_teacher(teacher, num_register_tokens=0).backbone.embeddings
     assert without.register_tokens is None and torch.equal(without.class_token, tokens.cls_token)
-    unplaced = vision_student_from_teacher(teacher, use_absolute_positions=False).backbone.embeddings
+    unplaced = student_from_teacher(teacher, use_absolute_positions=False).backbone.embeddings
     assert unplaced.position_embeddings is None and torch.equal(unplaced.register_tokens, tokens.register_tokens)
-    more = vision_student_from_teacher(make("vit"), num_register_tokens=2, class_token="middle").backbone.embeddings
+    more = student_from_teacher(make("vit"), num_register_tokens=2, class_token="middle").backbone.embeddings
     assert more.register_tokens.std() > 0 and more(IMAGES).shape[1] == 12
     positions = make("vit").vit.embeddings.position_embeddings
     assert torch.equal(more.position_embeddings[:, 4], positions[:, 0])  # 9 patches: the middle is behind the fourth
     assert torch.equal(more.position_embeddings[:, 5], positions[:, 5])
     distilled = make("deit")
-    register = vision_student_from_teacher(distilled, class_token="middle").backbone.embeddings.register_tokens
+    register = student_from_teacher(distilled, class_token="middle").backbone.embeddings.register_tokens
     expected = distilled.deit.embeddings.distillation_token + distilled.deit.embeddings.position_embeddings[:, 1:2]
     torch.testing.assert_close(register, expected)
 
@@ -434,7 +434,7 @@ def test_config_follows_the_teacher_and_overrides():
 
 def test_dtype_and_steps_alone():
     teacher = make("vit")
-    half = vision_student_from_teacher(teacher, dtype=torch.bfloat16)
+    half = student_from_teacher(teacher, dtype=torch.bfloat16)
     mixer = half.backbone.layers[0].mixer
     assert mixer.in_proj.weight.dtype == half.backbone.embeddings.class_token.dtype == torch.bfloat16
     assert mixer.backward.A_log.dtype == mixer.backward.dt_bias.dtype == torch.float32
@@ -442,12 +442,12 @@ def test_dtype_and_steps_alone():
     student = CABVisionMambaForImageClassification(vision_student_config(teacher))
     copy_vision_teacher_weights(student, teacher, [0, 1, 2])
     calibrate_output_norm(student, teacher, {"pixel_values": IMAGES})
-    whole = vision_student_from_teacher(teacher, calibration_inputs={"pixel_values": IMAGES})
+    whole = student_from_teacher(teacher, calibration_inputs={"pixel_values": IMAGES})
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in student.state_dict().items())
-    random = vision_student_from_teacher(teacher, copy_weights=False)
+    random = student_from_teacher(teacher, copy_weights=False)
     assert random.config.to_dict() == whole.config.to_dict()
     assert not torch.equal(random.classifier.weight, teacher.classifier.weight)
-    no_attention = vision_student_from_teacher(teacher, copy_attention=False)
+    no_attention = student_from_teacher(teacher, copy_attention=False)
     assert torch.equal(no_attention.classifier.weight, teacher.classifier.weight)
     mixer, attention = no_attention.backbone.layers[0].mixer, attentions_of(teacher)[0]
     assert not torch.equal(mixer.out_proj.weight, attention.o_proj.weight)
@@ -465,7 +465,7 @@ def test_unknown_families(kind, config):
     teacher = kind(config)
     known = "'deit', 'dinov2', 'dinov2_with_registers', 'vit'.*CABVisionMambaConfig"
     with pytest.raises(ValueError, match=f"'{config.model_type}'.*{known}"):
-        vision_student_from_teacher(teacher)
+        student_from_teacher(teacher)
     with pytest.raises(ValueError, match=known):
         vision_family_of(AutoConfig.for_model("convnext"))
 
@@ -480,16 +480,16 @@ def test_errors_teach():
         ({"layer_map": [0]}, "lists 1 teacher layers for 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            vision_student_from_teacher(teacher, **options)
+            student_from_teacher(teacher, **options)
     with pytest.raises(StrictDataclassClassValidationError, match=r"13 x 13 pixels(.|\n)*image_size=\(12, 12\)"):
-        vision_student_from_teacher(teacher, image_size=13)
+        student_from_teacher(teacher, image_size=13)
     with pytest.raises(ValueError, match="layer_scale_init is None"):
-        vision_student_from_teacher(make("dinov2"), layer_scale_init=None)
+        student_from_teacher(make("dinov2"), layer_scale_init=None)
     with pytest.raises(ValueError, match=r"register_tokens is \(1, 2, 24\), the teacher's is \(1, 3, 24\)"):
-        vision_student_from_teacher(make("dinov2_with_registers"), num_register_tokens=2)
+        student_from_teacher(make("dinov2_with_registers"), num_register_tokens=2)
     with pytest.raises(ValueError, match="4 x 6 pixels, but a student's are square"):
         vision_student_config(ViTForImageClassification(ViTConfig(**PLAIN | {"patch_size": (4, 6)})))
-    student = vision_student_from_teacher(teacher, num_register_tokens=1)
+    student = student_from_teacher(teacher, num_register_tokens=1)
     with pytest.raises(ValueError, match="1 register tokens and the teacher 0"):
         fit_output_projection(student, teacher, [{"pixel_values": IMAGES}])
 
@@ -500,5 +500,5 @@ def test_a_borrowed_teacher_stays_anothers():
     model = ViTForImageClassification(ViTConfig(**sizes))
     images = torch.randn(2, 3, 8, 8)
     holder = Teacher(model)
-    fit_output_projection(vision_student_from_teacher(model), model, [{"pixel_values": images}])
+    fit_output_projection(student_from_teacher(model), model, [{"pixel_values": images}])
     assert len(holder({"pixel_values": images}, attentions=True).attentions) == 2

@@ -17,7 +17,7 @@ import torch
 from measuring import save_cells
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from cab_hf import CABMambaForCausalLM
+from cab_hf import student_from_teacher
 
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -73,7 +73,7 @@ def main() -> None:
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(LlamaConfig(**SHAPE, max_position_embeddings=2 * max(CONTEXTS)))
     teacher = teacher.to(arguments.device, dtype).eval()
-    student = CABMambaForCausalLM.from_teacher(teacher, calibration="none").eval()
+    student = student_from_teacher(teacher).eval()
     cells = []
     for batch_size in BATCH_SIZES[arguments.device]:
         for context in CONTEXTS:

@@ -23,7 +23,13 @@ import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from cab_hf import CABMambaForCausalLM, DistillationTrainer, DistillationTrainingArguments, Teacher
+from cab_hf import (
+    CABMambaForCausalLM,
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    Teacher,
+    student_from_teacher,
+)
 
 
 SHAPES = {
@@ -160,7 +166,7 @@ def measure(
     ids = torch.randint(config.vocab_size, (batch, length), device=device)
 
     def student() -> CABMambaForCausalLM:
-        return CABMambaForCausalLM.from_teacher(teacher_model.cpu().float()).to(device)
+        return student_from_teacher(teacher_model.cpu().float()).to(device)
 
     if options.parts:
         fresh_memory()

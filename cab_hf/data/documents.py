@@ -15,32 +15,12 @@ from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
 from cab_hf.data.packing import (
-    IGNORE_INDEX,
     TOKEN_SUFFIX,
     TOKENISED,
     Documents,
-    LanguageCollator,
     columns_of,
-    pack_documents,
-    pad_documents,
-    save_tokens,
-    shift_labels,
-    vocabulary_digest,
 )
 
-
-__all__ = [
-    "IGNORE_INDEX",
-    "Documents",
-    "LanguageCollator",
-    "load_documents",
-    "pack_documents",
-    "pad_documents",
-    "save_tokens",
-    "shift_labels",
-    "split_documents",
-    "vocabulary_digest",
-]
 
 logger = logging.get_logger(__name__)
 

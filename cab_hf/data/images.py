@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import BaseImageProcessor
 
 from cab_hf.data.image_sources import require_pillow
 
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers import BaseImageProcessor, ViTImageProcessorPil
+    from transformers import ViTImageProcessorPil
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -163,7 +164,7 @@ def collate_images(rows: Sequence[Mapping[str, torch.Tensor | int]]) -> dict[str
 
 
 def make_image_processor(
-    teacher_processor: "BaseImageProcessor | None" = None,
+    teacher_processor: BaseImageProcessor | None = None,
     size: int = 224,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -210,7 +211,7 @@ def make_image_processor(
     )
 
 
-def normalisation(processor: "BaseImageProcessor") -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of an image processor, for pixels in [0, 1] whatever its own range is.
 
     Args:
@@ -270,3 +271,20 @@ def _random_box(width: int, height: int) -> tuple[int, int, int, int]:
 
 def _uniform(low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand(()))
+
+
+def processor_side(processor: BaseImageProcessor) -> int:
+    """The side, in pixels, of the images that a processor makes.
+
+    Raises:
+        ValueError: it makes images that are not square.
+    """
+    options = processor.to_dict()
+    size = dict(options["crop_size"] if options.get("do_center_crop") else options["size"])
+    sides = {size[name] for name in ("height", "width", "shortest_edge") if name in size}
+    if len(sides) != 1:
+        raise ValueError(
+            f"The teacher's processor makes images of {size}; recipes are for square ones. Save the teacher with a "
+            "processor of one size: cab_hf.data.images.make_image_processor."
+        )
+    return sides.pop()

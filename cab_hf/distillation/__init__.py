@@ -1,4 +1,4 @@
-"""What happens between two models: teacher, alignment, bridge, losses and the trainer."""
+"""What happens between two models: bridge, losses and the trainer."""
 
 from cab_hf.distillation.bridge import AttentionBridge
 from cab_hf.distillation.modeling_distillation import DistillationModel

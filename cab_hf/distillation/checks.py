@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from cab_hf.distillation.modeling_distillation import core_of
 from cab_hf.distillation.training_args import DistillationTrainingArguments
+from cab_hf.lora import core_of
 from cab_hf.teachers.recorded_teacher import RecordedTeacher
 from cab_hf.teachers.teacher import Teacher, check_vocabularies
 

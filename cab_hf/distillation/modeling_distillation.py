@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cab_hf.data.packing import shift_labels
@@ -26,8 +25,9 @@ from cab_hf.distillation.losses import (
     token_mean,
 )
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
+from cab_hf.lora import core_of
 from cab_hf.models.mixers import BidirectionalProjections, SSMProjections
-from cab_hf.teachers.alignment import layer_map
+from cab_hf.teachers.alignment import layer_map, parse_layer_map
 from cab_hf.teachers.teacher import Teacher, TeacherAttention, TeacherOutput
 
 
@@ -63,11 +63,6 @@ class LayerShows(NamedTuple):
 
     scans: list[tuple[Tensor, Tensor, Tensor]]
     output: Tensor | None
-
-
-def core_of(model: nn.Module) -> PreTrainedModel:
-    """The model without an adapter of PEFT around it, whose own signature hides what it takes."""
-    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
 class DistillationModel(nn.Module):
@@ -377,21 +372,6 @@ def _scans(projections: SSMProjections | BidirectionalProjections) -> list[tuple
     if isinstance(projections, BidirectionalProjections):
         scans.append((projections.backward_B, projections.backward_C, projections.backward_time_step))
     return scans
-
-
-def parse_layer_map(text: str) -> str | list[int]:
-    """The `layer_map` argument: the name of a rule, or indices such as "0,2,5".
-
-    Raises:
-        ValueError: for a list that holds something else than whole numbers.
-    """
-    if not text[:1].isdigit():
-        return text
-    indices = text.split(",")
-    for index in indices:
-        if not index.strip().isdigit():
-            raise ValueError(f"`layer_map` is {text!r}, but {index!r} is no layer: list whole numbers, as in '0,2,5'.")
-    return [int(index) for index in indices]
 
 
 __all__ = ["DistillationModel", "DistillationOutput", "parse_layer_map"]

@@ -4,11 +4,14 @@ import copy
 import inspect
 import re
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
@@ -35,8 +38,8 @@ from cab_hf.distillation.modeling_distillation import (
     DistillationModel,
     DistillationOutput,
 )
+from cab_hf.distillation.pushing import push_trainer
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
-from cab_hf.hub.publish import push_trainer
 from cab_hf.teachers.alignment import align_targets, student_layout, teacher_layout
 from cab_hf.teachers.recorded_teacher import RecordedTeacher
 from cab_hf.teachers.teacher import Teacher, TeacherOutput, with_positions
@@ -69,8 +72,8 @@ class DistillationTrainer(EvaluatedTrainer):
         trainer_kwargs: of [`~transformers.Trainer`], such as `train_dataset`, `eval_dataset`, `data_collator`,
             `processing_class`, `callbacks`.
         batch_transform: takes each batch, on its device, and whether it is trained on: augmentation, for instance
-            [`~cab_hf.data.augmentation.ImageAugmentation`]. `teacher_pixel_values` beside `pixel_values` show the teacher
-            the same images at its own size.
+            [`~cab_hf.data.augmentation.ImageAugmentation`]. `teacher_pixel_values` beside `pixel_values` show the
+            teacher the same images at its own size.
         train_sampler: order of the training examples, instead of the Trainer's.
 
     Raises:
@@ -486,7 +489,11 @@ class DistillationTrainer(EvaluatedTrainer):
 
     # Checkpoints and the Hub
 
-    push_to_hub = push_trainer
+    def push_to_hub(self, *args: Any, teacher: str | None = None, **kwargs: Any) -> CommitInfo | Future | None:
+        """Publishes the student with its card: see [`~cab_hf.distillation.pushing.push_trainer`] for the arguments."""
+        teacher = teacher or self.teacher.model.name_or_path
+        student = self.accelerator.unwrap_model(self.student)
+        return push_trainer(self, student, teacher, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

@@ -18,16 +18,14 @@ from transformers import PreTrainedModel
 from cab_hf.data.documents import load_documents
 from cab_hf.data.image_sources import load_images
 from cab_hf.data.images import ImageDataset, normalisation
-from cab_hf.export.stock import load_image_processor, load_tokenizer, read_student
+from cab_hf.export.loading import load_image_processor, load_tokenizer, read_student
 from cab_hf.models.mixers import StateSpaceBranch
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
 from cab_hf.models.students import MixerPreTrainedModel
-from cab_hf.runs.images import load_image_teacher
-from cab_hf.runs.text import load_teacher
 from cab_hf.teachers.alignment import align_targets, student_layout, teacher_layout
 from cab_hf.teachers.alignment import layer_map as map_layers
-from cab_hf.teachers.teacher import TeacherAttention, check_vocabularies
-from cab_hf.transfer.calibration import borrowed_teacher
+from cab_hf.teachers.loading import load_image_teacher, load_teacher
+from cab_hf.teachers.teacher import TeacherAttention, borrowed_teacher, check_vocabularies
 
 
 _TRANSITION = ("A_log", "D", "dt_bias", "dt_proj", "x_proj")

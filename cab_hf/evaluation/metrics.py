@@ -1,7 +1,5 @@
 """Metrics with their intervals, for `Trainer`, for reports and as `evaluate.Metric`s that need no Hub.
 
-Also what `cab_hf.runs.report` asks of a language model beyond `cab_hf.evaluation.language`: associative recall and generation.
-
 Shapes: `n` images or sequences, `t` token, `V` classes or vocabulary.
 """
 

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cab_hf.distillation.training_args import LOSSES
-
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,11 +45,11 @@ def learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, 
         ImportError: matplotlib is missing.
         ValueError: The history holds no positive loss.
     """
-    curves = {name: _points(log_history, name) for name in ("loss", *LOSSES)}
+    curves = {name: _points(log_history, name) for name in _LABELS}
     curves = {name: points for name, points in curves.items() if points[0]}
     if not curves:
         raise ValueError(
-            f"log_history has {len(log_history)} entries and no positive value of {', '.join(('loss', *LOSSES))}. "
+            f"log_history has {len(log_history)} entries and no positive value of {', '.join(_LABELS)}. "
             "Log at least once: logging_steps at most the number of steps."
         )
     figure = _figure("Learning curves")
@@ -59,7 +57,7 @@ def learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, 
     for name, (steps, values) in curves.items():
         is_total = name == "loss"
         # One colour a part, the same in every picture.
-        style = {"color": "black", "linestyle": "--"} if is_total else {"color": f"C{LOSSES.index(name)}"}
+        style = {"color": "black", "linestyle": "--"} if is_total else {"color": f"C{list(_LABELS).index(name) - 1}"}
         # A curve of few points would be invisible as a thin line.
         marker = "o" if len(steps) < 20 else ""
         axes.plot(steps, values, label=_LABELS[name], linewidth=2, marker=marker, markersize=4, **style)

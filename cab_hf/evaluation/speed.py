@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from cab_hf.evaluation.language import evaluating, num_positions, throughput
+from cab_hf.inference import evaluating, num_positions, synchronise
 
 
 def text_speed(
@@ -108,3 +109,79 @@ def _peak_bytes(model: PreTrainedModel, run: Callable[[], Any]) -> int | None:
             now += event.nbytes()
             peak = max(peak, now)
     return weights + peak
+
+
+def throughput(
+    model: PreTrainedModel,
+    length: int,
+    batch_size: int,
+    mode: str = "forward",
+    *,
+    new_tokens: int = 64,
+    repeats: int = 5,
+    warmup: int = 2,
+    seed: int = 0,
+) -> dict[str, float | int | str]:
+    """Tokens a second, on random tokens, where the model is and in its dtype.
+
+    Args:
+        model: Any causal language model.
+        length: Tokens of a row (`forward`) or of a prompt (`generate`).
+        batch_size: Rows.
+        mode: "forward": one pass over `length` tokens without a cache, counting them; logits of the last token only.
+            "generate": greedy decoding of `new_tokens` after the prompt, counting new tokens; the time includes the
+            pass over the prompt.
+        new_tokens: Tokens to generate a row.
+        repeats: Timed runs.
+        warmup: Runs before them.
+        seed: Picks the tokens.
+
+    Returns:
+        `tokens_per_second` (median of the runs), `slowest` and `fastest` run in the same unit, and what was measured:
+        `mode`, `length`, `batch_size`, `new_tokens`, `repeats`, `device`, `dtype`.
+
+    Raises:
+        ValueError: `mode` is neither "forward" nor "generate".
+    """
+    if mode not in ("forward", "generate"):
+        raise ValueError(f'mode is {mode!r}. It must be "forward" or "generate".')
+    device = model.device
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(vocab_size, (batch_size, length), generator=generator).to(device)
+
+    def run() -> None:
+        if mode == "forward":
+            model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+        else:
+            model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    seconds = []
+    with evaluating(model):
+        for index in tqdm(range(warmup + repeats), desc=f"Throughput ({mode}, {length} tokens)"):
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+            if index >= warmup:
+                seconds.append(time.perf_counter() - start)
+    counted = batch_size * (length if mode == "forward" else new_tokens)
+    return {
+        "tokens_per_second": counted / statistics.median(seconds),
+        "slowest": counted / max(seconds),
+        "fastest": counted / min(seconds),
+        "mode": mode,
+        "length": length,
+        "batch_size": batch_size,
+        "new_tokens": new_tokens if mode == "generate" else 0,
+        "repeats": repeats,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cab_hf.export.stock import load_tokenizer, read_student, to_stock
+from cab_hf.export.loading import load_tokenizer, read_student
+from cab_hf.export.stock import to_stock
 from cab_hf.files import written_whole
 
 

@@ -1,4 +1,4 @@
-"""Operators of the students in ONNX's own. Needs onnxscript; `cab_hf.export.stock.export_onnx` imports it.
+"""Operators of the students in ONNX's own. Needs onnxscript; `cab_hf.export.onnx.export_onnx` imports it.
 
 Shape legend: `b` batch, `t` token, `d` width, `n` state.
 """

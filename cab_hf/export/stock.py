@@ -12,20 +12,13 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group
 """
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BambaConfig,
     BambaForCausalLM,
     Mamba2Config,
@@ -35,17 +28,15 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
+from cab_hf.export.loading import load_tokenizer, load_whole, read_config, read_student
 from cab_hf.files import written_whole
 from cab_hf.models import (
     CABMambaConfig,
     CABMambaForCausalLM,
-    CABVisionMambaConfig,
-    CABVisionMambaForImageClassification,
 )
-from cab_hf.models.s6_scan import chunked_scan
-from cab_hf.transfer.copying import cast
+from cab_hf.models.students import cast
 
 
 logger = logging.get_logger(__name__)
@@ -186,10 +177,10 @@ def from_stock(model_or_folder: PreTrainedModel | str | Path) -> CABMambaForCaus
     """
     model = model_or_folder
     if not isinstance(model, PreTrainedModel):
-        config = _read_config(str(model))
+        config = read_config(str(model))
         if config.model_type not in _STOCK_CLASSES:
             raise ValueError(f"{model} holds {_not_stock(config.model_type)}")
-        model = _load(AutoModelForCausalLM, str(model))
+        model = load_whole(AutoModelForCausalLM, str(model))
     config = model.config
     kind = config.model_type
     if kind not in _STOCK_CLASSES:
@@ -251,43 +242,6 @@ def export_stock(folder: str | Path, out: str | Path, *, compact: bool = False) 
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
     return stock
-
-
-def read_student(folder: str | Path) -> CABMambaForCausalLM | CABVisionMambaForImageClassification:
-    """A saved student; whatever is wrong with it is said in one line.
-
-    Args:
-        folder: a folder, or a Hub id.
-
-    Raises:
-        ValueError: no model there, another kind of model or head, files that are damaged, or a config of a newer
-            version.
-    """
-    config = _read_config(str(folder))
-    if not isinstance(config, CABMambaConfig | CABVisionMambaConfig):
-        raise ValueError(
-            f"{folder} holds a {config.model_type!r} model and no student: name a folder with a 'cab_mamba' or "
-            "'cab_vision_mamba' config, such as a recipe's output folder."
-        )
-    images = isinstance(config, CABVisionMambaConfig)
-    student_class = CABVisionMambaForImageClassification if images else CABMambaForCausalLM
-    saved = (config.architectures or [student_class.__name__])[0]
-    if saved != student_class.__name__:
-        raise ValueError(
-            f"{folder} holds a {saved}, but a {student_class.__name__} is needed here, whose head would start at "
-            "random. Name the folder of the distilled student."
-        )
-    return _load(student_class, str(folder))
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a folder or Hub id, or None where it has none."""
-    return _load_optional(AutoTokenizer, "tokenizer_config.json", str(folder))
-
-
-def load_image_processor(folder: str | Path) -> Any:
-    """The image processor of a folder or Hub id, or None where it has none."""
-    return _load_optional(AutoImageProcessor, "preprocessor_config.json", str(folder))
 
 
 def stock_class_name(config: CABMambaConfig) -> str | None:
@@ -421,154 +375,3 @@ def _not_stock(model_type: str) -> str:
         f"a {model_type!r} model; students can be made of {', '.join(sorted(_STOCK_CLASSES))} models by from_stock, "
         "and of Transformers by cab_hf.transfer.student_from_teacher."
     )
-
-
-def _read_config(source: str) -> PreTrainedConfig:
-    """The config of a folder or Hub id, its fields all known."""
-    if Path(source).is_file():
-        raise ValueError(f"{source} is a file. Name the folder of a saved model.")
-    if (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file():
-        raise ValueError(
-            f"{source} holds an adapter, not a whole model. Load the student that it was trained on, put the adapter "
-            "on it by `PeftModel.from_pretrained`, and save what its `merge_and_unload()` returns."
-        )
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"{source} holds no model: there is no config.json. Name the folder of a saved model.")
-    try:
-        values = json.loads(Path(cached_file(source, "config.json")).read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise ValueError(_why_not(source, error)) from error
-    _check_fields(source, config, values)
-    return config
-
-
-def _check_fields(source: str, config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
-    """A field that this version does not know may change what the student computes."""
-    if not isinstance(config, CABMambaConfig | CABVisionMambaConfig):
-        return
-    known = {*type(config)().to_dict(), "auto_map", "quantization_config", "torch_dtype", "_name_or_path"}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(
-            f"The config of {source} has fields that this version of cab_hf does not know: {', '.join(unknown)}. It "
-            "was saved by a newer one: upgrade cab_hf, or load it with trust_remote_code=True."
-        )
-
-
-def _load(model_class: Any, source: str) -> PreTrainedModel:
-    try:
-        model, notes = model_class.from_pretrained(source, dtype="auto", output_loading_info=True)
-    except SafetensorError as error:
-        raise ValueError(
-            f"The weights in {source} are damaged or incomplete ({error}): copy or download the folder again."
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(_why_not(source, error)) from error
-    absent = sorted(notes["missing_keys"])
-    if absent:
-        raise ValueError(
-            f"The weights in {source} lack {len(absent)} tensors, such as {absent[0]}: they are not those of its "
-            "config. Save the model again, or copy the whole folder."
-        )
-    return model.eval()
-
-
-def _load_optional(auto_class: Any, file: str, source: str) -> Any:
-    found = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else auto_class.from_pretrained(source)
-
-
-def _why_not(source: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    if not Path(source).exists():
-        return (
-            f"There is no folder {source}, and the Hub gave no model of that name: {reason} Name a folder of a saved "
-            "model, or connect once without HF_HUB_OFFLINE so that it is in the cache."
-        )
-    return f"{source} can't be loaded: {reason}"
-
-
-class _Logits(torch.nn.Module):
-    """A student as a function of one tensor."""
-
-    def __init__(self, student: PreTrainedModel) -> None:
-        super().__init__()
-        self.student = student
-        self.options = {"use_cache": False} if isinstance(student, CABMambaForCausalLM) else {}
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.student(**{self.student.main_input_name: inputs}, **self.options).logits
-
-
-def to_program(student: PreTrainedModel, tokens: int = 128) -> torch.export.ExportedProgram:
-    """The student's forward pass, inputs to logits, as `torch.export` traces it: any batch, one length.
-
-    A language student is causal, so that shorter texts may be filled up on the right with any tokens: the logits in
-    front of them do not change.
-
-    Args:
-        student: a language or image student on the CPU, whose scans run in torch.
-        tokens: length of texts; an image student takes images of its `image_size`.
-
-    Returns:
-        The program of `input_ids` `(b, tokens)`, int64, or `pixel_values` `(b, c, height, width)`, in the student's
-        dtype; its output are the logits.
-
-    Raises:
-        ValueError: a model that is no student, or no tokens.
-    """
-    config = student.config
-    if isinstance(student, CABMambaForCausalLM):
-        if tokens < 1:
-            raise ValueError(f"tokens is {tokens}, but a text has at least 1.")
-        example = torch.zeros(2, tokens, dtype=torch.long)
-    elif isinstance(student, CABVisionMambaForImageClassification):
-        example = torch.zeros(2, config.num_channels, *config.image_height_and_width, dtype=student.dtype)
-    else:
-        raise ValueError(f"student is a {type(student).__name__}; give a student with its head.")
-    batch = {"inputs": {0: torch.export.Dim("batch")}}
-    with torch.no_grad():
-        return torch.export.export(_Logits(student.eval()), (example,), dynamic_shapes=batch)
-
-
-def export_onnx(folder: str | Path, out: str | Path, *, tokens: int = 128) -> Path:
-    """Writes a saved student's forward pass as ONNX, in float32: `to_program`'s, for onnxruntime and its kin.
-
-    S6's scan, which ONNX has no operator for, becomes a `Scan` over tokens.
-
-    Args:
-        folder: a saved student, or its Hub id.
-        out: folder to write `model.onnx` into.
-        tokens: length of texts.
-
-    Returns:
-        The file.
-
-    Raises:
-        FileExistsError: `out` holds a `model.onnx`.
-        OSError: it can't be written.
-        ImportError: onnx or onnxscript is missing.
-        ValueError: the folder holds no student that can be read.
-    """
-    path = Path(out) / "model.onnx"
-    if path.exists():
-        raise FileExistsError(f"{path} exists already; name another folder, or remove it.")
-    student = read_student(folder).float()
-    program = to_program(student, tokens)
-    try:
-        from cab_hf.export.onnx_operators import selective_scan
-    except ImportError as error:
-        raise ImportError("ONNX needs onnx and onnxscript. Run `pip install cab-hf[export]`.") from error
-
-    exported = torch.onnx.export(
-        program,
-        dynamo=True,
-        input_names=[student.main_input_name],
-        output_names=["logits"],
-        custom_translation_table={chunked_scan._opoverload: selective_scan},
-        verbose=False,
-    )
-    with written_whole(path.parent) as unfinished:
-        exported.save(unfinished / path.name)
-    return path

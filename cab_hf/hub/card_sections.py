@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult
 
-from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
-
 
 class Head(NamedTuple):
     """What a student does, and how its card counts that.
@@ -58,14 +56,6 @@ HEADS = {
         ("accuracy", "Top-1 accuracy", "top1", 3),
         "images",
     ),
-}
-_LOSSES = {
-    "kl": "soft KL to the teacher",
-    "ce": "cross-entropy on the labels",
-    "bridge": "attention bridge (CAB)",
-    "output": "mixer outputs to attention outputs",
-    "hidden": "hidden states",
-    "attention": "attention maps",
 }
 _QUANTITIES = {
     "prefill": ("prefill, tokens/s", "reads more slowly than"),
@@ -203,35 +193,12 @@ def limits(head: Head, metrics: Mapping[str, Mapping[str, Any]], evaluation: Map
         ours, theirs = (evaluation["generation"][who]["greedy"]["repetition_rate"] for who in reversed(_WHO))
         if ours > theirs:
             sentences.append(
-                f"Decoding greedily it repeats itself: {_percent(ours)} of its 4-grams occurred before in the same "
-                f"text, {_percent(theirs)} of its teacher's."
+                f"Decoding greedily it repeats itself: {percent(ours)} of its 4-grams occurred before in the same "
+                f"text, {percent(theirs)} of its teacher's."
             )
     if "speed" in evaluation:
         sentences += _speed_limits(evaluation["speed"], evaluation.get("hardware"))
     return sentences
-
-
-def describe_losses(args: DistillationTrainingArguments) -> str:
-    """The losses of a stage, each with its weight and course."""
-    parts = []
-    for name in LOSSES:
-        weight, end, decay = (getattr(args, f"{name}_{what}") for what in ("weight", "end", "decay"))
-        if weight == 0:
-            continue
-        course = "" if decay == "none" else f", {decay} decay to its end"
-        course += "" if end == 1 else f", off after {_percent(end)} of the steps"
-        course += f", temperature {args.temperature:g}" if name == "kl" and args.temperature != 1 else ""
-        parts.append(f"{_LOSSES[name]} × {weight:g}{course}")
-    return "; ".join(parts)
-
-
-def describe_method(stages: Sequence[DistillationTrainingArguments]) -> str:
-    """The name of a method, from the losses of its stages."""
-    used = {name for args in stages for name in LOSSES if getattr(args, f"{name}_weight")}
-    alignments = [_LOSSES[name] for name in ("bridge", "attention", "output", "hidden") if name in used]
-    signals = ["soft knowledge distillation"] if "kl" in used else []
-    signals += ["training on labels"] if "ce" in used else []
-    return " and ".join([", ".join(alignments)] * bool(alignments) + signals)
 
 
 def ways_to_load(
@@ -282,7 +249,7 @@ def _quality_limits(head: Head, name: str, report: Mapping[str, Any]) -> list[st
             return []
         sentence = f"{name}: its perplexity is {ours / theirs:.2f} times its teacher's"
         if "agreement" in report:
-            sentence += f", and its likeliest token is the teacher's at {_percent(report['agreement'])} of the places"
+            sentence += f", and its likeliest token is the teacher's at {percent(report['agreement'])} of the places"
         return [f"{sentence}."]
     if ours >= theirs:
         return []
@@ -299,8 +266,8 @@ def _recall_limits(recall: Mapping[str, Mapping[str, Any]]) -> list[str]:
             chosen = {gap: one for gap, one in gaps.items() if (one["student"]["recall"] == 0) == is_nothing}
             if not chosen:
                 continue
-            own = "nothing" if is_nothing else _and([_percent(one["student"]["recall"]) for one in chosen.values()])
-            others = [_percent(one["teacher"]["recall"]) for one in chosen.values()]
+            own = "nothing" if is_nothing else _and([percent(one["student"]["recall"]) for one in chosen.values()])
+            others = [percent(one["teacher"]["recall"]) for one in chosen.values()]
             clauses.append(
                 f"{own} over {'a gap' if len(chosen) == 1 else 'gaps'} of {_and(list(chosen))} tokens, where its "
                 f"teacher {verb} {_and(others)}"
@@ -348,7 +315,7 @@ def _count(head: Head, name: str, report: Mapping[str, Any]) -> int:
     if missing:
         raise ValueError(
             f"The report on {name!r} lacks {missing} (it has {sorted(report)}), but a card of {head.task} needs them. "
-            "Give what cab_hf.evaluation.language.compare or cab_hf.runs.images.compare_images returns, or these numbers."
+            "Give what cab_hf.evaluation.compare or compare_images returns, or these numbers."
         )
     return int(report[f"n_{head.unit}"])
 
@@ -375,7 +342,7 @@ def _rounded(bound: float) -> float | str:
     return round(float(bound), 4) if math.isfinite(bound) else str(bound)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     if 0 < share < 0.0005:
         return "under 0.1 %"
     return f"{100 * share:.{0 if share == 0 or share >= 0.0995 else 1}f} %"

@@ -4,7 +4,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +25,7 @@ from transformers.utils import logging
 
 
 if TYPE_CHECKING:
-    from cab_hf.distillation.trainer import DistillationTrainer
+    pass
 
 
 logger = logging.get_logger(__name__)
@@ -146,53 +145,6 @@ def check_access(repo_id: str, *, token: str | None = None, private: bool | None
     return repo_id
 
 
-def push_trainer(
-    trainer: "DistillationTrainer",
-    commit_message: str = "End of training",
-    blocking: bool = True,
-    token: str | None = None,
-    revision: str | None = None,
-    private: bool | None = None,
-    **card: Any,
-) -> CommitInfo | Future[CommitInfo] | None:
-    """Saves a trainer's student and publishes it as `hub_model_id`; the arguments' `hub_...` options are the defaults.
-
-    A card in the output folder stays as it is. Where there is none, one is written out of what the trainer knows.
-
-    Args:
-        trainer: whose student is pushed; all processes call this.
-        commit_message, token, revision, private: as in [`publish_folder`].
-        blocking: wait for the upload.
-        card: keywords of [`~cab_hf.hub.card.build_card`] for a new card, such as `license` or `datasets`.
-
-    Returns:
-        The commit, or its future without `blocking`; None on processes other than the first.
-
-    Raises:
-        ValueError, ConnectionError: as [`publish_folder`]; also a new card without a licence.
-    """
-    args = trainer.args
-    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
-    trainer.save_model(_internal_call=True)
-    if not trainer.is_world_process_zero():
-        return None
-    folder = Path(args.output_dir)
-    repo_id = args.hub_model_id or folder.absolute().name
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        _write_adapter_card(trainer, folder, repo_id, card)
-    elif not (folder / CARD_NAME).exists():
-        _write_card(trainer, folder, repo_id, card)
-    options = {
-        "token": args.hub_token if token is None else token,
-        "private": args.hub_private_repo if private is None else private,
-        "revision": args.hub_revision if revision is None else revision,
-        "commit_message": commit_message,
-    }
-    if blocking:
-        return publish_folder(folder, repo_id, **options)
-    return HfApi().run_as_future(publish_folder, folder, repo_id, **options)
-
-
 def student_files(folder: str | Path) -> list[str]:
     """The files of a saved student that are published, relative to its folder, checked to be whole.
 
@@ -300,7 +252,7 @@ def _check_base(path: Path) -> None:
     if base and (Path(base).is_absolute() or Path(base).is_dir()):
         raise ValueError(
             f"{path} names the folder {base!r} as its base model, where nobody else finds it. Publish the base, and "
-            "write its Hub id there (cab_hf.lora.write_adapter_card does)."
+            "write its Hub id there (cab_hf.hub.adapter_card.write_adapter_card does)."
         )
 
 
@@ -346,34 +298,6 @@ def _refuse_secrets(contents: Mapping[str, Path | bytes], token: str) -> None:
                 f"{name} contains the Hub token that is in use, and would publish it. Remove it there, and give the "
                 "token by `hf auth login` or HF_TOKEN."
             )
-
-
-def _write_card(trainer: "DistillationTrainer", folder: Path, repo_id: str, card: dict[str, Any]) -> None:
-    # The card knows recipes, these know the trainer's arguments, and the trainer knows this module.
-    from cab_hf.hub.card import build_card, write_card
-
-    teacher = card.pop("teacher", trainer.teacher.model.name_or_path)
-    if not teacher:
-        raise ValueError(
-            f"{folder} has no {CARD_NAME}, and the teacher does not say where it comes from. Pass teacher=..., its "
-            "Hub id or folder, or write the card by `cab_hf.hub.card.build_card` first."
-        )
-    training = {"Steps": f"{trainer.state.global_step:,}", "Epochs": trainer.state.epoch}
-    write_card(folder, build_card(folder, {}, training, teacher=teacher, repo_id=repo_id, **card))
-
-
-def _write_adapter_card(trainer: "DistillationTrainer", folder: Path, repo_id: str, card: dict[str, Any]) -> None:
-    """Replaces the card of placeholders that PEFT writes whenever it saves an adapter."""
-    from cab_hf.lora import adapter_card, write_adapter_card
-
-    path = folder / CARD_NAME
-    found = ModelCard.load(path).data.to_dict() if path.is_file() else {}
-    base_model = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())["base_model_name_or_path"]
-    options = {"base_model": base_model, "license": found.get("license")} | card
-    options.pop("teacher", None)
-    write_adapter_card(folder, adapter_card(folder, repo_id=repo_id, **options))
-    for config in trainer.accelerator.unwrap_model(trainer.student).peft_config.values():
-        config.base_model_name_or_path = options["base_model"]  # of later saves
 
 
 def _find_token(repo_id: str, token: str | None) -> str:

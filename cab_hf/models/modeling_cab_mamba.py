@@ -3,7 +3,6 @@
 Shape legend: `b` batch, `t` token, `h` head, `n` state, `g` group, `d` width.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.versions import require_version
@@ -323,16 +321,6 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    @classmethod
-    def from_teacher(cls, teacher: PreTrainedModel, **kwargs) -> "CABMambaForCausalLM":
-        """A student of the teacher's shape with its weights: see `cab_hf.transfer.student_from_teacher`.
-
-        Raises:
-            ImportError: where the package `cab_hf` is not installed.
-            ValueError: for a teacher of an unknown family; the message lists the known ones.
-        """
-        return importlib.import_module("cab_hf.transfer").student_from_teacher(teacher, student_class=cls, **kwargs)
-
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
@@ -426,19 +414,6 @@ class CABMambaForSequenceClassification(CABMambaPreTrainedModel):
         self.backbone = CABMambaModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
-
-    @classmethod
-    def from_teacher(cls, teacher: PreTrainedModel, **kwargs) -> "CABMambaForSequenceClassification":
-        """A student of the teacher's shape with its weights: see `cab_hf.transfer.student_from_teacher`.
-
-        The labels and `score` of a teacher that classifies are taken over; others need `num_labels`.
-
-        Raises:
-            ImportError: where the package `cab_hf` is not installed.
-            ValueError: for a teacher of an unknown family; the message lists the known ones. For one without a
-                classifier, when `num_labels` is not given.
-        """
-        return importlib.import_module("cab_hf.transfer").student_from_teacher(teacher, student_class=cls, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()

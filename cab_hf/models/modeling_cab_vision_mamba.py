@@ -3,7 +3,6 @@
 Shape legend: `b` batch, `c` channel, `t` token, `h` head, `n` state, `g` group, `d` width.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_cab_vision_mamba import CABVisionMambaConfig, nearest_multiples
@@ -302,17 +300,6 @@ class CABVisionMambaForImageClassification(CABVisionMambaPreTrainedModel):
         labels = config.num_labels
         self.classifier = nn.Linear(config.pooled_size, labels) if labels > 0 else nn.Identity()
         self.post_init()
-
-    @classmethod
-    def from_teacher(cls, teacher: PreTrainedModel, **kwargs) -> "CABVisionMambaForImageClassification":
-        """A student of the teacher's shape with its weights: see `cab_hf.transfer.vision_student_from_teacher`.
-
-        Raises:
-            ImportError: where the package `cab_hf` is not installed.
-            ValueError: for a teacher of an unknown family; the message lists the known ones.
-        """
-        transfer = importlib.import_module("cab_hf.transfer")
-        return transfer.vision_student_from_teacher(teacher, student_class=cls, **kwargs)
 
     def forward(
         self,

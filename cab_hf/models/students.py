@@ -83,3 +83,12 @@ class MixerPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, StateSpaceBranch):
             module.init_mixer_weights()
+
+
+def cast(student: MixerPreTrainedModel, dtype: torch.dtype) -> None:
+    """Casts a student's weights, except those that must stay float32, and notes the dtype in its config."""
+    kept = student._keep_in_fp32_modules_strict
+    for name, parameter in student.named_parameters():
+        if not any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    student.config.dtype = dtype

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModel,
     AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedModel,
@@ -29,17 +28,25 @@ from transformers.utils import logging
 
 from cab_hf.data.augmentation import ImageAugmentation, two_sizes
 from cab_hf.data.image_sources import class_balanced_fraction, load_images, split_validation
-from cab_hf.data.images import ImageDataset, RepeatedSampler, collate_images, make_image_processor, normalisation
+from cab_hf.data.images import (
+    ImageDataset,
+    RepeatedSampler,
+    collate_images,
+    make_image_processor,
+    normalisation,
+    processor_side,
+)
 from cab_hf.distillation.checkpoints import load_student
-from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.distillation.training_args import DistillationTrainingArguments
-from cab_hf.evaluation.metrics import top_k_accuracy
+from cab_hf.evaluation.images import compare_images
 from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification
 from cab_hf.recipes import Recipe
 from cab_hf.runs.stages import finetune_stage, run_facts, run_stage
+from cab_hf.teachers.alignment import parse_layer_map
+from cab_hf.teachers.loading import load_image_teacher
 from cab_hf.teachers.teacher import Teacher
-from cab_hf.transfer import fit_output_projection, vision_student_from_teacher
+from cab_hf.transfer import fit_output_projection, student_from_teacher
 from cab_hf.transfer.copying import check_fields
 
 
@@ -224,20 +231,6 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     return report
 
 
-def load_image_teacher(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """An image model, with its classifier where it has one, and its processor."""
-    config = AutoConfig.from_pretrained(name)
-    is_classifier = any("ForImageClassification" in one for one in config.architectures or ())
-    auto = AutoModelForImageClassification if is_classifier else AutoModel
-    model = auto.from_pretrained(name, dtype="auto")
-    if model.main_input_name != "pixel_values":
-        raise ValueError(
-            f"`teacher` {name!r} reads {model.main_input_name!r}, but `task` is 'image-classification'. Name an image "
-            "model (of CLIP its vision model), or set `task: text-generation`."
-        )
-    return model, AutoImageProcessor.from_pretrained(name)
-
-
 def new_image_teacher(recipe: Recipe, size: int, names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The model that `finetune` starts from: new from `teacher_config`, or pretrained with a new classifier."""
     settings = dict(recipe.model.teacher_config)
@@ -314,7 +307,7 @@ def build_image_student(
     layer_map = parse_layer_map(recipe.stages[0][1].layer_map)
     calibrates = model.calibration != "none" and model.copy_weights
     batches = _calibration_batches(recipe, sets, transform, teacher) if calibrates else []
-    student = vision_student_from_teacher(
+    student = student_from_teacher(
         teacher,
         mixer_type=model.mixer_type,
         layer_map=layer_map,
@@ -352,46 +345,6 @@ def _calibration_batches(
         {"pixel_values": transform({name: x.to(device) for name, x in batch.items()}, False)["pixel_values"]}
         for batch in batches
     ]
-
-
-def compare_images(
-    student: nn.Module, teacher: Teacher | None, batches: Iterable[Mapping[str, Tensor]]
-) -> dict[str, Any]:
-    """Both models' top-1 and top-5 on the same images, with 95 % intervals, their KL and their agreement.
-
-    Args:
-        student: a classifier, put into eval mode for the time.
-        teacher: may be None, or without a classifier; then only the student is reported.
-        batches: `pixel_values` `(b, c, height, width)`, perhaps `teacher_pixel_values`, and `labels` `(b,)`.
-
-    Returns:
-        `student_top1`, `student_top1_ci95`, `student_top5`, ..., the same of the teacher, `kl` (nats an image),
-        `agreement`, `n_images`.
-    """
-    training = student.training
-    student.eval()
-    logits: dict[str, list[Tensor]] = {"student": [], "teacher": []}
-    labels = []
-    with torch.no_grad():
-        for batch in batches:
-            logits["student"].append(student(pixel_values=batch["pixel_values"]).logits.float().cpu())
-            if teacher is not None and teacher.has_logits:
-                shown = {"pixel_values": batch.get("teacher_pixel_values", batch["pixel_values"])}
-                logits["teacher"].append(teacher(shown, logits=True).logits.float().cpu())
-            labels.append(batch["labels"].cpu())
-    student.train(training)
-    all_labels = torch.cat(labels).numpy()
-    whole = {name: torch.cat(parts) for name, parts in logits.items() if parts}
-    report: dict[str, Any] = {"n_images": len(all_labels)}
-    for name, values in whole.items():
-        accuracies = top_k_accuracy(values.numpy(), all_labels)
-        report |= {f"{name}_{key}": value for key, value in accuracies.items() if key != "n"}
-    if "teacher" in whole:
-        log_student, log_teacher = whole["student"].log_softmax(-1), whole["teacher"].log_softmax(-1)
-        report["kl"] = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True).item()
-        same = whole["student"].argmax(-1) == whole["teacher"].argmax(-1)
-        report["agreement"] = same.float().mean().item()
-    return report
 
 
 def _evaluate(
@@ -438,23 +391,6 @@ def _check_labels(teacher: PreTrainedModel, names: list[str]) -> None:
         logger.warning(
             f"The teacher calls its labels {theirs[:3]}, ..., the data {names[:3]}, ...: are they the same?"
         )
-
-
-def processor_side(processor: BaseImageProcessor) -> int:
-    """The side, in pixels, of the images that a processor makes.
-
-    Raises:
-        ValueError: it makes images that are not square.
-    """
-    options = processor.to_dict()
-    size = dict(options["crop_size"] if options.get("do_center_crop") else options["size"])
-    sides = {size[name] for name in ("height", "width", "shortest_edge") if name in size}
-    if len(sides) != 1:
-        raise ValueError(
-            f"The teacher's processor makes images of {size}; recipes are for square ones. Save the teacher with a "
-            "processor of one size: cab_hf.data.images.make_image_processor."
-        )
-    return sides.pop()
 
 
 def _side(size: int | list[int] | tuple[int, ...]) -> int:

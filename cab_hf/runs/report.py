@@ -24,39 +24,38 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cab_hf.data.augmentation import two_sizes
 from cab_hf.data.documents import load_documents, split_documents
 from cab_hf.data.image_sources import load_images
-from cab_hf.data.images import ImageDataset, collate_images, normalisation
+from cab_hf.data.images import ImageDataset, collate_images, normalisation, processor_side
 from cab_hf.data.packing import pack_documents
-from cab_hf.evaluation.language import (
-    Blocks,
-    associative_recall,
-    compare,
-    copying_recall,
-    generate,
-)
+from cab_hf.evaluation.generation import generate
+from cab_hf.evaluation.images import compare_images
+from cab_hf.evaluation.language import Blocks, compare
 from cab_hf.evaluation.metrics import crossing_length
 from cab_hf.evaluation.plots import recall_curves, speed_curves
+from cab_hf.evaluation.recall import associative_recall, copying_recall
 from cab_hf.evaluation.speed import image_speed, text_speed
-from cab_hf.export.stock import load_image_processor, load_tokenizer, read_student
+from cab_hf.export.loading import load_image_processor, load_tokenizer, read_student
 from cab_hf.files import write_whole
-from cab_hf.hub.card import dataset_facts, license_of, public_name, write_model_card
+from cab_hf.hub.sources import dataset_facts, public_name
+from cab_hf.inference import place_and_dtype
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
-from cab_hf.recipes import DataArguments, ImageArguments, Recipe, build_recipe
-from cab_hf.runs.images import compare_images, load_image_teacher, processor_side
-from cab_hf.runs.text import load_teacher
+from cab_hf.recipes import (
+    EVALUATION_NAME,
+    DataArguments,
+    ImageArguments,
+    Recipe,
+    read_recipe,
+)
+from cab_hf.teachers.loading import load_image_teacher, load_teacher
 from cab_hf.teachers.teacher import Teacher, check_vocabularies
 
 
-EVALUATION_NAME, RECIPE_NAME, REPORT_NAME = "evaluation.json", "recipe.yaml", "report.json"
 LENGTHS = (256, 512, 1024, 2048)
 GAPS = (16, 64, 256)
 LONGEST = 2**20
 BATCH_SIZES = (1, 4, 16)
 PROMPT_TOKENS = 32
-_DTYPES = ("float32", "bfloat16")
 _WHO = ("teacher", "student")
 _UNITS = {"prefill": "prefill tokens/s", "decode": "decode tokens/s", "peak_mib": "peak MiB", "images": "images/s"}
-# They say how a run computes on its hardware, and can be refused on other hardware, where only the card is made.
-_HARDWARE_OPTIONS = {"bf16", "bf16_full_eval", "deepspeed", "fp16", "fp16_full_eval", "fsdp", "tf32", "torch_compile"}
 
 
 def evaluate(
@@ -169,84 +168,6 @@ def evaluate(
     return report
 
 
-def write_card_of(folder: str | Path, *, license: str | None = None, overwrite: bool = False) -> Path:
-    """Writes the card of a finished run again, from its `recipe.yaml`, `report.json` and, if there, `evaluation.json`.
-
-    A classifier that was put on the run's student and saved over it is described as what it is: what the run measured
-    of the language model is left out. Its accuracies are shown where `evaluation.json` has them under `texts`.
-
-    Args:
-        folder: `output_dir` of the recipe.
-        license: licence of the student; by default the recipe's, or else the teacher's.
-        overwrite: replace an existing `README.md`.
-
-    Returns:
-        The card's path.
-
-    Raises:
-        FileNotFoundError: the folder holds no finished run.
-        ValueError: a card is there already, the licence is unknown, or a file is damaged.
-    """
-    folder = Path(folder)
-    path = folder / "README.md"
-    for name in (RECIPE_NAME, REPORT_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {name}, so nothing is known of its training. Name the output_dir of a finished "
-                "recipe, or make the card by cab_hf.hub.card.build_card."
-            )
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists and is left as it is. Pass overwrite (--overwrite) to replace it.")
-    recipe, report = read_recipe(folder), _read_json(folder / REPORT_NAME)
-    if recipe.model.finetune:
-        raise ValueError(f"{folder} holds a teacher that was finetuned; a card describes a student.")
-    if license is not None:
-        recipe.model.license = license
-    if license_of(recipe) is None:
-        raise ValueError(
-            f"The licence of teacher {recipe.model.teacher!r} is unknown (no card says it). Give license (--license), "
-            "such as apache-2.0."
-        )
-    try:
-        if (folder / EVALUATION_NAME).is_file():
-            evaluation = _read_json(folder / EVALUATION_NAME)
-            # The later numbers are the newer ones.
-            newer = evaluation.get("images" if recipe.model.reads_images else "texts", {})
-            report |= {"after": report["after"] | newer, "evaluation": evaluation}
-        write_model_card(folder, recipe, report, overwrite=overwrite)
-    except KeyError as error:
-        raise ValueError(f"The files {REPORT_NAME} and {EVALUATION_NAME} of {folder} lack {error}.") from error
-    return path
-
-
-def read_recipe(folder: Path) -> Recipe | None:
-    """The recipe that made a student, readable also where its hardware is missing; None where there is none.
-
-    Args:
-        folder: the `output_dir` of the run.
-
-    Raises:
-        ValueError: the file is damaged, or no recipe.
-    """
-    path = folder / RECIPE_NAME
-    if not path.is_file():
-        return None
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is damaged and can't be read ({error}).") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of options to values.")
-
-    def anywhere(options: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in options.items() if name not in _HARDWARE_OPTIONS}
-        return kept | {
-            name: [anywhere(run) for run in kept[name]] for name in ("stages", "baselines") if kept.get(name)
-        }
-
-    return replace(build_recipe(anywhere(values) | {"use_cpu": True}), values=values)
-
-
 def describe(report: Mapping[str, Any]) -> str:
     """The report of `evaluate` as a short table, for the terminal."""
     lines = []
@@ -330,33 +251,6 @@ def _check_finite(name: str, results: Mapping[str, Any]) -> None:
             "too large for its dtype. Try --dtype float32; if they stay so, the weights are broken: go back to an "
             "earlier checkpoint."
         )
-
-
-def place_and_dtype(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """Where a command runs its models, and in which dtype: on a GPU in bfloat16 if there is one, else in float32.
-
-    Raises:
-        ValueError: a device that can't be used here, or another dtype than these two.
-    """
-    try:
-        place = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} can't be used here ({reason}). Use cpu, or leave it out.") from error
-    dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}. It must be {' or '.join(_DTYPES)}.")
-    return place, getattr(torch, dtype)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged and can't be read ({error}). Make it again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__} and no mapping of results. Make it again.")
-    return values
 
 
 def _load_teacher(load: Callable[[str], tuple[PreTrainedModel, Any]], name: str) -> tuple[PreTrainedModel, Any]:

@@ -13,14 +13,14 @@ import yaml
 
 from cab_hf.evaluation.plots import learning_curves
 from cab_hf.files import write_whole
-from cab_hf.hub.card import hub_ids, is_repo_id, license_of, write_model_card
 from cab_hf.hub.publish import CARD_NAME, check_access, publish_folder
-from cab_hf.recipes import Recipe, default_of, parse_recipe
+from cab_hf.hub.sources import is_repo_id
+from cab_hf.recipes import RECIPE_NAME, REPORT_NAME, Recipe, default_of, parse_recipe
 from cab_hf.runs import images as run_images
 from cab_hf.runs import text as run_text
+from cab_hf.runs.card import hub_ids, license_of, write_model_card
 
 
-RECIPE_NAME, REPORT_NAME = "recipe.yaml", "report.json"
 # Options that do not change what a run computes: a finished run may be asked for again with others.
 FREE_OPTIONS = {
     "sample_prompt",

@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -20,20 +17,21 @@ from transformers import (
 from cab_hf.data.documents import load_documents, split_documents
 from cab_hf.data.packing import LanguageCollator, pack_documents, save_tokens
 from cab_hf.data.repeats import insert_repeats
-from cab_hf.distillation.modeling_distillation import parse_layer_map
 from cab_hf.distillation.trainer import make_teacher
-from cab_hf.evaluation.language import check_packing, compare, copying_recall, sample
-from cab_hf.hub.card import public_name
+from cab_hf.evaluation.generation import sample
+from cab_hf.evaluation.language import check_packing, compare
+from cab_hf.evaluation.recall import copying_recall
+from cab_hf.hub.sources import public_name
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 from cab_hf.recipes import DataArguments, Recipe
 from cab_hf.runs.stages import finetune_stage, run_facts, run_stage
-from cab_hf.teachers.demo import fetch_smollm2, random_llama
+from cab_hf.teachers.alignment import parse_layer_map
+from cab_hf.teachers.loading import load_teacher
 from cab_hf.teachers.sampling import PROMPT_LENGTH, longest_document, sample_documents
 from cab_hf.transfer import fit_output_projection, student_from_teacher
 from cab_hf.transfer.copying import check_fields
 
 
-CACHE = Path(".cache")
 CALIBRATION_ROWS = 8
 PIPELINE = """
 from transformers import pipeline
@@ -183,25 +181,6 @@ def _evaluate(
                 for gap in data.recall_gaps
             }
     return results
-
-
-def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, by Hub id, folder, or one of the built-in names.
-
-    Raises:
-        ValueError: a model of another kind.
-    """
-    if name == "random-llama":
-        return random_llama()
-    source = fetch_smollm2(CACHE) if name == "smollm2-demo" else name
-    config = AutoConfig.from_pretrained(source)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"`teacher` {name!r} is of the model type {config.model_type!r}, which is no language model. Name one, or "
-            "an image student beside an image teacher."
-        )
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
 
 
 def load_blocks(

@@ -322,3 +322,18 @@ __all__ = [
     "student_layout",
     "teacher_layout",
 ]
+
+
+def parse_layer_map(text: str) -> str | list[int]:
+    """The `layer_map` argument: the name of a rule, or indices such as "0,2,5".
+
+    Raises:
+        ValueError: for a list that holds something else than whole numbers.
+    """
+    if not text[:1].isdigit():
+        return text
+    indices = text.split(",")
+    for index in indices:
+        if not index.strip().isdigit():
+            raise ValueError(f"`layer_map` is {text!r}, but {index!r} is no layer: list whole numbers, as in '0,2,5'.")
+    return [int(index) for index in indices]

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.data.packing import TOKENISED, Documents, pack_documents, vocabulary_digest
-from cab_hf.evaluation.language import generating, num_positions
+from cab_hf.inference import generating, num_positions
 
 
 PROMPT_LENGTH = 16

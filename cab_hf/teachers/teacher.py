@@ -591,3 +591,20 @@ def check_vocabularies(
             f"{sizes} differ by {difference} padding rows: logits are compared over the first {shared} tokens."
         )
     return shared
+
+
+@contextmanager
+def borrowed_teacher(model: PreTrainedModel) -> Iterator[Teacher]:
+    """A `Teacher` for the block's time; mode, gradients and attention of the model come back as they were."""
+    training = {module: module.training for module in model.modules()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    implementation = model.config.get_text_config()._attn_implementation  # perhaps another Teacher's
+    teacher = Teacher(model)
+    try:
+        yield teacher
+    finally:
+        model.set_attn_implementation(implementation)
+        for module, mode in training.items():
+            module.training = mode
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -3,7 +3,8 @@
 from cab_hf.transfer.calibration import calibrate_output_norm
 from cab_hf.transfer.families import FAMILIES, Affine, Family, TeacherLayer, family_of
 from cab_hf.transfer.fit import fit_output_projection
-from cab_hf.transfer.from_teacher import copy_teacher_weights, student_config, student_from_teacher
+from cab_hf.transfer.from_teacher import copy_teacher_weights, student_config
+from cab_hf.transfer.student import student_from_teacher
 from cab_hf.transfer.vim import convert_vim_checkpoint, vim_from_state_dict
 from cab_hf.transfer.vision import (
     VISION_FAMILIES,
@@ -11,7 +12,6 @@ from cab_hf.transfer.vision import (
     copy_vision_teacher_weights,
     vision_family_of,
     vision_student_config,
-    vision_student_from_teacher,
 )
 
 
@@ -33,5 +33,4 @@ __all__ = [
     "vim_from_state_dict",
     "vision_family_of",
     "vision_student_config",
-    "vision_student_from_teacher",
 ]

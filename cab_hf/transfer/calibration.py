@@ -3,8 +3,7 @@
 Shapes: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 from cab_hf.models.mixers import BidirectionalProjections, S6Mixer, SSDMixer, SSMProjections
 from cab_hf.models.students import MixerPreTrainedModel
 from cab_hf.teachers.alignment import layer_map as map_layers
-from cab_hf.teachers.teacher import Teacher
+from cab_hf.teachers.teacher import borrowed_teacher
 
 
 @torch.no_grad()
@@ -86,20 +85,3 @@ def _rms(output: Tensor, mask: Tensor | None) -> Tensor:
     # Padding may hold anything, infinities included.
     energy = torch.where(weight > 0, energy, 0.0)
     return (energy.sum(dim=(0, 1)) / weight.sum()).sqrt()
-
-
-@contextmanager
-def borrowed_teacher(model: PreTrainedModel) -> Iterator[Teacher]:
-    """A `Teacher` for the block's time; mode, gradients and attention of the model come back as they were."""
-    training = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    implementation = model.config.get_text_config()._attn_implementation  # perhaps another Teacher's
-    teacher = Teacher(model)
-    try:
-        yield teacher
-    finally:
-        model.set_attn_implementation(implementation)
-        for module, mode in training.items():
-            module.training = mode
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -7,12 +7,10 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from cab_hf.models.mixers import S6Mixer, SSDMixer
-from cab_hf.models.students import MixerPreTrainedModel
 from cab_hf.transfer.families import Affine, TeacherLayer
 
 
@@ -80,15 +78,6 @@ def copy_block(name: str, block: nn.Module, layer: TeacherLayer, copy_attention:
         _copy_attention_to_ssd(f"{name}.mixer", block.mixer, layer)
     elif copy_attention and isinstance(block.mixer, S6Mixer):
         _copy_attention_to_s6(f"{name}.mixer", block.mixer, layer)
-
-
-def cast(student: MixerPreTrainedModel, dtype: torch.dtype) -> None:
-    """Casts a student's weights, except those that must stay float32, and notes the dtype in its config."""
-    kept = student._keep_in_fp32_modules_strict
-    for name, parameter in student.named_parameters():
-        if not any(part in kept for part in name.split(".")):
-            parameter.data = parameter.data.to(dtype)
-    student.config.dtype = dtype
 
 
 def copy_tensor(name: str, target: Tensor, source: Tensor) -> None:

@@ -13,8 +13,7 @@ from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedMode
 from cab_hf.models.students import MixerPreTrainedModel
 from cab_hf.teachers.alignment import align_targets, student_layout, teacher_layout
 from cab_hf.teachers.alignment import layer_map as map_layers
-from cab_hf.teachers.teacher import TeacherOutput
-from cab_hf.transfer.calibration import borrowed_teacher
+from cab_hf.teachers.teacher import TeacherOutput, borrowed_teacher
 from cab_hf.transfer.families import family_of
 from cab_hf.transfer.vision import vision_family_of
 
@@ -36,7 +35,7 @@ def fit_output_projection(
 
     Args:
         student: a student with the teacher's norms and, best, its attention's projections (`student_from_teacher`,
-            `vision_student_from_teacher`).
+            `student_from_teacher`).
         teacher: a model of a known family, left as it was.
         batches: `input_ids` `(b, t)` and, if padded, `attention_mask` `(b, t)` each; or `pixel_values`
             `(b, c, height, width)`. Some thousand tokens will do; the fewer, the larger `ridge` should be.

@@ -9,80 +9,23 @@ Shapes: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group, `d` 
 Source: arXiv 2510.19266, section "Method" (the correspondence); arXiv 2408.15237 and 2604.14191 (the initialisation).
 """
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cab_hf.models.configuration_cab_mamba import CABMambaConfig
 from cab_hf.models.modeling_cab_mamba import (
-    CABMambaForCausalLM,
     CABMambaForSequenceClassification,
     CABMambaPreTrainedModel,
 )
-from cab_hf.teachers.alignment import layer_map as map_layers
-from cab_hf.transfer.calibration import calibrate_output_norm
-from cab_hf.transfer.copying import cast, check_fields, copy_bias, copy_block, copy_norm, copy_tensor, mixer_fields
+from cab_hf.transfer.copying import check_fields, copy_bias, copy_block, copy_norm, copy_tensor, mixer_fields
 from cab_hf.transfer.families import family_of
 
 
-def student_from_teacher(
-    teacher: PreTrainedModel,
-    *,
-    student_class: type[CABMambaPreTrainedModel] = CABMambaForCausalLM,
-    num_hidden_layers: int | None = None,
-    layer_map: str | Sequence[int] = "floor",
-    mixer_type: str = "mamba2",
-    copy_attention: bool = True,
-    copy_weights: bool = True,
-    calibration_inputs: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
-    **config_overrides: Any,
-) -> CABMambaPreTrainedModel:
-    """Builds a student of the teacher's shape, with its weights wherever a student has a place for them.
-
-    Args:
-        teacher: a Transformer of a known family (`cab_hf.transfer.FAMILIES`); neither changed nor shared.
-        student_class: class of the student. A classifier takes over the labels and head of a teacher that is one;
-            of another teacher, or with another `num_labels`, its head starts at random.
-        num_hidden_layers: depth of the student; the teacher's when not given.
-        layer_map: which teacher layer each student layer is made of: "floor", "uniform", "last", or one index a layer.
-        mixer_type: "mamba2" takes over Q, K, V and O; "mamba" V and O.
-        copy_attention: copy attention's projections into the mixers.
-        copy_weights: copy anything at all; without, the student is random in the teacher's shape.
-        calibration_inputs: one batch (`input_ids`, and `attention_mask` if padded) on which the mixers' outputs are
-            scaled to those of the teacher's attention.
-        dtype: of the student's weights; those that must be float32 stay so.
-        **config_overrides: fields of `CABMambaConfig` that are to differ from `student_config`'s choice.
-
-    Returns:
-        The student, in eval mode, on the teacher's device.
-
-    Raises:
-        ValueError: an unknown family, a feature of the teacher that a student can't express, sizes that don't fit, or
-            a classifier of unknown labels.
-    """
-    if issubclass(student_class, CABMambaForSequenceClassification):
-        config_overrides = _with_labels(teacher, config_overrides)
-    config = student_config(
-        teacher.config, num_hidden_layers=num_hidden_layers, mixer_type=mixer_type, **config_overrides
-    )
-    layers = map_layers(layer_map, config.num_hidden_layers, teacher.config.num_hidden_layers)
-    student = student_class(config).to(teacher.device)
-    if copy_weights:
-        copy_teacher_weights(student, teacher, layers, copy_attention)
-    if calibration_inputs is not None:
-        calibrate_output_norm(student, teacher, calibration_inputs, layers)
-    if student.can_generate():
-        student.generation_config = copy.deepcopy(teacher.generation_config)
-    cast(student, dtype)
-    return student.eval()
-
-
-def _with_labels(teacher: PreTrainedModel, overrides: dict[str, Any]) -> dict[str, Any]:
+def with_labels(teacher: PreTrainedModel, overrides: dict[str, Any]) -> dict[str, Any]:
     """Overrides of a classifier's config: with the teacher's labels, where it has as many and none are named."""
     config = teacher.config
     if "id2label" in overrides:
@@ -91,7 +34,7 @@ def _with_labels(teacher: PreTrainedModel, overrides: dict[str, Any]) -> dict[st
         if "num_labels" not in overrides:
             raise ValueError(
                 f"The teacher {type(teacher).__name__} has no classifier (`score`) to take labels from, and no "
-                "num_labels is given. Say how many there are: from_teacher(teacher, num_labels=2)."
+                "num_labels is given. Say how many there are: student_from_teacher(..., num_labels=2)."
             )
         return overrides
     if overrides.get("num_labels", config.num_labels) != config.num_labels:

@@ -26,10 +26,7 @@ from cab_hf.models.modeling_cab_vision_mamba import (
     CABVisionMambaPreTrainedModel,
     insert_tokens,
 )
-from cab_hf.teachers.alignment import layer_map as map_layers
-from cab_hf.transfer.calibration import calibrate_output_norm
 from cab_hf.transfer.copying import (
-    cast,
     check_fields,
     copy_affine,
     copy_bias,
@@ -220,67 +217,6 @@ def vision_family_of(config: PreTrainedConfig) -> VisionFamily:
             "num_hidden_layers=..., num_labels=...))."
         )
     return VISION_FAMILIES[config.model_type]
-
-
-def vision_student_from_teacher(
-    teacher: PreTrainedModel,
-    *,
-    student_class: type[CABVisionMambaPreTrainedModel] = CABVisionMambaForImageClassification,
-    num_hidden_layers: int | None = None,
-    layer_map: str | Sequence[int] = "floor",
-    mixer_type: str = "mamba2",
-    class_token: str | None = None,
-    image_size: int | Sequence[int] | None = None,
-    num_labels: int | None = None,
-    copy_attention: bool = True,
-    copy_weights: bool = True,
-    calibration_inputs: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
-    **config_overrides: Any,
-) -> CABVisionMambaPreTrainedModel:
-    """Builds a student of the teacher's shape, with its weights wherever a student has a place for them.
-
-    Args:
-        teacher: a vision Transformer of a known family (`cab_hf.transfer.VISION_FAMILIES`); neither changed nor
-            shared.
-        student_class: class of the student.
-        num_hidden_layers: depth of the student; the teacher's when not given.
-        layer_map: which teacher layer each student layer is made of: "floor", "uniform", "last", or one index a layer.
-        mixer_type: "mamba2" takes over Q, K, V and O; "mamba" V and O.
-        class_token: the class token's place, "first" (the teacher's, when not given), "middle" or "none".
-        image_size: pixels that the student's positions are for; the teacher's when not given, else they are resized as
-            the teacher resizes its own.
-        num_labels: classes; the teacher's when not given. The classifier of another number starts at random.
-        copy_attention: copy attention's projections into the mixers.
-        copy_weights: copy anything at all; without, the student is random in the teacher's shape.
-        calibration_inputs: one batch (`pixel_values`) on which the mixers' outputs are scaled to those of the
-            teacher's attention. Teacher and student must both take its size.
-        dtype: of the student's weights; those that must be float32 stay so.
-        **config_overrides: fields of `CABVisionMambaConfig` that are to differ from `vision_student_config`'s choice.
-
-    Returns:
-        The student, in eval mode, on the teacher's device.
-
-    Raises:
-        ValueError: an unknown family, a feature of the teacher that a student can't express, or sizes that don't fit.
-    """
-    config = vision_student_config(
-        teacher,
-        num_hidden_layers=num_hidden_layers,
-        mixer_type=mixer_type,
-        class_token=class_token,
-        image_size=image_size,
-        num_labels=num_labels,
-        **config_overrides,
-    )
-    layers = map_layers(layer_map, config.num_hidden_layers, teacher.config.num_hidden_layers)
-    student = student_class(config).to(teacher.device)
-    if copy_weights:
-        copy_vision_teacher_weights(student, teacher, layers, copy_attention)
-    if calibration_inputs is not None:
-        calibrate_output_norm(student, teacher, calibration_inputs, layers)
-    cast(student, dtype)
-    return student.eval()
 
 
 def vision_student_config(

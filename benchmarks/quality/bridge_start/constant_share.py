@@ -19,12 +19,11 @@ from cab_hf import Teacher
 from cab_hf.data.augmentation import normalise
 from cab_hf.data.documents import load_documents
 from cab_hf.data.image_sources import load_images
-from cab_hf.data.images import ImageDataset, normalisation
+from cab_hf.data.images import ImageDataset, normalisation, processor_side
 from cab_hf.data.packing import pack_documents
 from cab_hf.distillation.bridge import ROLES, bridge_targets
 from cab_hf.distillation.losses import mean_square, token_mean
-from cab_hf.runs.images import load_image_teacher, processor_side
-from cab_hf.runs.text import load_teacher
+from cab_hf.teachers.loading import load_image_teacher, load_teacher
 
 
 ROWS, LENGTH, IMAGES = 8, 512, 64

@@ -21,10 +21,16 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from cab_hf import CABMambaConfig, CABMambaForCausalLM, DistillationTrainer, DistillationTrainingArguments
+from cab_hf import (
+    CABMambaConfig,
+    CABMambaForCausalLM,
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    student_from_teacher,
+)
 from cab_hf.data.packing import IGNORE_INDEX, LanguageCollator
 from cab_hf.data.repeats import insert_repeats
-from cab_hf.evaluation.language import copying_recall
+from cab_hf.evaluation.recall import copying_recall
 from cab_hf.transfer import fit_output_projection
 
 
@@ -117,7 +123,7 @@ def make_student(teacher: LlamaForCausalLM, kind: Student, text: Dataset) -> CAB
         sizes = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16, "state_size": 64, "mixer_type": "mamba2"}
         return CABMambaForCausalLM(CABMambaConfig(vocab_size=VOCABULARY, transition_init="s4d", **sizes))
     batches = [{"input_ids": torch.tensor(text[start : start + 16]["input_ids"])} for start in (0, 16, 32, 48)]
-    student = CABMambaForCausalLM.from_teacher(teacher, calibration_inputs=batches[0], **kind.fields)
+    student = student_from_teacher(teacher, calibration_inputs=batches[0], **kind.fields)
     if kind.previous:
         read_previous_tokens(student)
     fit_output_projection(student, teacher, batches, "floor")

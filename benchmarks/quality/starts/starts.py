@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from cab_hf import CABMambaForCausalLM
+from cab_hf import CABMambaForCausalLM, student_from_teacher
 from cab_hf.data.documents import load_documents, split_documents
 from cab_hf.data.packing import LanguageCollator, pack_documents
 from cab_hf.evaluation.language import compare
-from cab_hf.runs.text import load_teacher
+from cab_hf.teachers.loading import load_teacher
 from cab_hf.transfer import calibrate_output_norm, fit_output_projection
 
 
@@ -59,7 +59,7 @@ def main() -> None:
         torch.manual_seed(0)
         start = time.perf_counter()
         batch = collate([blocks[i] for i in range(2)])
-        student = CABMambaForCausalLM.from_teacher(teacher, **settings)
+        student = student_from_teacher(teacher, **settings)
         calibrate_output_norm(student, teacher, {"input_ids": batch["input_ids"]})
         evaluate(f"{name}; RMS", student, time.perf_counter() - start)
         if name not in FITTED:

@@ -1,0 +1,154 @@
+"""What a model finds again in its context: copying and associative recall."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from cab_hf.evaluation.language import batches_of, logits_of
+from cab_hf.evaluation.metrics import recall_of_counts
+from cab_hf.inference import evaluating, num_positions
+from cab_hf.lora import core_of
+
+
+def copying_recall(
+    model: PreTrainedModel,
+    vocabulary: int | Sequence[int],
+    gap: int,
+    *,
+    length: int = 64,
+    n: int = 32,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> dict[str, float | int | list[float]]:
+    """Share of tokens that a model copies from earlier in its context, which perplexity does not show.
+
+    A sequence is `length` different random tokens, `gap` random other tokens, and the first `length` tokens again.
+    Counted are the tokens of the repeat but its first, which nothing announces: `length - 1` a sequence, each right
+    when it is the most likely one given all (true) tokens before it.
+
+    Args:
+        model: Any causal language model.
+        vocabulary: Size of the vocabulary, or the token ids to draw from (to leave out special tokens, for instance).
+        gap: Tokens between the two copies.
+        length: Tokens to copy.
+        n: Sequences.
+        seed: Picks the tokens.
+        batch_size: Sequences a forward pass.
+        device: Where to move the model first; by default it stays where it is.
+        progress: Show a progress bar.
+
+    Returns:
+        `recall`, its 95 % interval `ci95` (Wilson, for the number of independent tokens that the spread between
+        sequences speaks for), `n_tokens` counted, `n_sequences`, `gap`, `length`.
+
+    Raises:
+        ValueError: `vocabulary` has not enough tokens, `length` is below 2, or `gap` is negative.
+    """
+    pool = np.arange(vocabulary) if isinstance(vocabulary, int) else np.unique(np.asarray(vocabulary))
+    if length < 2 or gap < 0 or n < 1:
+        raise ValueError(f"length is {length}, gap {gap} and n {n}. They must be at least 2, 0 and 1.")
+    if len(pool) < length + (gap > 0):
+        raise ValueError(
+            f"vocabulary has {len(pool)} tokens, fewer than the {length + (gap > 0)} that length {length} and gap "
+            f"{gap} take. Use a smaller length or more tokens."
+        )
+    generator = np.random.default_rng(seed)
+    sequences = []
+    for _ in range(n):
+        shuffled = generator.permutation(pool)
+        copied, others = shuffled[:length], shuffled[length:]
+        filler = generator.choice(others, gap) if gap else others[:0]
+        sequences.append(np.concatenate([copied, filler, copied]))
+    asked, answers = slice(-length, -1), slice(1 - length, None)
+    found = _recall(model, sequences, asked, answers, f"Recall over a gap of {gap}", batch_size, device, progress)
+    return found | {"gap": gap, "length": length}
+
+
+def associative_recall(
+    model: PreTrainedModel,
+    vocabulary: int | Sequence[int],
+    gap: int,
+    *,
+    pairs: int = 16,
+    n: int = 32,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> dict[str, float | int | list[float]]:
+    """Share of values that a model finds by their keys, shown earlier in its context.
+
+    A sequence is `pairs` of a key and its value, all of them different random tokens, then `gap` random other tokens,
+    then the pairs once more in another order. Counted are the values of the second showing, each right when it is the
+    most likely token after its key. Unlike `copying_recall` the order does not help.
+
+    Args:
+        model: Any causal language model.
+        vocabulary: Size of the vocabulary, or the token ids to draw from.
+        gap: Tokens between the last pair and the first query.
+        pairs: Keys, each with its value.
+        n: Sequences.
+        seed: Picks the tokens.
+        batch_size: Sequences a forward pass.
+        device: Where to move the model first; by default it stays where it is.
+        progress: Show a progress bar.
+
+    Returns:
+        `recall`, its 95 % interval `ci95` as in `Recall`, `n_tokens` counted, `n_sequences`, `gap`, `pairs`.
+
+    Raises:
+        ValueError: `vocabulary` has not enough tokens, `pairs` or `n` is below 1, or `gap` is negative.
+
+    Source: the task of Arora et al. (2023), "Zoology", there with queries at random distances.
+    """
+    pool = np.arange(vocabulary) if isinstance(vocabulary, int) else np.unique(np.asarray(vocabulary))
+    if pairs < 1 or gap < 0 or n < 1:
+        raise ValueError(f"pairs is {pairs}, gap {gap} and n {n}. They must be at least 1, 0 and 1.")
+    needed = 2 * pairs + (gap > 0)
+    if len(pool) < needed:
+        raise ValueError(
+            f"vocabulary has {len(pool)} tokens, fewer than the {needed} that {pairs} pairs and gap {gap} take. Use "
+            "fewer pairs or more tokens."
+        )
+    generator = np.random.default_rng(seed)
+    sequences = []
+    for _ in range(n):
+        shuffled = generator.permutation(pool)
+        shown, others = shuffled[: 2 * pairs].reshape(pairs, 2), shuffled[2 * pairs :]
+        filler = generator.choice(others, gap) if gap else others[:0]
+        sequences.append(np.concatenate([shown.ravel(), filler, generator.permutation(shown).ravel()]))
+    keys, values = slice(-2 * pairs, None, 2), slice(1 - 2 * pairs, None, 2)
+    title = f"Associative recall over a gap of {gap}"
+    found = _recall(model, sequences, keys, values, title, batch_size, device, progress)
+    return found | {"gap": gap, "pairs": pairs}
+
+
+def _recall(
+    model: PreTrainedModel,
+    sequences: Sequence[np.ndarray],
+    asked: slice,
+    answers: slice,
+    title: str,
+    batch_size: int,
+    device: str | torch.device | None,
+    progress: bool,
+) -> dict[str, float | int | list[float]]:
+    """How often the likeliest token after those at `asked` is the one at `answers`, in sequences of one length."""
+    tokens = torch.from_numpy(np.stack(sequences))
+    positions = num_positions(model)
+    is_table = getattr(core_of(model).config.get_text_config(), "rope_parameters", None) is None
+    if positions and is_table and tokens.shape[1] > positions:
+        raise ValueError(
+            f"{title}: a row has {tokens.shape[1]} tokens, but {type(core_of(model)).__name__} has positions for "
+            f"{positions}. Use a smaller gap."
+        )
+    right = []
+    with evaluating(model, device=device):
+        for batch in batches_of(model, tokens, batch_size, None, "right", progress, title):
+            predicted = logits_of(model, batch)[:, asked].argmax(-1)
+            right += (predicted == batch["input_ids"][:, answers].to(predicted.device)).sum(1).tolist()
+    return recall_of_counts(right, [tokens[0, answers].numel()] * len(tokens))

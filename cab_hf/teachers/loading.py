@@ -1,0 +1,54 @@
+"""Loads a teacher with its tokenizer or image processor."""
+
+from pathlib import Path
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cab_hf.teachers.demo import fetch_smollm2, random_llama
+
+
+CACHE = Path(".cache")
+
+
+def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, by Hub id, folder, or one of the built-in names.
+
+    Raises:
+        ValueError: a model of another kind.
+    """
+    if name == "random-llama":
+        return random_llama()
+    source = fetch_smollm2(CACHE) if name == "smollm2-demo" else name
+    config = AutoConfig.from_pretrained(source)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"`teacher` {name!r} is of the model type {config.model_type!r}, which is no language model. Name one, or "
+            "an image student beside an image teacher."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
+
+
+def load_image_teacher(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """An image model, with its classifier where it has one, and its processor."""
+    config = AutoConfig.from_pretrained(name)
+    is_classifier = any("ForImageClassification" in one for one in config.architectures or ())
+    auto = AutoModelForImageClassification if is_classifier else AutoModel
+    model = auto.from_pretrained(name, dtype="auto")
+    if model.main_input_name != "pixel_values":
+        raise ValueError(
+            f"`teacher` {name!r} reads {model.main_input_name!r}, but `task` is 'image-classification'. Name an image "
+            "model (of CLIP its vision model), or set `task: text-generation`."
+        )
+    return model, AutoImageProcessor.from_pretrained(name)
