@@ -5,6 +5,7 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import cab_hf
 from cab_hf.cli import COMMANDS, make_parser
+from cab_hf.data import load_documents, pack_documents
 from cab_hf.recipes import ARGUMENT_CLASSES, parse_recipe
+from cab_hf.teachers import load_teacher
 from cab_hf.transfer import FAMILIES, VISION_FAMILIES
 
 
@@ -158,6 +161,51 @@ def test_the_lines_of_python_run(tiny_teacher, monkeypatch):
     assert isinstance(names["student"], cab_hf.CABMambaForCausalLM)
 
 
+@pytest.mark.filterwarnings("default::FutureWarning")  # peft's own
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_lines_of_the_guide_run(number, tiny_teacher, monkeypatch):
+    if number == 2:
+        pytest.importorskip("peft")
+    lines = blocks(ROOT / "docs/guide.md", "python")
+    assert len(lines) == 3 and lines[0] == blocks(README, "python")[0]
+    monkeypatch.chdir(tiny_teacher)
+    teacher, tokenizer = load_teacher("teacher")
+    text = load_documents("text.txt")
+    names = {"teacher": teacher, "tokenizer": tokenizer, "blocks": pack_documents(text, tokenizer, 512)}
+    exec(lines[number], names | {"student": cab_hf.student_from_teacher(teacher)})
+
+
+# The API pages
+
+
+def test_every_room_has_a_page():
+    pages = {path.stem for path in (ROOT / "docs/api").glob("*.md")}
+    assert {path.parent.name for path in (ROOT / "cab_hf").glob("*/__init__.py")} - {"runs"} <= pages
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/api").glob("*.md")), ids=lambda page: page.stem)
+def test_names_of_the_api_exist(page):
+    names = re.findall(r"^::: ([\w.]+)", page.read_text(), flags=re.MULTILINE)
+    names += re.findall(r"\]\[(cab_hf[\w.]+)\]", page.read_text())
+    assert names
+    for name in names:
+        assert resolve_name(name) is not None
+
+
+@pytest.mark.parametrize("room", ["cab_hf.transfer", "cab_hf.distillation", "cab_hf.hub"])
+def test_listed_members_are_those_that_a_room_exports(room):
+    text = (ROOT / f"docs/api/{room.rpartition('.')[2]}.md").read_text()
+    listed = {
+        name
+        for group in re.findall(r"members:\s*((?:\[[^\]]*\]|(?:\s+- \w+)+))", text)
+        for name in re.findall(r"\w+", group)
+    }
+    module = resolve_name(room)
+    exported = {name for name in module.__all__ if hasattr(getattr(module, name), "__doc__") and not name.isupper()}
+    borrowed = {name for name in exported if not getattr(module, name).__module__.startswith(room)}
+    assert listed == exported - borrowed
+
+
 # Tables
 
 
@@ -210,7 +258,8 @@ def over_tokens(measure: str, method: str = DEFAULT) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("start", "text"), zip(("speeches", "Python documentation", "Brown corpus, never trained on"), TEXTS)
+    ("start", "text"),
+    [("speeches", TEXTS[0]), ("Python documentation", TEXTS[1]), ("Brown corpus, never trained on", TEXTS[2])],
 )
 def test_the_language_default(start, text):
     ratios = [f"{ratio:.2f}" for ratio in over_tokens(f"{text}: ppl ratio")]
@@ -406,7 +455,9 @@ def test_alignment(start, method):
     ],
 )
 def test_scans(start, case, variant):
-    cells = {(c["case"], c["variant"]): c["forward_backward_ms"] for c in result("speed/results/ssm_ops_cpu.json")["cells"]}
+    cells = {
+        (c["case"], c["variant"]): c["forward_backward_ms"] for c in result("speed/results/ssm_ops_cpu.json")["cells"]
+    }
     assert row(RESULTS, f"scan: {start}") == [f"{cells[case, variant]:,.0f}"]
     assert cells["ssd", "transformers_64"] < cells["ssd", "transformers_256"]
 
@@ -421,5 +472,7 @@ def test_sizes_of_a_student_and_its_teacher():
     report = result("quality/smollm2_transfer/report_h200.json")
     student, teacher = (round(report[f"{model}_parameters"] / 1e6) for model in ("student", "teacher"))
     assert f"{student}M parameters for {teacher}M" in README.read_text()
-    assert f"{report['after']['speeches']['perplexity_ratio']:.2f} times the teacher's perplexity" in README.read_text()
+    assert (
+        f"{report['after']['speeches']['perplexity_ratio']:.2f} times the teacher's perplexity" in README.read_text()
+    )
     assert all(gap["student"]["recall"] == 0.0 for gap in report["after"]["speeches"]["recall"].values())
