@@ -7,7 +7,7 @@ from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -98,6 +98,16 @@ class ModelArguments:
     @property
     def reads_images(self) -> bool:
         return self.task == "image-classification"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether a new student's start is calibrated on training data."""
+        return (
+            self.student is None
+            and self.student_from == "teacher"
+            and self.copy_weights
+            and self.calibration != "none"
+        )
 
 
 @dataclass
@@ -215,16 +225,22 @@ STUDENTS_ALONE = ("trainable", "ema_decay", "cuda_graph", "student")
 STAGE_FIELDS = {field.name for field in fields(DistillationTrainingArguments) if field.init} - {"output_dir"}
 
 
+class Stage(NamedTuple):
+    """A part of a run that is trained in one go: its name and its training arguments."""
+
+    name: str
+    args: DistillationTrainingArguments
+
+
 @dataclass
 class Recipe:
     """A parsed recipe.
 
     Attributes:
         model, data, images, augmentation: arguments of the run.
-        stages: (name, training arguments) in the order in which they run; one, named "train", where the recipe lists
-            none.
-        baselines: (name, training arguments) of the methods that train a student of their own, from the same start,
-            to be compared with this run's (images).
+        stages: in the order in which they run; one, named "train", where the recipe lists none.
+        baselines: methods that train a student of their own, from the same start, to be compared with this run's
+            (images).
         values: the recipe as it was asked for, without defaults.
     """
 
@@ -232,8 +248,8 @@ class Recipe:
     data: DataArguments
     images: ImageArguments
     augmentation: AugmentationArguments
-    stages: list[tuple[str, DistillationTrainingArguments]]
-    baselines: list[tuple[str, DistillationTrainingArguments]]
+    stages: list[Stage]
+    baselines: list[Stage]
     values: dict[str, Any]
 
     @property
@@ -241,7 +257,7 @@ class Recipe:
         return Path(self.values["output_dir"])
 
     @property
-    def only_stage(self) -> tuple[str, DistillationTrainingArguments]:
+    def only_stage(self) -> Stage:
         """The stage of a recipe with `finetune`.
 
         Raises:
@@ -251,7 +267,7 @@ class Recipe:
             raise ValueError(
                 f"`finetune` is one stage, but the recipe has {len(self.stages)}: write a recipe for each."
             )
-        given = vars(self.model) | vars(self.stages[0][1])
+        given = vars(self.model) | vars(self.args)
         for name in STUDENTS_ALONE:
             if given[name] != default_of(name):
                 raise ValueError(
@@ -261,8 +277,13 @@ class Recipe:
         return self.stages[0]
 
     @property
+    def args(self) -> DistillationTrainingArguments:
+        """Of the first stage: what holds for the whole run (seed, device, precision) is the same in all."""
+        return self.stages[0].args
+
+    @property
     def is_main_process(self) -> bool:
-        return self.stages[0][1].process_index == 0
+        return self.args.process_index == 0
 
 
 def parse_recipe(arguments: Sequence[str]) -> Recipe:
@@ -337,9 +358,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     return Recipe(model, data, images, augmentation, stages, baselines, values | {"output_dir": whole["output_dir"]})
 
 
-def _training_runs(
-    whole: dict[str, Any], runs: list[dict[str, Any]], kind: str
-) -> list[tuple[str, DistillationTrainingArguments]]:
+def _training_runs(whole: dict[str, Any], runs: list[dict[str, Any]], kind: str) -> list[Stage]:
     result = []
     for number, run in enumerate(runs, start=1):
         run = dict(run)
@@ -349,7 +368,7 @@ def _training_runs(
         training |= {name: _typed(name, value) for name, value in run.items()}
         training |= _precision_here(training)
         folder = Path(whole["output_dir"]) / f"{kind}s" / f"{number}-{name.replace(' ', '-')}"
-        result.append((name, DistillationTrainingArguments(output_dir=str(folder), **training)))
+        result.append(Stage(name, DistillationTrainingArguments(output_dir=str(folder), **training)))
     return result
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cab_hf.data.documents import save_tokens, split_documents, vocabulary_digest
+from cab_hf.data.documents import split_documents
+from cab_hf.data.packing import save_tokens, vocabulary_digest
 from cab_hf.teachers.demo import SMOLLM2_PACKAGE, SMOLLM2_VERSION, fetch_smollm2
 
 

@@ -63,7 +63,7 @@ def measure(variant: list[str], options: argparse.Namespace) -> dict[str, float 
     here += [] if on_gpu else ["--teacher_dtype", "float32", "--per_device_train_batch_size", "2"]
     steps = options.warm_up + options.spans * options.span
     recipe = parse_recipe([options.recipe, *variant, *here, "--max_steps", str(steps), "--disable_tqdm", "true"])
-    args = replace(recipe.stages[0][1], output_dir=tempfile.mkdtemp(), logging_strategy="no")
+    args = replace(recipe.stages[0].args, output_dir=tempfile.mkdtemp(), logging_strategy="no")
     size = recipe.images.image_size
     torch.manual_seed(0)
     teacher = AutoModelForImageClassification.from_config(Dinov2Config(**DINOV2_SMALL, num_labels=NUM_LABELS))
@@ -77,7 +77,9 @@ def measure(variant: list[str], options: argparse.Namespace) -> dict[str, float 
         args,
         train_dataset=RandomImages(recipe.images.load_size),
         data_collator=collate_images,
-        batch_transform=make_transform(recipe, make_image_processor(size=TEACHER_SIZE), names, size, TEACHER_SIZE),
+        batch_transform=make_transform(
+            recipe.augmentation, make_image_processor(size=TEACHER_SIZE), names, size, TEACHER_SIZE
+        ),
         callbacks=[timer],
     )
     fresh_memory()

@@ -145,7 +145,7 @@ def our_row(variant: list[str], options: argparse.Namespace) -> dict:
     common = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     recipe = parse_recipe([options.recipe, *common, *variant, *here])
     silent = {"logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no"}
-    args = replace(recipe.stages[0][1], output_dir=tempfile.mkdtemp(), **silent)
+    args = replace(recipe.stages[0].args, output_dir=tempfile.mkdtemp(), **silent)
     size = {"image_size": options.image_size, "num_labels": NUM_LABELS}
     torch.manual_seed(0)
     teacher = ViTForImageClassification(ViTConfig(**DEIT_TINY, **size))

@@ -92,6 +92,16 @@ def load_documents(
     return datasets.concatenate_datasets([part.select_columns(shared) for part in parts])
 
 
+def parse_holdout(text: str) -> float | int | str:
+    """A `holdout` of `split_documents` as a recipe or a command line writes it: a number, or else a pattern."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 def split_documents(documents: Documents, holdout: float | int | str, *, seed: int = 0) -> tuple[Documents, Documents]:
     """Splits off held-out documents, always whole ones: no text is ever on both sides.
 

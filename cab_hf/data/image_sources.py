@@ -198,6 +198,28 @@ def split_validation(
     return [index for index in range(len(labels)) if index not in held], sorted(held)
 
 
+def pick_test_split(loaded: DatasetDict | Dataset, test_split: str | None, source: str) -> tuple[str | None, Dataset]:
+    """The images to report on and their split's name: the one asked for, "test", or else "validation".
+
+    Args:
+        loaded: of `load_images`; without splits all of it is taken.
+        test_split: the split's name, or None.
+        source: for messages.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if isinstance(loaded, Dataset):
+        return None, loaded
+    name = test_split or next((name for name in ("test", "validation") if name in loaded), None)
+    if name not in loaded:
+        raise ValueError(
+            f"`test_split` is {name!r}, but {source} has the splits {list(loaded)}. Name one of them, or save one as "
+            "'test'."
+        )
+    return name, loaded[name]
+
+
 def _load_elsewhere(
     source: str, split: str | None, data_dir: str | os.PathLike | None, cache_dir: str | os.PathLike | None
 ) -> DatasetDict | Dataset:

@@ -260,7 +260,7 @@ class DistillationTrainer(EvaluatedTrainer):
             return
         raise ValueError(
             f"`train_dataset` has the columns {columns}, but no `input_ids`: it is not tokenised. Pass "
-            "`cab_hf.data.documents.pack_documents(dataset, tokenizer, block_size)`, which reads a column `text` "
+            "`cab_hf.data.packing.pack_documents(dataset, tokenizer, block_size)`, which reads a column `text` "
             "(`pad_documents` gives each document its own rows), or set `remove_unused_columns=False` for a "
             "`data_collator` that tokenises."
         )

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import DatasetDict
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cab_hf.data.documents import load_documents
-from cab_hf.data.image_sources import load_images
+from cab_hf.data.image_sources import load_images, pick_test_split
 from cab_hf.data.images import ImageDataset, normalisation
 from cab_hf.export.loading import load_image_processor, load_tokenizer, read_student
 from cab_hf.models.mixers import StateSpaceBranch
@@ -365,9 +364,7 @@ def _image_batch(
     height, width = student.config.image_height_and_width
     if height != width:
         raise ValueError(f"The student's images are {height} x {width}; images of a data set are made square.")
-    rows = load_images(data)
-    if isinstance(rows, DatasetDict):
-        rows = rows[list(rows)[-1]]
+    _, rows = pick_test_split(load_images(data), None, data)
     rows = rows.select(range(min(examples, len(rows))))
     images = ImageDataset(rows, height, num_channels=student.config.num_channels)
     pixels = torch.stack([images[index]["pixel_values"] for index in range(len(images))]).float() / 255

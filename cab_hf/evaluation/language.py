@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from cab_hf.data.documents import IGNORE_INDEX, LanguageCollator, shift_labels
+from cab_hf.data.packing import IGNORE_INDEX, LanguageCollator, shift_labels
 from cab_hf.evaluation.metrics import (
     perplexity_of_sums,
     ratio_interval,

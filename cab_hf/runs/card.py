@@ -96,7 +96,7 @@ def write_model_card(
         teacher=teacher,
         license=license,
         datasets=[source for source in recipe.data.dataset if source in on_hub],
-        repo_id=recipe.stages[-1][1].hub_model_id,
+        repo_id=recipe.stages[-1].args.hub_model_id,
         recipe=yaml.safe_dump(shareable(recipe.values), sort_keys=False),
         plots=[
             (title, file)

@@ -26,8 +26,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from cab_hf.data.augmentation import ImageAugmentation, two_sizes
-from cab_hf.data.image_sources import class_balanced_fraction, load_images, split_validation
+from cab_hf.data.augmentation import AugmentationArguments, ImageAugmentation, two_sizes
+from cab_hf.data.image_sources import class_balanced_fraction, load_images, pick_test_split, split_validation
 from cab_hf.data.images import (
     ImageDataset,
     RepeatedSampler,
@@ -40,14 +40,10 @@ from cab_hf.distillation.checkpoints import load_student
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.evaluation.images import compare_images
-from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification
-from cab_hf.recipes import Recipe
+from cab_hf.recipes import DataArguments, ImageArguments, ModelArguments, Recipe, Stage
 from cab_hf.runs.stages import finetune_stage, run_facts, run_stage
-from cab_hf.teachers.alignment import parse_layer_map
+from cab_hf.runs.student import build_student
 from cab_hf.teachers.loading import load_image_teacher
-from cab_hf.teachers.teacher import Teacher
-from cab_hf.transfer import fit_output_projection, student_from_teacher
-from cab_hf.transfer.copying import check_fields
 
 
 logger = logging.get_logger(__name__)
@@ -94,12 +90,16 @@ class BatchTransform:
 
 
 def make_transform(
-    recipe: Recipe, processor: BaseImageProcessor, names: list[str], student_size: int, teacher_size: int
+    augmentation: AugmentationArguments,
+    processor: BaseImageProcessor,
+    names: list[str],
+    student_size: int,
+    teacher_size: int,
 ) -> BatchTransform:
     """The recipe's augmentation, then the normalisation of a processor."""
     mean, std = normalisation(processor)
-    augmentation = ImageAugmentation(recipe.augmentation, mean=mean, std=std, num_labels=len(names))
-    return BatchTransform(augmentation, student_size, teacher_size)
+    augments = ImageAugmentation(augmentation, mean=mean, std=std, num_labels=len(names))
+    return BatchTransform(augments, student_size, teacher_size)
 
 
 class ImageTrainer(Trainer):
@@ -124,28 +124,40 @@ def soft_cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Tensor 
 def distil_images(recipe: Recipe) -> dict[str, Any]:
     """Distils, compares and saves an image student; returns the report."""
     started = time.time()
-    args = recipe.stages[0][1]
+    args = recipe.args
     set_seed(args.seed)
     teacher_model, teacher_processor = load_image_teacher(recipe.model.teacher)
     teacher_size = processor_side(teacher_processor)
     size = recipe.images.image_size or teacher_size
     with args.main_process_first(desc="data"):
-        sets = load_sets(recipe, recipe.images.load_size or max(size, teacher_size))
+        sets = load_sets(recipe.data, recipe.images, recipe.images.load_size or max(size, teacher_size), args.seed)
     _check_labels(teacher_model, sets.names)
-    transform = make_transform(recipe, teacher_processor, sets.names, size, teacher_size)
+    transform = make_transform(recipe.augmentation, teacher_processor, sets.names, size, teacher_size)
     teacher = make_teacher(teacher_model, args)
     set_seed(args.seed)  # the start does not depend on what was read before it
-    start = build_image_student(recipe, teacher_model, sets, size, transform).to(args.device)
-    before = _evaluate(recipe, start, teacher, sets, transform)
+    batches = []
+    if recipe.model.calibrates:
+        batches = _calibration_batches(recipe.model.calibration_tokens, sets.train, transform, teacher_model)
+    labels = _label_fields(sets.names)
+    start = build_student(recipe.model, teacher_model, args.layer_map, batches, image_size=size, labels=labels)
+    start.to(args.device)
+    test_name = _test_name(recipe.data)
+
+    def evaluate(student: nn.Module) -> dict[str, dict[str, Any]] | None:
+        if not recipe.is_main_process:
+            return None
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            return {test_name: compare_images(student, teacher, _batches(sets.test, transform, args))}
+
+    before = evaluate(start)
     crop_pct = recipe.images.crop_pct if recipe.images.test_crop == "center_crop" else None
     processor = make_image_processor(teacher_processor, size, crop_pct=crop_pct)
 
-    def train(runs: list[tuple[str, DistillationTrainingArguments]]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    def train(stages: list[Stage]) -> tuple[PreTrainedModel, dict[str, Any]]:
         student = copy.deepcopy(start)
         histories = [
             run_stage(
-                name,
-                stage_args,
+                stage,
                 student,
                 teacher,
                 train_dataset=sets.train,
@@ -153,14 +165,13 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
                 data_collator=collate_images,
                 batch_transform=transform,
                 processing_class=processor,
-                train_sampler=_sampler(recipe, sets.train, stage_args.seed),
+                train_sampler=_sampler(recipe.images.repeats, sets.train, stage.args.seed),
             )
-            for name, stage_args in runs
+            for stage in stages
         ]
-        after = _evaluate(recipe, student, teacher, sets, transform)
-        return student, {"before": before, "after": after, "stages": histories}
+        return student, {"before": before, "after": evaluate(student), "stages": histories}
 
-    baselines = {name: train([(name, baseline_args)])[1] for name, baseline_args in recipe.baselines}
+    baselines = {baseline.name: train([baseline])[1] for baseline in recipe.baselines}
     student, result = train(recipe.stages)
     report = {
         "task": recipe.model.task,
@@ -179,8 +190,8 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
     }
     if args.ema_decay is not None:
         averaged = copy.deepcopy(student)
-        load_student(averaged, Path(recipe.stages[-1][1].output_dir) / "ema")
-        report["after_ema"] = _evaluate(recipe, averaged, teacher, sets, transform)
+        load_student(averaged, Path(recipe.stages[-1].args.output_dir) / "ema")
+        report["after_ema"] = evaluate(averaged)
         if recipe.is_main_process:
             averaged.save_pretrained(recipe.output_dir / "ema")
             processor.save_pretrained(recipe.output_dir / "ema")
@@ -193,16 +204,16 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
 def finetune(recipe: Recipe) -> dict[str, Any]:
     """Trains a teacher on labels and saves it with its processor; returns the report."""
     started = time.time()
-    name, args = recipe.only_stage
+    stage = recipe.only_stage
+    args = stage.args
     set_seed(args.seed)
     size = recipe.images.image_size or _side(recipe.model.teacher_config.get("image_size", 224))
     with args.main_process_first(desc="data"):
-        sets = load_sets(recipe, recipe.images.load_size or size)
-    model, processor = new_image_teacher(recipe, size, sets.names)
-    transform = make_transform(recipe, processor, sets.names, size, size)
+        sets = load_sets(recipe.data, recipe.images, recipe.images.load_size or size, args.seed)
+    model, processor = new_image_teacher(recipe.model, size, sets.names)
+    transform = make_transform(recipe.augmentation, processor, sets.names, size, size)
     model, history = finetune_stage(
-        name,
-        args,
+        stage,
         model,
         ImageTrainer,
         train_dataset=sets.train,
@@ -219,7 +230,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         "teacher_parameters": model.num_parameters(),
         "train_images": len(sets.train),
         "available_images": sets.num_available,
-        "after": {_test_name(recipe): compare_images(model, None, _batches(recipe, sets.test, transform, args))},
+        "after": {_test_name(recipe.data): compare_images(model, None, _batches(sets.test, transform, args))},
         "stages": [history],
         **run_facts(args),
         "folder": str(recipe.output_dir),
@@ -231,22 +242,23 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     return report
 
 
-def new_image_teacher(recipe: Recipe, size: int, names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
+def new_image_teacher(
+    arguments: ModelArguments, size: int, names: list[str]
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The model that `finetune` starts from: new from `teacher_config`, or pretrained with a new classifier."""
-    settings = dict(recipe.model.teacher_config)
+    settings = dict(arguments.teacher_config)
     labels = _label_fields(names)
     if "model_type" in settings:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings, **labels)
         return AutoModelForImageClassification.from_config(config), make_image_processor(size=size)
     model = AutoModelForImageClassification.from_pretrained(
-        recipe.model.teacher, **settings, **labels, dtype=torch.float32, ignore_mismatched_sizes=True
+        arguments.teacher, **settings, **labels, dtype=torch.float32, ignore_mismatched_sizes=True
     )
-    return model, make_image_processor(AutoImageProcessor.from_pretrained(recipe.model.teacher), size)
+    return model, make_image_processor(AutoImageProcessor.from_pretrained(arguments.teacher), size)
 
 
-def load_rows(recipe: Recipe) -> tuple[Dataset, Dataset]:
+def load_rows(data: DataArguments, images: ImageArguments) -> tuple[Dataset, Dataset]:
     """All training images and the test images of a run, not decoded yet."""
-    data, images = recipe.data, recipe.images
     if len(data.dataset) != 1:
         raise ValueError(f"`dataset` names {len(data.dataset)} sets of images, {data.dataset}; name one.")
     loaded = load_images(
@@ -257,17 +269,14 @@ def load_rows(recipe: Recipe) -> tuple[Dataset, Dataset]:
     )
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
     train_name = data.dataset_split or "train"
-    test_name = images.test_split or next((name for name in ("test", "validation") if name in splits), None)
-    for argument, name in (("dataset_split", train_name), ("test_split", test_name)):
-        if name not in splits:
-            raise ValueError(f"`{argument}` is {name!r}, but {data.dataset[0]} has the splits {list(splits)}.")
-    return splits[train_name], splits[test_name]
+    if train_name not in splits:
+        raise ValueError(f"`dataset_split` is {train_name!r}, but {data.dataset[0]} has the splits {list(splits)}.")
+    return splits[train_name], pick_test_split(splits, images.test_split, data.dataset[0])[1]
 
 
-def load_sets(recipe: Recipe, size: int) -> ImageSets:
+def load_sets(data: DataArguments, images: ImageArguments, size: int, seed: int) -> ImageSets:
     """The images of a run at one size; the shares are drawn by the seed."""
-    images, seed = recipe.images, recipe.stages[0][1].seed
-    rows, test_rows = load_rows(recipe)
+    rows, test_rows = load_rows(data, images)
     available, validation = rows, None
     if images.validation_fraction > 0:
         kept, held = split_validation(rows["label"], images.validation_fraction, seed=seed)
@@ -288,58 +297,23 @@ def load_sets(recipe: Recipe, size: int) -> ImageSets:
     )
 
 
-def build_image_student(
-    recipe: Recipe, teacher: PreTrainedModel, sets: ImageSets, size: int, transform: BatchTransform
-) -> CABVisionMambaForImageClassification:
-    """The student that a recipe starts from, calibrated on training images where it asks for that."""
-    model = recipe.model
-    if model.student is not None:
-        return AutoModelForImageClassification.from_pretrained(model.student, dtype=torch.float32)
-    config = {"image_size": size} | model.student_config
-    if model.num_hidden_layers is not None:
-        config["num_hidden_layers"] = model.num_hidden_layers
-    labels = _label_fields(sets.names)
-    if model.student_from == "config":
-        check_fields(CABVisionMambaConfig, config)
-        return CABVisionMambaForImageClassification(
-            CABVisionMambaConfig(**{"mixer_type": model.mixer_type} | labels | config)
-        )
-    layer_map = parse_layer_map(recipe.stages[0][1].layer_map)
-    calibrates = model.calibration != "none" and model.copy_weights
-    batches = _calibration_batches(recipe, sets, transform, teacher) if calibrates else []
-    student = student_from_teacher(
-        teacher,
-        mixer_type=model.mixer_type,
-        layer_map=layer_map,
-        num_labels=len(sets.names),
-        copy_weights=model.copy_weights,
-        copy_attention=model.copy_attention,
-        calibration_inputs=batches[0] if calibrates else None,
-        **config,
-    )
-    student.config.id2label, student.config.label2id = labels["id2label"], labels["label2id"]
-    if calibrates and model.calibration == "fit" and model.copy_attention:
-        fit_output_projection(student, teacher, batches, layer_map)
-    return student
-
-
 def _label_fields(names: list[str]) -> dict[str, dict]:
     """The fields of a config that name its labels."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
 def _calibration_batches(
-    recipe: Recipe, sets: ImageSets, transform: BatchTransform, teacher: PreTrainedModel
+    num_tokens: int, images: ImageDataset, transform: BatchTransform, teacher: PreTrainedModel
 ) -> list[dict[str, Tensor]]:
-    """Training images, not augmented, of about `calibration_tokens` patches."""
+    """Training images, not augmented, of about `num_tokens` patches."""
     if transform.student_size != transform.teacher_size:
         raise ValueError(
             f"`calibration` compares both models on the same images, but `image_size` is {transform.student_size} and "
             f"the teacher's {transform.teacher_size}. Set `calibration: none`, or use the teacher's size."
         )
     patches = (transform.teacher_size // _side(teacher.config.patch_size)) ** 2
-    count = min(max(recipe.model.calibration_tokens // patches, 1), len(sets.train))
-    batches = DataLoader(torch.utils.data.Subset(sets.train, range(count)), batch_size=64, collate_fn=collate_images)
+    count = min(max(num_tokens // patches, 1), len(images))
+    batches = DataLoader(torch.utils.data.Subset(images, range(count)), batch_size=64, collate_fn=collate_images)
     device = teacher.device
     return [
         {"pixel_values": transform({name: x.to(device) for name, x in batch.items()}, False)["pixel_values"]}
@@ -347,18 +321,8 @@ def _calibration_batches(
     ]
 
 
-def _evaluate(
-    recipe: Recipe, student: nn.Module, teacher: Teacher, sets: ImageSets, transform: BatchTransform
-) -> dict[str, dict[str, Any]] | None:
-    if not recipe.is_main_process:
-        return None
-    args = recipe.stages[0][1]
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-        return {_test_name(recipe): compare_images(student, teacher, _batches(recipe, sets.test, transform, args))}
-
-
 def _batches(
-    recipe: Recipe, dataset: ImageDataset, transform: BatchTransform, args: DistillationTrainingArguments
+    dataset: ImageDataset, transform: BatchTransform, args: DistillationTrainingArguments
 ) -> Iterable[dict[str, Tensor]]:
     loader = DataLoader(
         dataset, args.eval_batch_size, collate_fn=collate_images, num_workers=args.dataloader_num_workers
@@ -367,12 +331,12 @@ def _batches(
         yield transform({name: x.to(args.device) for name, x in batch.items()}, False)
 
 
-def _test_name(recipe: Recipe) -> str:
-    return f"{Path(recipe.data.dataset[0]).name} test images"
+def _test_name(data: DataArguments) -> str:
+    return f"{Path(data.dataset[0]).name} test images"
 
 
-def _sampler(recipe: Recipe, dataset: ImageDataset, seed: int) -> RepeatedSampler | None:
-    return RepeatedSampler(len(dataset), recipe.images.repeats, seed=seed) if recipe.images.repeats > 1 else None
+def _sampler(repeats: int, dataset: ImageDataset, seed: int) -> RepeatedSampler | None:
+    return RepeatedSampler(len(dataset), repeats, seed=seed) if repeats > 1 else None
 
 
 def _check_labels(teacher: PreTrainedModel, names: list[str]) -> None:
@@ -404,7 +368,7 @@ def _side(size: int | list[int] | tuple[int, ...]) -> int:
 def write_test_image(recipe: Recipe, folder: Path) -> str:
     """Saves the first test image as a file and returns its path."""
     path = folder / "image.png"
-    load_rows(recipe)[1][0]["image"].save(path)
+    load_rows(recipe.data, recipe.images)[1][0]["image"].save(path)
     return str(path)
 
 

@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from datasets import DatasetDict
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.data.augmentation import two_sizes
-from cab_hf.data.documents import load_documents, split_documents
-from cab_hf.data.image_sources import load_images
+from cab_hf.data.documents import load_documents, parse_holdout, split_documents
+from cab_hf.data.image_sources import load_images, pick_test_split
 from cab_hf.data.images import ImageDataset, collate_images, normalisation, processor_side
 from cab_hf.data.packing import pack_documents
 from cab_hf.evaluation.generation import generate
@@ -282,18 +280,13 @@ def _load_text(
     )
     default, origin = public_name(source), dataset_facts([source], None)
     if is_of_training:
-        documents = split_documents(documents, _holdout(settings.holdout), seed=recipe.stages[0][1].seed)[1]
+        documents = split_documents(documents, parse_holdout(settings.holdout), seed=recipe.args.seed)[1]
         default = f"held-out part of {', '.join(map(public_name, settings.dataset))}"
         origin = dataset_facts(settings.dataset, "held-out")
     blocks = pack_documents(
         documents, tokenizer, block_size or settings.block_size, isolate_documents=settings.isolate_documents
     )
     return name or default, blocks, origin
-
-
-def _holdout(value: str) -> float | int | str:
-    number = yaml.safe_load(value)
-    return number if isinstance(number, int | float) else value
 
 
 def _prompts(blocks: Blocks, count: int) -> Tensor:
@@ -360,18 +353,13 @@ def _evaluate_images(
     results = {}
     for source in data:
         name, source = _named(source)
-        split = None
-        rows = load_images(
+        loaded = load_images(
             source,
             data_dir=settings.data_dir,
             image_column=settings.image_column,
             label_column=settings.label_column,
         )
-        if isinstance(rows, DatasetDict):
-            split = settings.test_split or next((one for one in ("test", "validation") if one in rows), None)
-            if split not in rows:
-                raise ValueError(f"{source} has the splits {list(rows)} and none to test on: save one as 'test'.")
-            rows = rows[split]
+        split, rows = pick_test_split(loaded, settings.test_split, source)
         labels = rows.features["label"].num_classes
         if labels != student.config.num_labels:
             raise ValueError(

@@ -60,7 +60,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
             recipe makes a teacher.
         ConnectionError: with `push_to_hub`, the Hub can't be reached.
     """
-    folder, args = recipe.output_dir, recipe.stages[-1][1]
+    folder, args = recipe.output_dir, recipe.stages[-1].args
     if recipe.model.cpu_threads is not None:
         torch.set_num_threads(recipe.model.cpu_threads)
     pushes = args.push_to_hub and recipe.is_main_process

@@ -17,6 +17,7 @@ from cab_hf.distillation.checkpoints import last_whole_checkpoint, load_student
 from cab_hf.distillation.trainer import DistillationTrainer
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.files import write_whole
+from cab_hf.recipes import Stage
 from cab_hf.teachers.teacher import Teacher
 
 
@@ -26,8 +27,7 @@ HISTORY_NAME = "history.json"
 
 
 def run_stage(
-    name: str,
-    args: DistillationTrainingArguments,
+    stage: Stage,
     student: nn.Module,
     teacher: Teacher,
     **trainer_kwargs: Any,
@@ -35,8 +35,7 @@ def run_stage(
     """Trains a student through one stage, or loads it where the stage is finished; a stage that was cut off goes on.
 
     Args:
-        name: the stage's, for messages.
-        args: of the stage; `args.output_dir` then holds its checkpoints and its loadable student.
+        stage: whose `args.output_dir` then holds its checkpoints and its loadable student.
         student: trained in place.
         teacher: of all stages.
         trainer_kwargs: of [`DistillationTrainer`].
@@ -44,19 +43,18 @@ def run_stage(
     Returns:
         `name`, `steps`, `examples` seen, `seconds`, `peak_gib` (allocated on a GPU), and the Trainer's `log`.
     """
-    history = _read_history(name, args)
+    history = _read_history(stage)
     if history is not None:
-        load_student(student, Path(args.output_dir))
+        load_student(student, Path(stage.args.output_dir))
         return history
     student.requires_grad_(True)  # whatever an earlier stage froze
     # The whole run is pushed once, at its end.
-    trainer = DistillationTrainer(student, teacher, replace(args, push_to_hub=False), **trainer_kwargs)
-    return train_stage(name, trainer)
+    trainer = DistillationTrainer(student, teacher, replace(stage.args, push_to_hub=False), **trainer_kwargs)
+    return train_stage(stage.name, trainer)
 
 
 def finetune_stage(
-    name: str,
-    args: DistillationTrainingArguments,
+    stage: Stage,
     model: PreTrainedModel,
     trainer_class: type[Trainer] = Trainer,
     **trainer_kwargs: Any,
@@ -64,8 +62,7 @@ def finetune_stage(
     """Trains a teacher itself, on labels; a stage that is finished is loaded, one that was cut off goes on.
 
     Args:
-        name: the stage's, for messages.
-        args: of the stage; `args.output_dir` then holds its checkpoints and the trained model.
+        stage: whose `args.output_dir` then holds its checkpoints and the trained model.
         model: to start from; it stays as it is.
         trainer_class: of the training.
         trainer_kwargs: of the trainer.
@@ -74,20 +71,20 @@ def finetune_stage(
         The trained model, whole and in float32, with the given one's config, which the Trainer changes in its own;
         and the history, as `run_stage` returns it.
     """
-    history = _read_history(name, args)
+    history = _read_history(stage)
     if history is None:
         trained = copy.deepcopy(model).to(torch.float32)  # FSDP cuts it up in place
-        trainer = trainer_class(trained, replace(args, push_to_hub=False), **trainer_kwargs)
-        history = train_stage(name, trainer)
-    return type(model).from_pretrained(args.output_dir, config=model.config, dtype=torch.float32), history
+        trainer = trainer_class(trained, replace(stage.args, push_to_hub=False), **trainer_kwargs)
+        history = train_stage(stage.name, trainer)
+    return type(model).from_pretrained(stage.args.output_dir, config=model.config, dtype=torch.float32), history
 
 
-def _read_history(name: str, args: DistillationTrainingArguments) -> dict[str, Any] | None:
+def _read_history(stage: Stage) -> dict[str, Any] | None:
     """Of a finished stage; None if the stage is not finished."""
-    history_file = Path(args.output_dir) / HISTORY_NAME
+    history_file = Path(stage.args.output_dir) / HISTORY_NAME
     if not history_file.is_file():
         return None
-    logger.warning(f"Stage {name!r} is complete in {args.output_dir}; its model is loaded.")
+    logger.warning(f"Stage {stage.name!r} is complete in {stage.args.output_dir}; its model is loaded.")
     return json.loads(history_file.read_text())
 
 

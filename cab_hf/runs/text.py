@@ -8,28 +8,25 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
-from cab_hf.data.documents import load_documents, split_documents
+from cab_hf.data.documents import load_documents, parse_holdout, split_documents
 from cab_hf.data.packing import LanguageCollator, pack_documents, save_tokens
 from cab_hf.data.repeats import insert_repeats
 from cab_hf.distillation.trainer import make_teacher
+from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.evaluation.generation import sample
 from cab_hf.evaluation.language import check_packing, compare
 from cab_hf.evaluation.recall import copying_recall
 from cab_hf.hub.sources import public_name
-from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 from cab_hf.recipes import DataArguments, Recipe
 from cab_hf.runs.stages import finetune_stage, run_facts, run_stage
-from cab_hf.teachers.alignment import parse_layer_map
+from cab_hf.runs.student import build_student
 from cab_hf.teachers.loading import load_teacher
 from cab_hf.teachers.sampling import PROMPT_LENGTH, longest_document, sample_documents
-from cab_hf.transfer import fit_output_projection, student_from_teacher
-from cab_hf.transfer.copying import check_fields
 
 
 CALIBRATION_ROWS = 8
@@ -43,28 +40,28 @@ print(generator(sys.argv[2], max_new_tokens=int(sys.argv[3]), do_sample=False)[0
 def distil_text(recipe: Recipe) -> dict[str, Any]:
     """Distils and saves a language student; returns the report."""
     started = time.time()
-    args = recipe.stages[0][1]
+    args = recipe.args
     set_seed(args.seed)
     with args.main_process_first(desc="teacher"):
         teacher_model, tokenizer = load_teacher(recipe.model.teacher)
     teacher_model.to(args.teacher_device or args.device)
     with args.main_process_first(desc="data"):
-        train_blocks, heldout = load_blocks(recipe, tokenizer, teacher_model)
+        train_blocks, heldout = load_blocks(recipe.data, tokenizer, teacher_model, args, recipe.output_dir / "stages")
     collator = _collator(tokenizer)
-    rows = min(-(-recipe.model.calibration_tokens // recipe.data.block_size), len(train_blocks))
-    batches = [
-        collator([train_blocks[i] for i in range(start, min(start + CALIBRATION_ROWS, rows))])
-        for start in range(0, rows, CALIBRATION_ROWS)
-    ]
-    student = build_student(recipe, teacher_model, batches).to(args.device)
+    batches = []
+    if recipe.model.calibrates:
+        rows = min(-(-recipe.model.calibration_tokens // recipe.data.block_size), len(train_blocks))
+        for start in range(0, rows, CALIBRATION_ROWS):
+            batch = collator([train_blocks[row] for row in range(start, min(start + CALIBRATION_ROWS, rows))])
+            batches.append({"input_ids": batch["input_ids"].to(teacher_model.device)})
+    student = build_student(recipe.model, teacher_model, args.layer_map, batches).to(args.device)
     teacher = make_teacher(teacher_model, args)
 
-    before = _evaluate(recipe, student, teacher.model, tokenizer, heldout) if recipe.is_main_process else None
+    before = _evaluate(recipe.data, args, student, teacher.model, tokenizer, heldout)
     histories = []
-    for name, stage_args in recipe.stages:
+    for stage in recipe.stages:
         history = run_stage(
-            name,
-            stage_args,
+            stage,
             student,
             teacher,
             train_dataset=train_blocks,
@@ -81,7 +78,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
         "train_tokens": sum(history["tokens"] for history in histories),
         "seconds": round(time.time() - started, 1),
         "before": before,
-        "after": _evaluate(recipe, student, teacher.model, tokenizer, heldout) if recipe.is_main_process else None,
+        "after": _evaluate(recipe.data, args, student, teacher.model, tokenizer, heldout),
         "stages": histories,
         **run_facts(args),
         "folder": str(recipe.output_dir),
@@ -104,14 +101,16 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     weights are float32.
     """
     started = time.time()
-    name, args = recipe.only_stage
+    stage = recipe.only_stage
+    args = stage.args
     if recipe.model.teacher_config:
         raise ValueError("`teacher_config` is for image classifiers; `finetune` trains a language model as it is.")
     set_seed(args.seed)
     with args.main_process_first(desc="teacher"):
         original, tokenizer = load_teacher(recipe.model.teacher)
     with args.main_process_first(desc="data"):
-        train_blocks, heldout = load_blocks(recipe, tokenizer, original.to(args.device))
+        model = original.to(args.device)
+        train_blocks, heldout = load_blocks(recipe.data, tokenizer, model, args, recipe.output_dir / "stages")
     collator = _collator(tokenizer)
     check_packing(original, collator([train_blocks[0]]))
     if recipe.data.recall_gaps:  # whether the model has positions enough, before a long training
@@ -122,8 +121,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
             "Merge the adapter (merge_and_unload) and save the model, or name its base model."
         )
     model, history = finetune_stage(
-        name,
-        args,
+        stage,
         original,
         train_dataset=train_blocks,
         eval_dataset=_one_or_all(heldout),
@@ -137,7 +135,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         "dataset": recipe.data.dataset,
         "teacher_parameters": model.num_parameters(),
         "train_tokens": tokens,
-        "after": _evaluate(recipe, model, original, tokenizer, heldout) if recipe.is_main_process else None,
+        "after": _evaluate(recipe.data, stage.args, model, original, tokenizer, heldout),
         "stages": [history | {"tokens": tokens}],
         **run_facts(args),
         "folder": str(recipe.output_dir),
@@ -158,14 +156,16 @@ def _one_or_all(heldout: dict[str, Dataset]) -> Dataset | dict[str, Dataset]:
 
 
 def _evaluate(
-    recipe: Recipe,
+    data: DataArguments,
+    args: DistillationTrainingArguments,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     heldout: dict[str, Dataset],
-) -> dict[str, dict[str, Any]]:
-    """`compare`'s report of each text; the first one also holds the copying tests, which need no text."""
-    data, args = recipe.data, recipe.stages[0][1]
+) -> dict[str, dict[str, Any]] | None:
+    """`compare`'s report of each text; the first one also holds the copying tests. None but on the first process."""
+    if args.process_index:
+        return None
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         results = {
             name: compare(student, teacher, blocks, data.eval_batch_size, max_tokens=data.eval_max_tokens)
@@ -184,10 +184,21 @@ def _evaluate(
 
 
 def load_blocks(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel
+    data: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel,
+    args: DistillationTrainingArguments,
+    folder: Path,
 ) -> tuple[Dataset, dict[str, Dataset]]:
-    """Training blocks, those of the teacher's own text among them, and the blocks of each evaluated text, by name."""
-    data = recipe.data
+    """Training blocks, those of the teacher's own text among them, and the blocks of each evaluated text, by name.
+
+    Args:
+        data: of the recipe.
+        tokenizer: the teacher's.
+        teacher: writes text, where `data` asks for it.
+        args: whose seed picks and places, and whose `torch_compile` is for the writing teacher.
+        folder: where the teacher's text is kept.
+    """
     _check_teacher_text(data, teacher)
 
     def load(sources: list[str]) -> Dataset:
@@ -203,26 +214,32 @@ def load_blocks(
             documents, tokenizer, data.block_size, isolate_documents=data.isolate_documents, num_proc=data.num_proc
         )
 
-    documents, seed = load(data.dataset), recipe.stages[0][1].seed
+    documents = load(data.dataset)
     if data.eval_dataset:
         texts = dict(_named_source(text) for text in data.eval_dataset)
         training, heldout = documents, {name: pack(load([source])) for name, source in texts.items()}
     else:
-        training, kept = split_documents(documents, _number_or_text(data.holdout), seed=seed)
+        training, kept = split_documents(documents, parse_holdout(data.holdout), seed=args.seed)
         heldout = {f"held-out part of {', '.join(map(public_name, data.dataset))}": pack(kept)}
     blocks = pack(training)
     for option, prompts in (("teacher_tokens", None), ("teacher_continuation_tokens", training)):
         if getattr(data, option):
-            written = _teacher_text(recipe, teacher, tokenizer, option, prompts)
+            written = _teacher_text(data, teacher, tokenizer, option, prompts, args, folder)
             blocks = concatenate_datasets([blocks, pack(load_documents(written))])
-    return insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=seed), heldout
+    return insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed), heldout
 
 
 def _teacher_text(
-    recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, option: str, prompts: Dataset | None
+    data: DataArguments,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    option: str,
+    prompts: Dataset | None,
+    args: DistillationTrainingArguments,
+    folder: Path,
 ) -> Path:
     """A file of as many tokens as `option` asks the teacher for; one that an earlier start wrote is kept."""
-    data, path = recipe.data, recipe.output_dir / "stages" / f"{option}.npz"
+    path = folder / f"{option}.npz"
     if path.is_file():
         return path
     num_tokens = getattr(data, option)
@@ -235,8 +252,8 @@ def _teacher_text(
             prompts=prompts,
             prompt_length=data.teacher_prompt_length or PROMPT_LENGTH,
             batch_size=data.teacher_batch_size,
-            seed=recipe.stages[0][1].seed,
-            torch_compile=recipe.stages[0][1].torch_compile,
+            seed=args.seed,
+            torch_compile=args.torch_compile,
         )
     except ValueError as error:
         raise ValueError(f"`{option}` is {num_tokens}, but the teacher can't write: {error}") from error
@@ -287,38 +304,6 @@ def _named_source(text: str) -> tuple[str, str]:
     return name, source
 
 
-def build_student(
-    recipe: Recipe, teacher: PreTrainedModel, batches: list[dict[str, torch.Tensor]]
-) -> CABMambaForCausalLM:
-    """The student that a recipe starts from, calibrated on batches of training tokens where it asks for that."""
-    model = recipe.model
-    if model.student is not None:
-        return AutoModelForCausalLM.from_pretrained(model.student, dtype=torch.float32)
-    config = dict(model.student_config)
-    if model.num_hidden_layers is not None:
-        config["num_hidden_layers"] = model.num_hidden_layers
-    if model.student_from == "config":
-        check_fields(CABMambaConfig, config)
-        return CABMambaForCausalLM(
-            CABMambaConfig(**{"vocab_size": teacher.config.vocab_size, "mixer_type": model.mixer_type} | config)
-        )
-    layer_map = parse_layer_map(recipe.stages[0][1].layer_map)
-    inputs = [{"input_ids": batch["input_ids"].to(teacher.device)} for batch in batches]
-    calibrates = model.calibration != "none" and model.copy_weights and inputs
-    student = student_from_teacher(
-        teacher,
-        mixer_type=model.mixer_type,
-        layer_map=layer_map,
-        copy_weights=model.copy_weights,
-        copy_attention=model.copy_attention,
-        calibration_inputs=inputs[0] if calibrates else None,
-        **config,
-    )
-    if calibrates and model.calibration == "fit" and model.copy_attention:
-        fit_output_projection(student, teacher, inputs, layer_map)
-    return student
-
-
 def text_summary(report: dict[str, Any]) -> str:
     """A short table of a report, for the terminal."""
     if report["after"] is None:
@@ -345,12 +330,3 @@ def text_summary(report: dict[str, Any]) -> str:
         text = textwrap.shorten(report["sample_prompt"] + report["sample"], 600)
         lines += ["", textwrap.fill("sample: " + text, 110, subsequent_indent="        ")]
     return "\n".join([*lines, "", f"The {whose} is in {report['folder']}", ""])
-
-
-def _number_or_text(value: str) -> float | int | str:
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from cab_hf.data.documents import load_documents, pack_documents
+from cab_hf.data.documents import load_documents
+from cab_hf.data.packing import pack_documents
 from cab_hf.teachers.alignment import layer_influence, layers_by_influence
 from cab_hf.teachers.loading import load_teacher
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cab_hf.data.documents import load_documents, save_tokens, split_documents
+from cab_hf.data.documents import load_documents, split_documents
+from cab_hf.data.packing import save_tokens
 from cab_hf.teachers.sampling import sample_documents
 
 

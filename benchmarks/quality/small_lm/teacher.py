@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
-from cab_hf.data.documents import load_documents, save_tokens, split_documents
-from cab_hf.data.packing import LanguageCollator, pack_documents
+from cab_hf.data.documents import load_documents, split_documents
+from cab_hf.data.packing import LanguageCollator, pack_documents, save_tokens
 
 
 TEXTS = Path(__file__).parents[2] / "data/cache"

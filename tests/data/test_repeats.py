@@ -13,7 +13,7 @@ from cab_hf.runs.text import load_blocks
 from cab_hf.teachers.demo import random_llama
 
 
-SMOKE = Path(__file__).parents[1] / "training_args/smoke.yaml"
+SMOKE = Path(__file__).parents[2] / "training_args/smoke.yaml"
 
 
 def rows(count: int, length: int) -> Dataset:
@@ -95,11 +95,10 @@ def test_bad_arguments(length, fraction, tokens, message):
         insert_repeats(rows(2, length), fraction, tokens)
 
 
-def test_a_recipe_repeats_spans_in_training_rows_alone():
-    plain, repeating = (
-        load_blocks(parse_recipe([str(SMOKE), "--repeat_fraction", fraction]), *reversed(random_llama()))
-        for fraction in ("0", "0.5")
-    )
+def test_a_recipe_repeats_spans_in_training_rows_alone(tmp_path):
+    model, tokenizer = random_llama()
+    recipes = [parse_recipe([str(SMOKE), "--repeat_fraction", fraction]) for fraction in ("0", "0.5")]
+    plain, repeating = (load_blocks(one.data, tokenizer, model, one.args, tmp_path) for one in recipes)
     changed = [before != after for before, after in zip(plain[0], repeating[0])]
     assert 0.3 < sum(changed) / len(changed) < 0.7
     for name, blocks in plain[1].items():

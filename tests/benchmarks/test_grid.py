@@ -17,7 +17,7 @@ from cab_hf.recipes import parse_recipe
 from cab_hf.runs.run import run_recipe
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "quality" / "grid.py"
 RECIPE = {
     "task": "image-classification",

@@ -9,7 +9,8 @@ from tiny_models import largest_difference
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cab_hf.cli import main
-from cab_hf.data.documents import load_documents, pack_documents
+from cab_hf.data.documents import load_documents
+from cab_hf.data.packing import pack_documents
 from cab_hf.teachers.demo import random_llama
 from cab_hf.teachers.sampling import sample_documents
 

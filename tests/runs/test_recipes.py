@@ -25,14 +25,14 @@ from cab_hf.data.documents import load_documents
 from cab_hf.data.packing import LanguageCollator
 from cab_hf.distillation.trainer import DistillationTrainer
 from cab_hf.evaluation.language import compare
-from cab_hf.recipes import build_recipe, load_recipe, parse_recipe
+from cab_hf.recipes import Recipe, build_recipe, load_recipe, parse_recipe
 from cab_hf.runs import run as run_module
 from cab_hf.runs.run import run_recipe, summary
 from cab_hf.runs.text import load_blocks
 from cab_hf.teachers.demo import random_llama
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "training_args").glob("*.yaml"))
 SMOKE = str(ROOT / "training_args/smoke.yaml")
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
@@ -40,6 +40,10 @@ ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
 
 def smoke(tmp_path: Path, *options: str):
     return parse_recipe([SMOKE, "--output_dir", str(tmp_path / "student"), "--disable_tqdm", "true", *options])
+
+
+def blocks_of(recipe: Recipe, tokenizer, model):
+    return load_blocks(recipe.data, tokenizer, model, recipe.args, recipe.output_dir / "stages")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -137,7 +141,7 @@ class TestParsing:
             parse_recipe([str(tmp_path / "broken.yaml")])
 
     def test_numbers_that_yaml_takes_for_text(self):
-        assert build_recipe({"output_dir": "x", "learning_rate": "2e-5"}).stages[0][1].learning_rate == 2e-5
+        assert build_recipe({"output_dir": "x", "learning_rate": "2e-5"}).stages[0].args.learning_rate == 2e-5
         with pytest.raises(ValueError, match="learning_rate.*'2e-5x'"):
             build_recipe({"output_dir": "x", "learning_rate": "2e-5x"})
 
@@ -201,9 +205,9 @@ class TestRun:
             "5",
         ]
         model, tokenizer = random_llama()
-        plain = load_blocks(smoke(tmp_path / "plain"), tokenizer, model)[0]
+        plain = blocks_of(smoke(tmp_path / "plain"), tokenizer, model)[0]
         recipe = smoke(tmp_path, *options)
-        blocks, heldout = load_blocks(recipe, tokenizer, model)
+        blocks, heldout = blocks_of(recipe, tokenizer, model)
         assert 18 <= len(blocks) - len(plain) <= 22 and blocks["input_ids"][: len(plain)] == plain["input_ids"]
         pieces = {tuple(row[i : i + 5]) for row in plain["input_ids"] for i in range(len(row) - 4)}
         for option, tokens in (("teacher_tokens", 650), ("teacher_continuation_tokens", 700)):
@@ -216,7 +220,7 @@ class TestRun:
             raise AssertionError("text that is there was written again")
 
         monkeypatch.setattr("cab_hf.runs.text.sample_documents", never)
-        assert load_blocks(recipe, tokenizer, model)[0]["input_ids"] == blocks["input_ids"]
+        assert blocks_of(recipe, tokenizer, model)[0]["input_ids"] == blocks["input_ids"]
         report = run_recipe(recipe)
         assert report["after"].keys() == {"held-out part of the language reference of CPython"}
         assert "and 1,350 tokens that the teacher wrote" in (recipe.output_dir / "README.md").read_text()
@@ -224,12 +228,12 @@ class TestRun:
     def test_what_the_teacher_cannot_write(self, tmp_path):
         model, tokenizer = random_llama()
         model.config.max_position_embeddings = 64  # as many as a row has tokens; what it writes starts from one more
-        load_blocks(smoke(tmp_path / "short", "--teacher_tokens", "130"), tokenizer, model)
+        blocks_of(smoke(tmp_path / "short", "--teacher_tokens", "130"), tokenizer, model)
         written = load_documents(tmp_path / "short/student/stages/teacher_tokens.npz")["input_ids"]
         assert max(map(len, written)) == 63
         for tokens in ("-5", "63"):
             with pytest.raises(ValueError, match=f"`teacher_tokens` is {tokens}, less than a row of `block_size` 64"):
-                load_blocks(smoke(tmp_path / tokens, "--teacher_tokens", tokens), tokenizer, model)
+                blocks_of(smoke(tmp_path / tokens, "--teacher_tokens", tokens), tokenizer, model)
         for options, message in (
             (["--teacher_continuation_tokens", "9"], r"`teacher_continuation_tokens` is 9, less than a row"),
             (
@@ -247,7 +251,7 @@ class TestRun:
         ):
             options = ["--teacher_tokens", "130", *options]  # which are right, and not written before the error
             with pytest.raises(ValueError, match=message):
-                load_blocks(smoke(tmp_path / "wrong", *options), tokenizer, model)
+                blocks_of(smoke(tmp_path / "wrong", *options), tokenizer, model)
         assert not (tmp_path / "wrong/student/stages").exists()
 
     def test_a_killed_run_goes_on_in_its_stage(self, tmp_path, monkeypatch):
@@ -313,7 +317,7 @@ class TestRun:
         (of_student,) = report["after"].values()
         assert of_student["teacher_perplexity"] == pytest.approx(after["student_perplexity"], rel=1e-4)
         model, tokenizer = random_llama()
-        blocks, heldout = load_blocks(parse_recipe([str(recipe)]), tokenizer, model)
+        blocks, heldout = blocks_of(parse_recipe([str(recipe)]), tokenizer, model)
         saved = AutoModelForCausalLM.from_pretrained(folder)
         assert saved.config.use_cache is True
         found = compare(saved, model, next(iter(heldout.values())), max_tokens=512, progress=False)

@@ -368,7 +368,7 @@ def test_text_that_is_not_tokenised_teaches(tmp_path, streams, relative_loss):
     options = {"relative_loss": relative_loss, "bridge_centered": False, "max_steps": 1}
     trainer, _ = make_trainer(tmp_path, rows, **options)
     with pytest.raises(
-        ValueError, match=r"columns \['text', 'id'\].*no `input_ids`.*cab_hf.data.documents.pack_documents"
+        ValueError, match=r"columns \['text', 'id'\].*no `input_ids`.*cab_hf.data.packing.pack_documents"
     ):
         trainer.train()
 

@@ -41,7 +41,7 @@ from cab_hf.distillation.training_args import LOSSES
 # PEFT asks for an attribute that transformers renamed.
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("default::FutureWarning")]
 
-CONFIGS = Path(__file__).parents[1] / "training_args" / "accelerate"
+CONFIGS = Path(__file__).parents[2] / "training_args" / "accelerate"
 KINDS = ["fsdp2", "zero3"]
 ROWS = ragged_rows((11, 3, 0, 1, 9, 5, 2, 11))
 FIVE = {**SIX_LOSSES, "attention_weight": 0.0, "max_steps": 3}

@@ -9,14 +9,13 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cab_hf.data.documents import (
+from cab_hf.data.documents import load_documents, split_documents
+from cab_hf.data.packing import (
     LanguageCollator,
-    load_documents,
     pack_documents,
     pad_documents,
     save_tokens,
     shift_labels,
-    split_documents,
     vocabulary_digest,
 )
 

@@ -87,7 +87,7 @@ def test_failed_download_says_what_to_do(tmp_path, converted, monkeypatch):
 
 
 def test_brown_becomes_plain_text():
-    path = Path(__file__).parent.parent / "benchmarks" / "data" / "prepare_text.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "data" / "prepare_text.py"
     spec = importlib.util.spec_from_file_location("prepare_text", path)
     script = importlib.util.module_from_spec(spec)
     sys.modules["prepare_text"] = script

