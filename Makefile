@@ -22,13 +22,18 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 # The site's pages are the files that the repository shows, in the same places, so that their links hold in both.
-docs: $(READY)
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+docs: $(VENV)-docs/.ready
 	rm -rf $(SITE) && mkdir -p $(SITE)/benchmarks
 	cp -r docs CONTRIBUTING.md LICENSE CITATION.cff $(SITE) && cp README.md $(SITE)/index.md
 	cp -r benchmarks/*.md benchmarks/quality benchmarks/speed $(SITE)/benchmarks
-	$(BIN)/zensical build --strict --clean >build/docs.log 2>&1; status=$$?; cat build/docs.log; exit $$status
+	$(VENV)-docs/bin/zensical build --strict --clean >build/docs.log 2>&1; status=$$?; cat build/docs.log; exit $$status
 	! grep --quiet "^griffe:" build/docs.log
+
+# The pages are read out of the source: neither torch nor the package is installed.
+$(VENV)-docs/.ready: docs/requirements.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	touch $@
 
 # torch first and alone: a range would let the package's own requirement choose another build.
 $(READY): setup.py
@@ -39,4 +44,4 @@ $(READY): setup.py
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .cache build outputs site
+	rm -rf $(VENV) $(VENV)-docs .cache build outputs site
