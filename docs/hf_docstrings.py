@@ -7,6 +7,7 @@ from griffe import Attribute, Class, Docstring, Extension, Module, Object
 
 
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?![\[(])")
+FIELD = re.compile(r"^( +\w+) \(([^\n]+?), (?:defaults to (`?)([^\n]+?)\3|(\*optional\*))\):\s+", re.MULTILINE)
 
 
 class HFDocstrings(Extension):
@@ -24,6 +25,8 @@ class HFDocstrings(Extension):
             if isinstance(member, Attribute) and isinstance(thing, Class):
                 _read_help(member)
             if member.docstring:
+                if FIELD.search(member.docstring.value):
+                    member.docstring.value = FIELD.sub(_field, member.docstring.value.replace("Args:", "Attributes:"))
                 member.docstring.value = REFERENCE.sub(lambda found: _link(found, places), member.docstring.value)
             self._visit(member, places)
 
@@ -37,6 +40,12 @@ def _link(found: re.Match, places: dict[str, str]) -> str:
     name = found[2].rpartition(".")[2] if found[1] else found[2]
     place = places.get(name) if not found[1] or found[2].startswith("cab_hf.") else None
     return f"[`{name}`][{place}]" if place else f"`{name}`"
+
+
+def _field(found: re.Match) -> str:
+    """A field of a config: transformers writes its type and default as "name (`type`, defaults to value): "."""
+    name, type_, _, default, _ = found.groups()
+    return f"{name} ({type_.replace('`', '')}): `{default or None}` by default; "
 
 
 def _read_help(option: Attribute) -> None:
