@@ -6,6 +6,8 @@ Shape legend: `b` batch, `t` token, `d` width, `k` convolution taps, `h` head, `
 import torch
 from torch import Tensor
 
+from cab_hf.distillation.bridge import AttentionBridge, BridgePair
+
 
 def naive_causal_conv1d(
     x: Tensor,
@@ -103,3 +105,16 @@ def naive_ssd_scan(
         outputs.append(torch.stack(head_outputs, dim=1))
         states.append(torch.stack(head_states))
     return torch.stack(outputs), torch.stack(states)
+
+
+def naive_error(bridge: AttentionBridge, pairs: list[BridgePair], mask: torch.Tensor) -> torch.Tensor:
+    """One row at a time, by the forward pass; the backward scan reads the tokens in reverse."""
+    total = 0.0
+    for layer, role, projections, target, scale in pairs:
+        batch, tokens, features = target.shape
+        for direction, projection in enumerate(projections):
+            predicted = bridge(layer, role, projection, direction)
+            for b, t in mask.nonzero().tolist():
+                error = predicted[b, tokens - 1 - t if direction else t] - target[b, t]
+                total = total + error.square().sum() / features / (1.0 if scale is None else scale)
+    return total

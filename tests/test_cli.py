@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from commands import error_of
 from tiny_distillation import tiny_teacher
 from tiny_models import tiny_model, tiny_vision_model
 from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
@@ -24,17 +25,6 @@ def student(tmp_path):
     tiny_model(mixer_type="mamba2", vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def error_of(capsys, *arguments: object) -> str:
-    """Runs a command that must fail, and returns its only line of stderr."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert stopped.value.code == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_export_writes_a_stock_model_with_its_tokenizer(student, tmp_path, capsys):

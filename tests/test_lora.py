@@ -12,7 +12,7 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from test_push import Worker
+from processes import Worker
 from tiny_distillation import SIX_LOSSES, make_trainer, tiny_student, tiny_teacher
 from tiny_models import (
     VARIANTS,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
+from cab_hf.data import augmentation
 from cab_hf.data.augmentation import (
     OPERATIONS,
     AugmentationArguments,
@@ -22,7 +23,6 @@ from cab_hf.data.augmentation import (
     warp,
     warp_maps,
 )
-from cab_hf.data.documents import augmentation
 
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from reference import naive_error
 from tiny_distillation import make_arguments, tiny_student, tiny_teacher
 
 from cab_hf import Teacher
@@ -171,19 +172,6 @@ def test_loss_is_the_papers():
     inputs = [*problem[0].parameters(), *problem[1], *problem[2]]
     for mine, theirs in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(paper, inputs)):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
-
-
-def naive_error(bridge: AttentionBridge, pairs: list[BridgePair], mask: torch.Tensor) -> torch.Tensor:
-    """One row at a time, by the forward pass; the backward scan reads the tokens in reverse."""
-    total = 0.0
-    for layer, role, projections, target, scale in pairs:
-        batch, tokens, features = target.shape
-        for direction, projection in enumerate(projections):
-            predicted = bridge(layer, role, projection, direction)
-            for b, t in mask.nonzero().tolist():
-                error = predicted[b, tokens - 1 - t if direction else t] - target[b, t]
-                total = total + error.square().sum() / features / (1.0 if scale is None else scale)
-    return total
 
 
 @pytest.mark.parametrize("shared_roles", [False, True])

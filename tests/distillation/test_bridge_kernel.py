@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_bridge import naive_error  # noqa: E402
+from reference import naive_error  # noqa: E402
 
 from cab_hf.distillation import bridge_error, bridge_kernel  # noqa: E402
 from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair  # noqa: E402

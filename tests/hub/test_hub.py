@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from test_hub_code import BLOCKED, run_apart
+from processes import BLOCKED, run_apart
 from tiny_models import tiny_config, tiny_vision_model
 from transformers import Mamba2Config, Mamba2ForCausalLM
 

@@ -1,12 +1,10 @@
 """Publishing and loading over real HTTP: each process here knows only the address of a Hub, which is on loopback."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import hub_server
 import numpy as np
@@ -16,6 +14,7 @@ import yaml
 from hub_server import Fault, HubServer, Repository
 from huggingface_hub import ModelCard
 from PIL import Image
+from processes import Worker, environment
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_vision_model
 
@@ -44,24 +43,6 @@ LEFT_BEHIND = [
     "notes.txt",
 ]
 
-# Runs pieces of code that come line by line, and answers each with the value of `result` or with its error.
-WORKER = """
-import contextlib, json, os, sys, time
-
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-sleeps = []
-time.sleep = sleeps.append
-names = {"sleeps": sleeps}
-for line in sys.stdin:
-    names["result"] = None
-    try:
-        exec(json.loads(line), names)
-        answer = {"result": names["result"], "error": None}
-    except Exception as error:
-        answer = {"result": None, "error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(answer), file=answers, flush=True)
-"""
 
 LOAD = """
 import json, sys
@@ -96,59 +77,6 @@ found = {
 with open(out, "w") as file:
     json.dump(found, file)
 """
-
-
-def environment(endpoint: str, home: Path, **others: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    return {
-        **kept,
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",  # this Hub stores large files by Git LFS
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1,localhost",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        **others,
-    }
-
-
-class Worker:
-    """A process that stays, for the many short pushes."""
-
-    def __init__(self, endpoint: str, home: Path):
-        self.log = home / "log.txt"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            env=environment(endpoint, home, HF_TOKEN="good-token"),
-            cwd=home,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            text=True,
-        )
-
-    def run(self, code: str) -> Any:
-        answer = self.ask(code)
-        assert answer["error"] is None, answer["error"] + "\n" + self.log.read_text()[-3000:]
-        return answer["result"]
-
-    def fails(self, code: str) -> str:
-        answer = self.ask(code)
-        assert answer["error"] is not None, f"{code} gave {answer['result']}"
-        assert "\n" not in answer["error"], "an error is one line"
-        return answer["error"]
-
-    def ask(self, code: str) -> dict[str, Any]:
-        print(json.dumps(code), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        assert line, self.log.read_text()[-3000:]
-        return json.loads(line)
-
-    def publish(self, folder: Path, repo_id: str, **options: Any) -> str:
-        """The code that publishes; its result is the commit's oid."""
-        return f"result = publish_folder({str(folder)!r}, {repo_id!r}, **{options!r}).oid"
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import BLOCKED, run_apart
 from safetensors.torch import load_file, save_file
 from tiny_models import MIXER_TYPES, random_ids, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -25,25 +25,6 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_cab_mamba.CABMambaForSequenceClassification",
 }
 
-# What every process below starts with: packages that can't be imported, and no network.
-BLOCKED = """
-import socket, sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
-
-def refuse(*args, **kwargs):
-    raise OSError("the network is blocked")
-
-BLOCKED = set(sys.argv[1].split(","))
-sys.meta_path.insert(0, Blocker())
-socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-
-import torch
-from safetensors.torch import load_file, save_file
-"""
 
 WITHOUT_PACKAGE = (
     BLOCKED
@@ -96,21 +77,6 @@ for folder in sys.argv[2:]:
 assert not any(name.partition(".")[0] in BLOCKED for name in sys.modules)
 """
 )
-
-
-def run_apart(script: str, blocked: str, folders: list[Path], home: Path) -> None:
-    """Runs a script in a fresh interpreter that sees neither this directory nor PYTHONPATH."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    environment.pop("HF_MODULES_CACHE", None)
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", script, blocked, *map(str, folders)],
-        env=environment,
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def saved_folders(root: Path) -> tuple[list[Path], list[CABMambaForCausalLM]]:

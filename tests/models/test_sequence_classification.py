@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import BLOCKED, run_apart
 from safetensors.torch import load_file, save_file
-from test_hub_code import BLOCKED, run_apart
 from tiny_models import MIXER_TYPES, VARIANTS, largest_difference, random_ids, shake, tiny_config, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from commands import error_of
 from datasets import Dataset
-from test_cli import error_of
 from tiny_models import largest_difference
 from transformers import LlamaConfig, LlamaForCausalLM
 
