@@ -79,6 +79,15 @@ def test_every_folder_of_the_code_is_in_the_tree():
     assert packages == set(re.findall(r"^cab_hf/(\w+)/ ", README.read_text(), flags=re.MULTILINE))
 
 
+def test_rooms_import_from_rooms_above_them():
+    rooms = re.findall(r"^\| `(\w+)/` \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    for number, room in enumerate(rooms):
+        for path in (ROOT / "cab_hf" / room).rglob("*.py"):
+            imported = set(re.findall(r"^\s*from cab_hf\.(\w+)[. ]", path.read_text(), flags=re.MULTILINE))
+            assert not imported & set(rooms[number + 1 :]), path
+    assert set(rooms) == {path.parent.name for path in (ROOT / "cab_hf").glob("*/__init__.py")}
+
+
 def test_families_are_counted():
     assert f"({len(FAMILIES) + len(VISION_FAMILIES)} families)" in README.read_text()
 
