@@ -413,8 +413,6 @@ def test_no_tensor_of_all_logits(plain):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"chunk_size": 0}, "chunk_size is 0"),
         ({"ce_weight": 1.0}, "labels are missing"),
         ({"teacher_hidden": None}, "teacher_hidden is missing"),
         ({"mask": torch.ones(3, 6)}, r"mask is over tokens \(3, 6\).*\(3, 7\)"),
