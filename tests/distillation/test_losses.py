@@ -141,8 +141,6 @@ def test_squared_error_names_sizes_that_differ():
         output_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 2, 3))
     with pytest.raises(ValueError, match=r"student is \(2, 3, 4\) and teacher is \(2, 1, 4\)"):
         hidden_loss(torch.zeros(2, 3, 4), torch.zeros(2, 1, 4))
-    with pytest.raises(ValueError, match=r"mask is \(2, 4\), but student covers \(2, 3\)"):
-        hidden_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.ones(2, 4))
 
 
 def naive_attention_loss(student_map, query, key, mask, scaling, causal):
@@ -197,10 +195,6 @@ def test_attention_loss_names_sizes_that_differ():
     student_map, query, key, _ = make_maps_problem()
     with pytest.raises(ValueError, match=r"student_map is \(2, 2, 5, 5\).*as many heads"):
         attention_loss(student_map[:, :2], query, key)
-    with pytest.raises(ValueError, match=r"teacher_key is \(2, 3, 5, 3\)"):
-        attention_loss(student_map, query, torch.zeros(2, 3, 5, 3))
-    with pytest.raises(ValueError, match=r"mask is \(2, 4\)"):
-        attention_loss(student_map, query, key, torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6), (2, 3, 5, 2)])
@@ -231,10 +225,6 @@ def test_target_map_of_nothing_and_other_layouts():
     assert target_map(x.bfloat16(), "softmax", "query").dtype == torch.bfloat16
     with pytest.raises(ValueError, match="'tanh' is unknown.*'softmax'"):
         target_map(x, "tanh", "key")
-    with pytest.raises(ValueError, match="role is 'B'"):
-        target_map(x, "relu", "B")
-    with pytest.raises(ValueError, match=r"mask is \(2, 5\).*3 tokens in dimension 2"):
-        target_map(x, "relu", "key", mask)
 
 
 @pytest.mark.parametrize(
@@ -256,15 +246,7 @@ def test_loss_weight(arguments, expected):
     assert loss_weight(2.0, **arguments) == pytest.approx(expected)
 
 
-def test_loss_weight_never_rises_and_names_errors():
+def test_loss_weight_never_rises():
     for decay in ("linear", "cosine"):
         values = [loss_weight(1.0, i / 100, 0.7, decay) for i in range(101)]
         assert values == sorted(values, reverse=True) and values[0] == 1.0 and values[70:] == [0.0] * 31
-    for arguments, message in (
-        ({"progress": 0.1, "decay": "exp"}, "decay is 'exp'"),
-        ({"progress": -0.1}, "progress is -0.1"),
-        ({"progress": 0.1, "end": 0.0}, "end is 0.0"),
-        ({"progress": 0.1, "end": 1.5}, "end is 1.5"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            loss_weight(1.0, **arguments)
