@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,6 +22,10 @@ logger = logging.get_logger(__name__)
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst")
 _TABLE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_WAYS_OUT = (
+    'Check the spelling and the network, or use local files, a folder of Dataset.save_to_disk, or source "builtin" '
+    "(the language reference that comes with Python)."
+)
 _SUFFIXES = (*_TEXT_SUFFIXES, *_TABLE_READERS, TOKEN_SUFFIX)
 
 
@@ -72,8 +77,6 @@ def load_documents(
     if isinstance(source, str | os.PathLike):
         return _load_one(os.fspath(source), **options)
     parts = [_load_one(os.fspath(one), **options) for one in source]
-    if not parts:
-        raise ValueError('source is an empty sequence. Name at least one source, such as "builtin".')
     columns = [part.column_names for part in parts]
     if len({"text" in names for names in columns}) > 1:
         raise ValueError(
@@ -165,9 +168,8 @@ def _load_one(
 
     files, root = _find_files(path, source)
     if not files:
-        return _standardise(_load_from_hub(source, config_name, split, cache_dir), source, **columns)
-    if not any(file.stat().st_size for file in files):
-        raise ValueError(f"source {source!r} is empty: {len(files)} files of 0 bytes. Name files that hold text.")
+        loaded = load_from_hub(source, _WAYS_OUT, config_name, split=split, cache_dir=cache_dir)
+        return _standardise(_pick_split(loaded, split, source), source, **columns)
     kinds = sorted({file.suffix.lower() for file in files})
     stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     paths = tuple(map(str, files))
@@ -207,20 +209,16 @@ def _find_files(path: Path, source: str) -> tuple[list[Path], Path]:
     return [], path
 
 
-def _load_from_hub(source: str, config_name: str | None, split: str | None, cache_dir: str | None) -> Dataset:
-    ways_out = (
-        'Check the spelling and the network, or use local files, a folder of Dataset.save_to_disk, or source "builtin"'
-        " (the language reference that comes with Python)."
-    )
+def load_from_hub(source: str, ways_out: str, config_name: str | None = None, **options: str | None) -> Any:
+    """`datasets.load_dataset`, whose errors name the source and the ways out."""
     try:
-        loaded = datasets.load_dataset(source, config_name, split=split, cache_dir=cache_dir)
+        return datasets.load_dataset(source, config_name, **options)
     except ConnectionError as error:
-        raise ConnectionError(f"The Hub dataset {source!r} could not be reached: {error}. {ways_out}") from error
+        raise ConnectionError(f"The Hub data set {source!r} could not be reached: {error}. {ways_out}") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"source {source!r} is no local path and no Hub dataset: {error}. {ways_out}"
+            f"source {source!r} is no local path and no Hub data set: {error}. {ways_out}"
         ) from error
-    return _pick_split(loaded, split, source)
 
 
 def _pick_split(loaded: Dataset | DatasetDict, split: str | None, source: str) -> Dataset:

@@ -21,6 +21,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features
 from datasets.table import InMemoryTable
 from transformers.utils import logging
 
+from cab_hf.data.documents import load_from_hub
+
 
 logger = logging.get_logger(__name__)
 
@@ -99,20 +101,8 @@ def images_to_dataset(images: np.ndarray, labels: Sequence[int] | np.ndarray, na
 
     Returns:
         Rows of {"image": datasets.Image, "label": ClassLabel}.
-
-    Raises:
-        ValueError: Another shape or dtype, labels outside the names, or numbers that differ.
     """
-    images, labels = np.ascontiguousarray(images), _as_labels(labels)
-    colour = images.ndim == 4 and images.shape[-1] == 3
-    if images.dtype != np.uint8 or not (colour or images.ndim == 3):
-        raise ValueError(
-            f"images are {images.dtype} {images.shape}. Give uint8 (n, H, W) for grey or (n, H, W, 3) for colour."
-        )
-    if len(images) != len(labels):
-        raise ValueError(f"There are {len(images)} images and {len(labels)} labels. Give one label an image.")
-    if len(labels) and labels.max() >= len(names):
-        raise ValueError(f"labels reach {labels.max()}, but there are {len(names)} names. Name every class.")
+    colour = images.ndim == 4
     # A netpbm file is a short header and the pixels as they are, which makes a column of them one buffer.
     header = f"{'P6' if colour else 'P5'} {images.shape[2]} {images.shape[1]} 255\n".encode()
     files = np.empty((len(images), len(header) + math.prod(images.shape[1:])), dtype=np.uint8)
@@ -235,12 +225,7 @@ def _load_elsewhere(
         raise FileNotFoundError(f"source {source!r} is no folder (seen from {Path.cwd()}).")
     ways_out = f"Check the spelling and the network, or use one of {', '.join(BUILTIN)}, or 'imagefolder'."
     inner = None if data_dir is None else str(data_dir)
-    try:
-        return datasets.load_dataset(source, split=split, data_dir=inner, cache_dir=cache)
-    except ConnectionError as error:
-        raise ConnectionError(f"The Hub data set {source!r} could not be reached: {error}. {ways_out}") from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"source {source!r} is no folder and no Hub data set: {error}. {ways_out}") from error
+    return load_from_hub(source, ways_out, split=split, data_dir=inner, cache_dir=cache)
 
 
 def _pick_split(loaded: DatasetDict | Dataset, split: str | None, source: str) -> DatasetDict | Dataset:
@@ -258,8 +243,6 @@ def _standardise(
     features = next(iter(splits.values())).features
     image_column = _find_column(features, datasets.Image, image_column, "image_column", source)
     label_column = _find_column(features, ClassLabel, label_column, "label_column", source)
-    if image_column == label_column:
-        raise ValueError(f"image_column and label_column are both {image_column!r}. Name two columns.")
     splits = splits.select_columns([image_column, label_column])
     # By way of names that no column has, as "label" may be the images' old name.
     for old, new in ((image_column, "_image"), (label_column, "_label"), ("_image", "image"), ("_label", "label")):

@@ -46,16 +46,9 @@ def copying_recall(
         sequences speaks for), `n_tokens` counted, `n_sequences`, `gap`, `length`.
 
     Raises:
-        ValueError: `vocabulary` has not enough tokens, `length` is below 2, or `gap` is negative.
+        ValueError: `vocabulary` has not enough tokens.
     """
-    pool = np.arange(vocabulary) if isinstance(vocabulary, int) else np.unique(np.asarray(vocabulary))
-    if length < 2 or gap < 0 or n < 1:
-        raise ValueError(f"length is {length}, gap {gap} and n {n}. They must be at least 2, 0 and 1.")
-    if len(pool) < length + (gap > 0):
-        raise ValueError(
-            f"vocabulary has {len(pool)} tokens, fewer than the {length + (gap > 0)} that length {length} and gap "
-            f"{gap} take. Use a smaller length or more tokens."
-        )
+    pool = _pool(vocabulary, length + (gap > 0))
     generator = np.random.default_rng(seed)
     sequences = []
     for _ in range(n):
@@ -101,19 +94,11 @@ def associative_recall(
         `recall`, its 95 % interval `ci95` as in `Recall`, `n_tokens` counted, `n_sequences`, `gap`, `pairs`.
 
     Raises:
-        ValueError: `vocabulary` has not enough tokens, `pairs` or `n` is below 1, or `gap` is negative.
+        ValueError: `vocabulary` has not enough tokens.
 
     Source: the task of Arora et al. (2023), "Zoology", there with queries at random distances.
     """
-    pool = np.arange(vocabulary) if isinstance(vocabulary, int) else np.unique(np.asarray(vocabulary))
-    if pairs < 1 or gap < 0 or n < 1:
-        raise ValueError(f"pairs is {pairs}, gap {gap} and n {n}. They must be at least 1, 0 and 1.")
-    needed = 2 * pairs + (gap > 0)
-    if len(pool) < needed:
-        raise ValueError(
-            f"vocabulary has {len(pool)} tokens, fewer than the {needed} that {pairs} pairs and gap {gap} take. Use "
-            "fewer pairs or more tokens."
-        )
+    pool = _pool(vocabulary, 2 * pairs + (gap > 0))
     generator = np.random.default_rng(seed)
     sequences = []
     for _ in range(n):
@@ -125,6 +110,13 @@ def associative_recall(
     title = f"Associative recall over a gap of {gap}"
     found = _recall(model, sequences, keys, values, title, batch_size, device, progress)
     return found | {"gap": gap, "pairs": pairs}
+
+
+def _pool(vocabulary: int | Sequence[int], needed: int) -> np.ndarray:
+    pool = np.arange(vocabulary) if isinstance(vocabulary, int) else np.unique(np.asarray(vocabulary))
+    if len(pool) < needed:
+        raise ValueError(f"vocabulary has {len(pool)} tokens, fewer than the {needed} that a sequence takes.")
+    return pool
 
 
 def _recall(

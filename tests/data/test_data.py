@@ -113,9 +113,6 @@ class TestLoadDocuments:
             load_documents(tmp_path / "b.csv", text_column="year", cache_dir=tmp_path / "cache")
         with pytest.raises(ValueError, match="mixes files"):
             load_documents(tmp_path)
-        (tmp_path / "empty.txt").touch()
-        with pytest.raises(ValueError, match=r"empty.txt' is empty: 1 files of 0 bytes. Name files that hold text"):
-            load_documents(tmp_path / "empty.txt")
         with pytest.raises(FileNotFoundError, match="is no file and no folder"):
             load_documents(tmp_path / "absent")
         with pytest.raises(FileNotFoundError, match="matches no file"):

@@ -76,20 +76,6 @@ def test_arrays_survive_save_to_disk(tmp_path):
         load_images(tmp_path / "set", split="dev")
 
 
-@pytest.mark.parametrize(
-    "pixels, labels, message",
-    [
-        (noise().astype(float), [0] * 6, "float64"),
-        (noise()[..., :2], [0] * 6, r"\(6, 8, 8, 2\)"),
-        (noise(), [0] * 5, "6 images and 5 labels"),
-        (noise(), [0, 1, 2, 3, 0, 0], "reach 3, but there are 3 names"),
-    ],
-)
-def test_arrays_that_do_not_fit_raise(pixels, labels, message):
-    with pytest.raises(ValueError, match=message):
-        images_to_dataset(pixels, labels, ["a", "b", "c"])
-
-
 def test_digits_are_scikit_learns_split_once_and_for_all():
     from sklearn.datasets import load_digits
 
@@ -234,8 +220,6 @@ def test_columns_are_found_by_type_or_name(tmp_path):
     assert rows.features["label"].num_classes == 5 and rows["label"][:] == [0, 4, 1]
     with pytest.raises(ValueError, match=r"no column 'colour'.*'label', 'fine', 'coarse', 'word', 'number'"):
         load_images(tmp_path / "set", image_column="colour", label_column="fine")
-    with pytest.raises(ValueError, match="both 'fine'"):
-        load_images(tmp_path / "set", image_column="fine", label_column="fine")
 
 
 def test_string_labels_mean_the_same_in_every_split(tmp_path):
@@ -385,7 +369,6 @@ def test_random_crops_follow_torchs_seed_and_cover_the_ranges(monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"size": 0}, "size is 0"),
         ({"transform": "crop"}, "'crop'. Use one of resize, center_crop, random_resized_crop"),
         ({"crop_pct": 0.0}, "crop_pct is 0.0"),
         ({"num_channels": 4}, "num_channels is 4"),
@@ -395,11 +378,6 @@ def test_random_crops_follow_torchs_seed_and_cover_the_ranges(monkeypatch):
 def test_options_of_the_data_set_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         ImageDataset(rows_of(noise(1)), **({"size": 8} | options))
-
-
-def test_rows_without_the_columns_raise():
-    with pytest.raises(ValueError, match=r"lack \['image', 'label'\]; they have \['text'\]"):
-        ImageDataset(Dataset.from_dict({"text": ["a"]}), 8)
 
 
 def test_repeated_sampler_repeats_and_changes_by_epoch():
@@ -452,8 +430,6 @@ def test_processor_takes_the_teachers_normalisation_and_our_size():
     own = make_image_processor(ViTImageProcessorPil(), 32, mean=(0.2,) * 3)
     assert normalisation(own) == (pytest.approx((0.2,) * 3), pytest.approx((0.5,) * 3))
     assert processor(Image.fromarray(smooth(40, 50)), return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
-    with pytest.raises(ValueError, match="one mean and one positive std"):
-        make_image_processor(mean=(0.5,), std=(0.5, 0.5))
 
 
 @pytest.mark.parametrize("transform, crop_pct", [("resize", None), ("center_crop", 0.875)])

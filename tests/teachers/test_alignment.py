@@ -67,10 +67,6 @@ def test_uniform_is_nearest_to_even_spacing(student_layers, teacher_layers):
         ([0, 1], 3, 6, "lists 2 teacher layers for 3 student layers"),
         ([0, 1, 6], 3, 6, "teacher layer 6, but the teacher has 6 layers: use 0 to 5"),
         ([0, 1, -1], 3, 6, "teacher layer -1, but the teacher has 6 layers"),
-        ([0, 1, 1.5], 3, 6, "1.5: layers are whole numbers"),
-        ([0, 1, True], 3, 6, "whole numbers"),
-        ("floor", 0, 6, "student_layers is 0"),
-        ("floor", 3, 0, "teacher_layers is 0"),
     ],
 )
 def test_bad_maps_say_what_would_fit(kind, student_layers, teacher_layers, message):
