@@ -137,14 +137,13 @@ def generation_table(generation: Mapping[str, Any]) -> str:
 
 
 def speed_table(speed: Mapping[str, Any]) -> str:
-    """Speed and memory of both models, a row a length or batch size, as `cab_hf.runs.report.evaluate` reports them."""
-    over = speed["over"]
-    header = [over, *(f"{title}: {who}" for title in _QUANTITIES.values() for who in _WHO)]
+    """Speed and memory of both models at each length or batch size, as `cab_hf.runs.report.evaluate` reports them."""
     rows = []
     for row in speed["rows"]:
-        values = [(row[who] or {}).get(name) for name in _QUANTITIES for who in _WHO]
-        rows.append([f"{row[over]:,}", *("" if one is None else f"{one:,.1f}" for one in values)])
-    return _table(header, rows, names=0)
+        for who in _WHO:
+            values = [(row[who] or {}).get(name) for name in _QUANTITIES]
+            rows.append([f"{row[speed['over']]:,}", who, *("" if one is None else f"{one:,.1f}" for one in values)])
+    return _table([speed["over"], "model", *_QUANTITIES.values()], rows, names=2)
 
 
 def crossings(speed: Mapping[str, Any]) -> list[str]:
@@ -172,6 +171,14 @@ def measured_on(evaluation: Mapping[str, Any]) -> str:
         facts.append(f"batch size {speed['batch_size']}")
     facts.append(f"{_count_of(speed['repeats'], 'timed run')} each")
     return ", ".join(fact for fact in facts if fact)
+
+
+def aligned(table: str) -> str:
+    """The same table with cells of one width a column, for the terminal."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if not line.startswith("| ---")]
+    rows = [row + [""] * (len(rows[0]) - len(row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def limits(head: Head, metrics: Mapping[str, Mapping[str, Any]], evaluation: Mapping[str, Any]) -> list[str]:
