@@ -1,4 +1,4 @@
-"""What a student is punished for: pure functions of tensors and masks.
+"""The losses of a student: pure functions of tensors and masks.
 
 Every loss is a sum over real tokens of a mean over features or heads. Dividing it by the number of tokens of the whole
 accumulated batch, which only the trainer knows, gives a value that does not depend on batch, length, width or the

@@ -95,9 +95,9 @@ def evaluate(
         repeats: timed runs of each speed.
 
     Returns:
-        What is in `evaluation.json`. Of a language student `texts` (name -> `compare`), `generation`, `recall` and
-        `speed`; of an image student `images` (name -> `compare_images`) and `speed`. A text or set also has its
-        `split` and, from the Hub, its `dataset`, where these are known.
+        What is in `evaluation.json`. A language student has `texts` (name -> `compare`), `generation`, `recall` and
+        `speed`. An image student has `images` (name -> `compare_images`) and `speed`. Each text or set of images also
+        names its `split` and, if it is on the Hub, its `dataset`, where these are known.
 
     Raises:
         ValueError: a folder without a student, a teacher of other tokens or labels, an option that can't be.
