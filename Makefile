@@ -1,13 +1,15 @@
 # make demo: set up, distil a real Transformer into a Mamba and reload it.   make test: set up and run the tests.
-# make lint: style.   TORCH selects the torch build, e.g. `make test TORCH=torch` for the CUDA build.
+# make lint: style.   make docs: the documentation site, into site/.
+# TORCH selects the torch build, e.g. `make test TORCH=torch` for the CUDA build.
 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SITE := build/docs
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(READY)
 	$(BIN)/python train_cab.py training_args/quickstart_lm.yaml
@@ -19,6 +21,20 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The site's pages are the files that the repository shows, in the same places, so that their links hold in both.
+docs: $(VENV)-docs/.ready
+	rm -rf $(SITE) && mkdir -p $(SITE)/benchmarks
+	cp -r docs CONTRIBUTING.md LICENSE CITATION.cff $(SITE) && cp README.md $(SITE)/index.md
+	cp -r benchmarks/*.md benchmarks/quality benchmarks/speed $(SITE)/benchmarks
+	$(VENV)-docs/bin/zensical build --strict --clean >build/docs.log 2>&1; status=$$?; cat build/docs.log; exit $$status
+	! grep --quiet "^griffe:" build/docs.log
+
+# The pages are read out of the source: neither torch nor the package is installed.
+$(VENV)-docs/.ready: docs/requirements.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	touch $@
+
 # torch first and alone: a range would let the package's own requirement choose another build.
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -28,4 +44,4 @@ $(READY): setup.py
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .cache outputs
+	rm -rf $(VENV) $(VENV)-docs .cache build outputs site

@@ -17,6 +17,7 @@ EXTRAS = {
     "vision": ["kornia>=0.8", "pillow>=10"],
     "export": ["gguf>=0.17", "onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
     "demo": ["gguf>=0.17", "kornia>=0.8", "matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.4"],
+    "docs": (HERE / "docs/requirements.txt").read_text().split(),
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",

@@ -37,8 +37,8 @@ class ModelArguments:
     teacher: str = field(
         default="smollm2-demo",
         metadata={
-            "help": "Hub id or folder of the teacher. 'smollm2-demo': SmolLM2-135M out of its PyPI package. "
-            "'random-llama': a tiny random one, for tests."
+            "help": "Hub id or folder of the teacher. 'smollm2-demo': SmolLM2-135M-Instruct, dequantised from 4 bit, "
+            "out of a PyPI package. 'random-llama': a tiny random one, for tests."
         },
     )
     teacher_recipe: str | None = field(

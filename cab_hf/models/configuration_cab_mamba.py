@@ -192,8 +192,9 @@ class CABMambaConfig(MixerConfig):
     With the defaults (no MLP, RMS norm, sequential residual) the model has the parameters of transformers'
     `MambaForCausalLM` (`mixer_type="mamba"`) or `Mamba2ForCausalLM` (`mixer_type="mamba2"`) under the same names.
 
+    It takes all arguments of [`MixerConfig`], too.
+
     Args:
-        All of [`MixerConfig`], and
         parallel_residual (`bool`, defaults to `False`): mixer and MLP read the same residual stream side by side.
         shared_norm (`bool`, defaults to `False`): with `parallel_residual`, one norm feeds both.
         post_norms (`bool`, defaults to `False`): norms behind mixer and MLP, too, as Gemma 3 has.

@@ -21,8 +21,9 @@ class CABVisionMambaConfig(MixerConfig):
     The defaults are Vim-Tiny's (arXiv 2401.09417, released as "bimamba v2" with a middle class token), with the
     transition that arXiv 2510.19266 starts from. `hidden_size=384` is Vim-Small.
 
+    It takes all arguments of [`MixerConfig`], too, with a `hidden_size` of 192.
+
     Args:
-        All of [`MixerConfig`], with a `hidden_size` of 192, and
         image_size (`int` or `(height, width)`, defaults to 224): pixels of the images that positions are learned for.
         patch_size (`int`, defaults to 16): side of a square patch in pixels.
         num_channels (`int`, defaults to 3): channels of an image.

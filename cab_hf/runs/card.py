@@ -10,7 +10,6 @@ from transformers.utils import logging
 
 from cab_hf.data.image_sources import BUILTIN
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
-from cab_hf.hub import card_sections as sections
 from cab_hf.hub.card import build_card, head_of, read_config, short_count, write_card
 from cab_hf.hub.card_sections import percent
 from cab_hf.hub.publish import shareable
@@ -134,8 +133,8 @@ def _run_facts(recipe: Recipe, name: str) -> dict[str, str]:
 def _training_rows(recipe: Recipe, report: Mapping[str, Any], teacher: str, sources: Sequence[str]) -> dict[str, str]:
     model, stages = recipe.model, dict(recipe.stages)
     unit = "examples" if model.reads_images else "tokens"
-    method = sections.describe_method(list(stages.values()))
-    losses = {name: sections.describe_losses(args) for name, args in stages.items()}
+    method = describe_method(list(stages.values()))
+    losses = {name: describe_losses(args) for name, args in stages.items()}
     start = {"teacher": "the teacher's weights" if model.copy_weights else "the teacher's shape"}
     rows = {
         "Teacher": f"{teacher}, {short_count(report['teacher_parameters'])} parameters",

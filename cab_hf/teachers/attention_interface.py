@@ -17,12 +17,34 @@ _PREFIX = "cab_"
 _BASES: dict[str, str] = {}  # name of a recording attention implementation -> the one that it records
 
 
-class AttentionCall(NamedTuple):
-    """What an attention read and wrote: query `(b, h, t, p)`, key `(b, h_kv, t, p)`, output `(b, t, h, p)`."""
+class TeacherAttention(NamedTuple):
+    """What one layer's attention read and wrote.
+
+    Attributes:
+        query: `(b, h, t, p)`, as the attention takes it: after rotary embedding and query norm, before the scaling.
+        key: `(b, h_kv, t, p)`, after rotary embedding and key norm, before it is repeated for grouped queries.
+        output: `(b, t, h, p)`, before the output projection; None where no loss reads it.
+    """
 
     query: Tensor
     key: Tensor
-    output: Tensor
+    output: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TeacherAttention":
+        """The same with a function of each tensor in its place."""
+        output = None if self.output is None else function(self.output)
+        return TeacherAttention(function(self.query), function(self.key), output)
+
+
+class AttentionCall(NamedTuple):
+    """What a recording attention hands out.
+
+    Attributes:
+        attention: what it read and wrote.
+        scaling: factor of `query @ key.T`; None where the attention was not told: `p ** -0.5`.
+    """
+
+    attention: TeacherAttention
     scaling: float | None
 
 
@@ -65,7 +87,7 @@ def _recording_attention(base: str) -> Callable:
                 # The flash path picks its kernel by the name that the config holds, which is ours at this moment.
                 owner = _View(module, config=_View(module.config, _attn_implementation=base))
         output = function(owner, query, key, value, attention_mask, **kwargs)[0]
-        return output, AttentionCall(query, key, output, kwargs.get("scaling"))
+        return output, AttentionCall(TeacherAttention(query, key, output), kwargs.get("scaling"))
 
     return attention
 

@@ -112,7 +112,7 @@ def test_a_recording_that_was_cut_off_goes_on(tmp_path, asked, whole):
             raise KeyboardInterrupt
         return default_data_collator(rows)
 
-    teacher = Teacher(tiny_teacher(), check=True)
+    teacher = Teacher(tiny_teacher())
     with pytest.raises(KeyboardInterrupt):
         record(tmp_path, teacher, collator=cut_off)
     assert len(RecordedTeacher(tmp_path)) == 6 and len(asked) == 2

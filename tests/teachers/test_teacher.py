@@ -377,10 +377,18 @@ def test_flash_attention_runs_under_its_own_name(monkeypatch):
         )
         return output.transpose(1, 2)
 
+    def set_by_hand(self, name):
+        self.config._attn_implementation = name
+
     monkeypatch.setattr("transformers.integrations.flash_attention._flash_attention_forward", kernel)
     # Set by hand: a machine without the kernel refuses the name.
-    model.config._attn_implementation = register_recording("flash_attention_2")
-    output = Teacher(model, check=False)(batch(), attentions=True)
+    monkeypatch.setattr(type(model), "set_attn_implementation", set_by_hand)
+    monkeypatch.setattr(type(model.model), "set_attn_implementation", set_by_hand)
+    model.set_attn_implementation("flash_attention_2")
+    teacher = Teacher(model)
+    assert model.config._attn_implementation == register_recording("flash_attention_2")
+    seen.clear()
+    output = teacher(batch(), attentions=True)
     assert seen == [("flash_attention_2", None)] * 2
     torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
     assert output.attentions[1].key.shape == (2, 2, 7, 8)
