@@ -4,19 +4,22 @@ Each check raises a ValueError that names the argument, what stands against it, 
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.lora import core_of
+from cab_hf.teachers.alignment import layer_map, parse_layer_map
 from cab_hf.teachers.recorded_teacher import RecordedTeacher
 from cab_hf.teachers.teacher import Teacher, check_vocabularies
 
 
 def check_student(student: nn.Module) -> None:
-    """That the student's layers show what a distillation compares."""
+    """That the student is whole, and that its layers show what a distillation compares."""
+    check_whole("student", student)
     if hasattr(student, "_orig_mod"):
         raise ValueError(
             "The student is a torch.compile of a model, which hides the weights' own names. Pass the model itself and "
@@ -31,7 +34,60 @@ def check_student(student: nn.Module) -> None:
         )
 
 
-def check_outputs(student: PreTrainedModel, teacher: Teacher | RecordedTeacher, kl_weight: float) -> None:
+def check_run(
+    student: PreTrainedModel,
+    teacher: Teacher | RecordedTeacher,
+    args: DistillationTrainingArguments,
+    trainer_kwargs: Mapping[str, Any],
+) -> None:
+    """That student, teacher and arguments fit each other; what the teacher shows at all, its examination has said."""
+    _check_outputs(student, teacher, args.kl_weight)
+    _check_widths(student.config, teacher, args)
+    if args.cuda_graph and isinstance(teacher, RecordedTeacher):
+        raise ValueError(
+            f"`cuda_graph` is {args.cuda_graph}, but a recorded teacher is read from disk at every step, which no "
+            "graph can do. Set `cuda_graph=False`, or pass the teacher itself."
+        )
+    if teacher.removes_rotary != args.remove_rotary:
+        raise ValueError(
+            f"`remove_rotary` is {args.remove_rotary} in the arguments, but the given Teacher was made with "
+            f"{teacher.removes_rotary}. Use the same value for both, or pass the model instead of a Teacher."
+        )
+    if args.attention_weight > 0 and args.remove_rotary:
+        raise ValueError(
+            f"`attention_weight` is {args.attention_weight} and `remove_rotary` {args.remove_rotary}, but the "
+            "teacher's attention maps depend on its rotary rotation. Set `remove_rotary=False`, or "
+            "`attention_weight=0.0`."
+        )
+    for name in ("compute_metrics", "compute_loss_func", "model_init"):
+        if trainer_kwargs.get(name) is not None:
+            raise ValueError(
+                f"`{name}` is not used here: evaluation keeps no logits, the losses are the arguments' weights, and "
+                "the student is given. Leave it out; `cab_hf.evaluation` measures a finished student."
+            )
+
+
+def _check_widths(
+    config: PreTrainedConfig, teacher: Teacher | RecordedTeacher, args: DistillationTrainingArguments
+) -> None:
+    if args.output_weight > 0:
+        rule = parse_layer_map(args.layer_map)
+        taught = layer_map(rule, config.num_hidden_layers, teacher.num_hidden_layers)
+        widths = sorted({teacher.query_sizes[index] for index in taught})
+        if widths != [config.mixer_width]:
+            raise ValueError(
+                f"`output_weight` compares the student's mixers, {config.mixer_width} wide, with the teacher's "
+                f"attention, {widths} wide. Use a student of the teacher's shape (student_from_teacher), or "
+                "`bridge_weight`, whose MLPs map between widths."
+            )
+    if args.hidden_weight > 0 and config.hidden_size != teacher.hidden_size:
+        raise ValueError(
+            f"`hidden_weight` compares hidden states, but the student's `hidden_size` is {config.hidden_size} and "
+            f"the teacher's {teacher.hidden_size}. Use equal sizes, or `bridge_weight`."
+        )
+
+
+def _check_outputs(student: PreTrainedModel, teacher: Teacher | RecordedTeacher, kl_weight: float) -> None:
     """That student and teacher read the same kind of input and predict the same things."""
     reads_images = student.main_input_name == "pixel_values"
     if reads_images != teacher.reads_images:

@@ -3,7 +3,7 @@
 Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ class DistillationModel(nn.Module):
         args: decides which losses exist and how they are computed.
 
     Raises:
-        ValueError: a layer map, widths or heads that do not fit the losses asked for.
+        ValueError: a layer map that does not fit.
 
     Source: arXiv 2510.19266; the bridge loss is the mean over layers of `MSE(MLP(B), K) + MSE(MLP(C), Q)`.
     """
@@ -105,26 +105,9 @@ class DistillationModel(nn.Module):
                 shared_roles=args.bridge_shared_roles,
                 num_directions=2 if self.reads_images and config.bidirectional else 1,
             )
-        self._check_widths(teacher)
         # By which relative losses divide: measured once, on the same examples in every run, so that a loss does not
         # depend on how a batch is cut into accumulation steps and processes.
         self.register_buffer("target_scales", torch.ones(len(SCALED_TARGETS), config.num_hidden_layers))
-
-    def _check_widths(self, teacher: Teacher) -> None:
-        config = self.core.config
-        if self.args.output_weight > 0:
-            widths = sorted({teacher.query_sizes[index] for index in self.layer_map})
-            if widths != [config.mixer_width]:
-                raise ValueError(
-                    f"`output_weight` compares the student's mixers, {config.mixer_width} wide, with the teacher's "
-                    f"attention, {widths} wide. Use a student of the teacher's shape (from_teacher), or "
-                    "`bridge_weight`, whose MLPs map between widths."
-                )
-        if self.args.hidden_weight > 0 and config.hidden_size != teacher.hidden_size:
-            raise ValueError(
-                f"`hidden_weight` compares hidden states, but the student's `hidden_size` is {config.hidden_size} and "
-                f"the teacher's {teacher.hidden_size}. Use equal sizes, or `bridge_weight`."
-            )
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -318,17 +301,14 @@ class DistillationModel(nn.Module):
         return sum((0.0 * parameter.flatten()[:1].sum() for parameter in parameters), start=0.0)
 
     def _bridge_loss(self, shown: list[LayerShows], targets: TeacherOutput, mask: Tensor | None) -> Tensor:
-        # Where kernels break the graph, a compiler enters here; it traces a generator only where it is made.
-        return self.bridge.loss(self._bridge_pairs(shown, targets, mask), mask)
-
-    def _bridge_pairs(
-        self, shown: list[LayerShows], targets: TeacherOutput, mask: Tensor | None
-    ) -> Iterator[BridgePair]:
+        """A function of its own: where kernels break the graph, a compiler enters here."""
+        pairs = []
         for layer, one in enumerate(shown):
             mapped = bridge_targets(targets.attentions[self.layer_map[layer]], self.args.target_map, mask)
             for row, role in enumerate(ROLES):
                 scale = self.target_scales[row, layer] if self.args.relative_loss else None
-                yield BridgePair(layer, role, [scan[row] for scan in one.scans], mapped[role], scale)
+                pairs.append(BridgePair(layer, role, [scan[row] for scan in one.scans], mapped[role], scale))
+        return self.bridge.loss(pairs, mask)
 
     def _map_loss(
         self, layer: int, scans: list[tuple[Tensor, ...]], attention: TeacherAttention, mask: Tensor | None
@@ -372,6 +352,3 @@ def _scans(projections: SSMProjections | BidirectionalProjections) -> list[tuple
     if isinstance(projections, BidirectionalProjections):
         scans.append((projections.backward_B, projections.backward_C, projections.backward_time_step))
     return scans
-
-
-__all__ = ["DistillationModel", "DistillationOutput", "parse_layer_map"]

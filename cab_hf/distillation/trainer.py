@@ -3,10 +3,7 @@
 import copy
 import inspect
 import re
-from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,13 @@ import torch
 from huggingface_hub import CommitInfo
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import PreTrainedModel, set_seed
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
-from cab_hf.data.packing import IGNORE_INDEX, Documents, shift_labels
+from cab_hf.data.packing import IGNORE_INDEX, Documents
 from cab_hf.distillation.checkpoints import (
     check_written_by,
     fill_everywhere,
@@ -28,21 +25,19 @@ from cab_hf.distillation.checkpoints import (
     load_student,
     student_weights,
 )
-from cab_hf.distillation.checks import check_outputs, check_sharding, check_student, check_whole
+from cab_hf.distillation.checks import check_run, check_sharding, check_student, check_whole
 from cab_hf.distillation.cuda_graph import GraphedStep
 from cab_hf.distillation.ema import MovingAverage
-from cab_hf.distillation.evaluated_trainer import EvaluatedTrainer
+from cab_hf.distillation.evaluated_trainer import BatchTransform, EvaluatedTrainer
 from cab_hf.distillation.losses import loss_weight
 from cab_hf.distillation.modeling_distillation import (
-    ALIGNMENT_LOSSES,
-    DistillationModel,
     DistillationOutput,
 )
 from cab_hf.distillation.pushing import push_trainer
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
-from cab_hf.teachers.alignment import align_targets, student_layout, teacher_layout
+from cab_hf.lora import core_of
 from cab_hf.teachers.recorded_teacher import RecordedTeacher
-from cab_hf.teachers.teacher import Teacher, TeacherOutput, with_positions
+from cab_hf.teachers.teacher import Teacher
 
 
 logger = logging.get_logger(__name__)
@@ -52,10 +47,6 @@ EMA_NAME = "ema.safetensors"
 NO_WEIGHT_DECAY = re.compile(
     r"(^|\.)(A_log|D|dt_bias|norm_f\.weight|class_token|register_tokens|position_embeddings|\w+_scale)$"
 )
-BatchTransform = Callable[[dict[str, Tensor], bool], dict[str, Tensor]]
-ATTENTION_LOSSES = {"bridge", "output", "attention"}
-CALIBRATION_EXAMPLES = 8
-"""Examples that the scales of relative losses are measured on: a fixed number, whatever the batch size."""
 
 
 class DistillationTrainer(EvaluatedTrainer):
@@ -101,81 +92,37 @@ class DistillationTrainer(EvaluatedTrainer):
                 "`accelerate launch` to use them all."
             )
             args._n_gpu = 1
-        check_whole("student", student)
         check_student(student)
         if not isinstance(teacher, Teacher | RecordedTeacher):
             teacher = make_teacher(teacher, args)
-        if args.cuda_graph and isinstance(teacher, RecordedTeacher):
-            raise ValueError(
-                f"`cuda_graph` is {args.cuda_graph}, but a recorded teacher is read from disk at every step, which no "
-                "graph can do. Set `cuda_graph=False`, or pass the teacher itself."
-            )
-        if teacher.removes_rotary != args.remove_rotary:
-            raise ValueError(
-                f"`remove_rotary` is {args.remove_rotary} in the arguments, but the given Teacher was made with "
-                f"{teacher.removes_rotary}. Use the same value for both, or pass the model instead of a Teacher."
-            )
-        if args.attention_weight > 0 and args.remove_rotary:
-            raise ValueError(
-                f"`attention_weight` is {args.attention_weight} and `remove_rotary` {args.remove_rotary}, but the "
-                "teacher's attention maps depend on its rotary rotation. Set `remove_rotary=False`, or "
-                "`attention_weight=0.0`."
-            )
-        for name in ("compute_metrics", "compute_loss_func", "model_init"):
-            if trainer_kwargs.get(name) is not None:
-                raise ValueError(
-                    f"`{name}` is not used here: evaluation keeps no logits, the losses are the arguments' weights, "
-                    "and the student is given. Leave it out; `cab_hf.evaluation.language` measures a finished student."
-                )
+        check_run(core_of(student), teacher, args, trainer_kwargs)
         if args.trainable is not None:
             freeze_others(student, args.trainable)
         if args.torch_compile:
             teacher.compile(args.torch_compile_backend)
-        self.teacher = teacher
-        self._teacher_head = teacher.head
-        if teacher.head is not None and teacher.device != args.device:
-            # Hidden states come to the student; a copy of the head there spares moving logits, which are far larger.
-            self._teacher_head = copy.deepcopy(teacher.head).to(args.device)
         self._part_sums = None
         self._parts_logged_at = 0
-        self._eval_sums = None
         self._constant_weights = {}
         self._graphed_step = None
         # Labels that are all ignored leave the cross-entropy alone with nothing to learn.
-        self._looks_at_labels = [name for name in LOSSES if getattr(args, f"{name}_weight") > 0] == ["ce"]
-        self._is_calibrated = not (args.relative_loss or (args.bridge_centered and args.bridge_weight > 0))
-        set_seed(args.seed)  # of the bridge's start, which must be the same on every process
-        model = DistillationModel(student, teacher, args)
-        self._student_config = model.core.config
-        self._reads_images = model.reads_images
-        self._layer_map = model.layer_map
-        self.batch_transform = batch_transform
+        self._looks_at_labels = args.used_losses == ["ce"]
         self.train_sampler = train_sampler
-        check_outputs(model.core, teacher, args.kl_weight)
-        super().__init__(model=model, args=args, **trainer_kwargs)
-        self._ema = None
+        super().__init__(student, teacher, args, batch_transform, **trainer_kwargs)
         if args.ema_decay is not None:
             self._ema = MovingAverage(student, args.ema_decay)
             self.add_callback(self._ema)
         is_zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         self._is_sharded = self.is_fsdp_enabled or is_zero3
-        self._whole_student = student
         if self._is_sharded:
             check_sharding(args, self.accelerator.state, is_zero3)
             # Sharding takes a module's weights in place. The given one stays whole, and learns when training ends.
-            model.student, model.touches_unused = copy.deepcopy(student), not is_zero3
+            self.model.student, self.model.touches_unused = copy.deepcopy(student), not is_zero3
             student.to("cpu")
             if self.is_fsdp_enabled:
                 # Autocast, as without FSDP, whose own mixed precision would round A_log and the loss, too.
                 self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
             # Set again by the accelerator; with it every process waits for the others in `generate`.
             unset_hf_deepspeed_config()
-        self.label_names = ["labels"]
-
-    @property
-    def student(self) -> nn.Module:
-        """The given student; where FSDP or ZeRO-3 shards it, as whole as it was when `train` last ended."""
-        return self._whole_student
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
@@ -194,44 +141,9 @@ class DistillationTrainer(EvaluatedTrainer):
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self._is_sharded:
             state_dict = self.accelerator.get_state_dict(self.model_wrapped)  # of the first process alone
-            self._whole_student.to(self.args.device)
-            fill_everywhere(self._whole_student, student_weights(self._whole_student, state_dict or {}))
+            self.student.to(self.args.device)
+            fill_everywhere(self.student, student_weights(self.student, state_dict or {}))
         return output
-
-    def _calibrate_targets(self) -> None:
-        """Measures the targets on the first examples: the same on every process, no sampler moved."""
-        active = frozenset(name for name in ALIGNMENT_LOSSES if getattr(self.args, f"{name}_weight") > 0)
-        dataset = self.train_dataset
-        if self._is_calibrated or not active or dataset is None or (has_length(dataset) and len(dataset) == 0):
-            return
-        self._check_columns()
-        if isinstance(dataset, IterableDataset):
-            examples = list(islice(dataset, CALIBRATION_EXAMPLES))
-        else:
-            examples = [dataset[i] for i in range(min(CALIBRATION_EXAMPLES, len(dataset)))]
-        collate = self._get_collator_with_removed_columns(self.data_collator)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self._move_model_to_device(model, self.args.device)
-        model.eval()  # so that the batch transform draws nothing
-        squares, means, tokens = torch.zeros_like(model.target_scales), {}, 0
-        for start in range(0, len(examples), self.args.per_device_train_batch_size):
-            batch = self._prepare_inputs(collate(examples[start : start + self.args.per_device_train_batch_size]))
-            count = self._local_counts(batch)[0]
-            # Compiled for these few rows, a teacher would be compiled for any number of rows when training begins.
-            with torch.compiler.set_stance("force_eager"):
-                targets = self._teach(batch, active)
-            some, their_means = model.measure_targets(targets, batch.get("attention_mask"))
-            squares += count * some
-            means = {place: count * mean + means.get(place, 0) for place, mean in their_means.items()}
-            tokens += count
-        if tokens > 0:
-            model.calibrate(squares / tokens, {place: mean / tokens for place, mean in means.items()})
-        elif self.args.relative_loss:
-            raise ValueError(
-                f"The first {len(examples)} examples of `train_dataset` hold {int(tokens)} real tokens, on which the "
-                "relative losses' scales are measured. Filter out empty examples, or set `relative_loss=False`."
-            )
-        self._is_calibrated = True
 
     def get_train_dataloader(self) -> DataLoader:
         """As [`~transformers.Trainer.get_train_dataloader`].
@@ -277,16 +189,6 @@ class DistillationTrainer(EvaluatedTrainer):
 
     # The loss
 
-    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = super()._prepare_inputs(inputs)
-        inputs = inputs if self.batch_transform is None else self.batch_transform(inputs, self.model.training)
-        if self._reads_images and not inputs["pixel_values"].is_floating_point():
-            raise ValueError(
-                f"`pixel_values` are {inputs['pixel_values'].dtype}, but models read normalised float pixels. "
-                "Normalise them in the dataset, or on the device by `batch_transform`, such as ImageAugmentation."
-            )
-        return inputs
-
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Real tokens and labels `(2,)` of an optimizer step, over all its batches and processes."""
         counts = sum(map(self._local_counts, batch_samples), start=torch.zeros(2, dtype=torch.long, device=device))
@@ -301,24 +203,6 @@ class DistillationTrainer(EvaluatedTrainer):
                     "that needs none, such as `kl_weight`."
                 )
         return counts
-
-    def _local_counts(self, batch: dict[str, Tensor]) -> Tensor:
-        """Real tokens (or images) and labels `(2,)` of one batch, int64: no precision policy rounds them."""
-        if self._reads_images:
-            pixels = batch["pixel_values"]
-            images = torch.full((), len(pixels), dtype=torch.long, device=pixels.device)  # no copy to wait for
-            labels = batch.get("labels")
-            if labels is None:
-                labelled = torch.zeros_like(images)
-            else:
-                labelled = images if labels.is_floating_point() else (labels != IGNORE_INDEX).sum()
-            return torch.stack([images.to(labelled.device), labelled]).to(self.args.device)
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        tokens = ids.new_full((), ids.numel(), dtype=torch.long) if mask is None else (mask != 0).sum()
-        labels = torch.zeros_like(tokens)
-        if "labels" in batch:
-            labels = (shift_labels(batch["labels"], mask) != IGNORE_INDEX).sum()
-        return torch.stack([tokens, labels]).to(self.args.device)
 
     def compute_loss(
         self,
@@ -367,92 +251,16 @@ class DistillationTrainer(EvaluatedTrainer):
         args = self.args
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
         values = tuple(
-            loss_weight(
-                getattr(args, f"{name}_weight"),
-                progress,
-                end=getattr(args, f"{name}_end"),
-                decay=getattr(args, f"{name}_decay"),
-            )
-            for name in LOSSES
+            loss_weight(course.weight, progress, end=course.end, decay=course.decay)
+            for course in args.courses.values()
         )
         if values not in self._constant_weights:
             # Filled on the device: copying them there would wait for it at every step of a decay.
             filled = [torch.full((), value, device=args.device) for value in values]
             self._constant_weights = {values: torch.stack(filled)}
         # Sharded weights that a step leaves out would have no gradient, or with ZeRO-3 the one of an earlier step.
-        used = [getattr(args, f"{name}_weight") for name in LOSSES] if self._is_sharded else values
-        return self._constant_weights[values], frozenset(name for name, value in zip(LOSSES, used) if value > 0)
-
-    def _teach(self, inputs: dict[str, Tensor], active: frozenset[str]) -> TeacherOutput:
-        mask = inputs.get("attention_mask")
-        if "seq_idx" in inputs or ("position_ids" in inputs and mask is None):
-            self._check_packing(active)
-        given = {name: value for name, value in inputs.items() if name != "labels"}
-        if self._reads_images:
-            given = {"pixel_values": inputs.get("teacher_pixel_values", inputs["pixel_values"])}
-        given = with_positions(given)
-        with self.accelerator.autocast():
-            targets = self.teacher(
-                given,
-                attentions=bool(active & ATTENTION_LOSSES),
-                hidden_states="hidden" in active,
-                logits="kl" in active and self.teacher.head is None,
-            )
-        if targets.attentions is not None and "output" not in active:
-            # Nothing reads the outputs then, and all layers' together are large.
-            targets.attentions = tuple(attention._replace(output=None) for attention in targets.attentions)
-        if self._reads_images and (targets.attentions is not None or targets.hidden_states is not None):
-            targets = self._align(targets, inputs["pixel_values"], given["pixel_values"])
-        return targets
-
-    def _align(self, targets: TeacherOutput, images: Tensor, teacher_images: Tensor) -> TeacherOutput:
-        if targets.attentions is not None:
-            num_tokens = targets.attentions[0].query.shape[2]
-        else:
-            num_tokens = targets.hidden_states[0].shape[1]
-        source = teacher_layout(num_tokens, teacher_images.shape[2:], self.teacher.config.patch_size)
-        target = student_layout(self._student_config, images.shape[2:])
-        return align_targets(targets, source, target, set(self._layer_map))
-
-    def _check_packing(self, active: frozenset[str]) -> None:
-        if "attention" in active:
-            raise ValueError(
-                f"`attention_weight` is {self.args.attention_weight}, but whole attention maps can't tell packed "
-                "documents apart (`seq_idx`, or `position_ids` without `attention_mask`). Pad documents instead of "
-                "packing them, or set `attention_weight=0.0`."
-            )
-        if "bridge" in active and self.args.target_map == "softmax":
-            raise ValueError(
-                f"`target_map` is {self.args.target_map!r}, which normalises keys over the tokens of all packed "
-                "documents (`seq_idx`, or `position_ids` without `attention_mask`). Pad documents instead of packing "
-                "them, or choose another map."
-            )
-
-    def _distil(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        weights: Tensor,
-        active: frozenset[str],
-        counts: Tensor,
-        agreement: bool = False,
-    ) -> DistillationOutput:
-        targets = self._teach(inputs, active)
-        inputs = {name: value for name, value in inputs.items() if name != "teacher_pixel_values"}
-        # Around FSDP2's forward accelerate puts no autocast.
-        with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
-            outputs = model(
-                targets=targets,
-                teacher_head=self._teacher_head,
-                weights=weights,
-                active=active,
-                num_tokens=counts[0],
-                num_labels=counts[1],
-                agreement=agreement,
-                **inputs,
-            )
-        outputs.targets = targets if agreement else None
-        return outputs
+        now = [name for name, value in zip(LOSSES, values) if value > 0]
+        return self._constant_weights[values], frozenset(args.used_losses if self._is_sharded else now)
 
     # Logging
 
@@ -465,7 +273,7 @@ class DistillationTrainer(EvaluatedTrainer):
         if "loss" in logs and self._part_sums is not None:
             steps = max(self.state.global_step - self._parts_logged_at, 1)
             means = (self.accelerator.reduce(self._part_sums, "sum") / steps).tolist()
-            logs.update({name: mean for name, mean in zip(LOSSES, means) if getattr(self.args, f"{name}_weight") > 0})
+            logs.update({name: mean for name, mean in zip(LOSSES, means) if name in self.args.used_losses})
             self._part_sums = None
         super().log(logs, start_time)
 
@@ -501,8 +309,8 @@ class DistillationTrainer(EvaluatedTrainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        of_student = None if state_dict is None else student_weights(self._whole_student, state_dict)
-        self._whole_student.save_pretrained(folder, state_dict=of_student)
+        of_student = None if state_dict is None else student_weights(self.student, state_dict)
+        self.student.save_pretrained(folder, state_dict=of_student)
         # A finished student ships without what only its training needed.
         if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
             rest = {

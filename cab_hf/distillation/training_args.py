@@ -1,6 +1,7 @@
 """Arguments of a distillation run. Each option is written once, here; recipes and the command line set the rest."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
@@ -11,6 +12,14 @@ logger = logging.get_logger(__name__)
 
 LOSSES = ("kl", "ce", "bridge", "output", "hidden", "attention")
 """The loss parts. Each has `<name>_weight`, `<name>_end` and `<name>_decay`; a weight of 0.0 is not computed."""
+
+
+class LossCourse(NamedTuple):
+    """A loss over a training: its weight at the start, the fraction at which it is off, and its way there."""
+
+    weight: float
+    end: float
+    decay: str
 
 
 @dataclass
@@ -126,6 +135,16 @@ class DistillationTrainingArguments(TrainingArguments):
     # Reading the loss for this filter would wait for the device at every step.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and inf losses out of the log."})
 
+    @property
+    def courses(self) -> dict[str, LossCourse]:
+        """The course of each loss, in the order of `LOSSES`."""
+        return {name: LossCourse(*(getattr(self, f"{name}_{what}") for what in LossCourse._fields)) for name in LOSSES}
+
+    @property
+    def used_losses(self) -> list[str]:
+        """Names of the losses that are on at some time, in the order of `LOSSES`."""
+        return [name for name, course in self.courses.items() if course.weight > 0]
+
     def __post_init__(self):
         given = self.accelerator_config
         is_open = given is None or (isinstance(given, dict) and "non_blocking" not in given)
@@ -135,17 +154,16 @@ class DistillationTrainingArguments(TrainingArguments):
             self.accelerator_config.non_blocking = True
         # ZeRO-3 would shard whatever is loaded from now on: the teacher, too, which every process asks on its own.
         unset_hf_deepspeed_config()
-        for name in LOSSES:
-            weight, end, decay = (getattr(self, f"{name}_{what}") for what in ("weight", "end", "decay"))
+        for name, (weight, end, decay) in self.courses.items():
             if weight < 0:
                 raise ValueError(f"`{name}_weight` must not be negative, got {weight}. Use 0.0 to leave the loss out.")
             if not 0 < end <= 1:
                 raise ValueError(f"`{name}_end` is a fraction of training in (0, 1], got {end}.")
             if decay not in ("none", "linear", "cosine"):
                 raise ValueError(f"`{name}_decay` must be none, linear or cosine, got {decay!r}.")
-        if not any(getattr(self, f"{name}_weight") for name in LOSSES):
+        if not self.used_losses:
             raise ValueError(f"Every loss weight is 0.0; set at least one of {[f'{name}_weight' for name in LOSSES]}.")
-        ends = {name: getattr(self, f"{name}_end") for name in LOSSES if getattr(self, f"{name}_weight") > 0}
+        ends = {name: self.courses[name].end for name in self.used_losses}
         if max(ends.values()) < 1:
             logger.warning(
                 f"Every loss is off before the end ({', '.join(f'{name}_end={end}' for name, end in ends.items())}): "

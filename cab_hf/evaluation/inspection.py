@@ -21,7 +21,7 @@ from cab_hf.export.loading import load_image_processor, load_tokenizer, read_stu
 from cab_hf.models.mixers import StateSpaceBranch
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
 from cab_hf.models.students import MixerPreTrainedModel
-from cab_hf.teachers.alignment import align_targets, student_layout, teacher_layout
+from cab_hf.teachers.alignment import align_with_student
 from cab_hf.teachers.alignment import layer_map as map_layers
 from cab_hf.teachers.loading import load_image_teacher, load_teacher
 from cab_hf.teachers.teacher import TeacherAttention, borrowed_teacher, check_vocabularies
@@ -155,12 +155,11 @@ def attention_similarity(
     layers = map_layers(layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     images = isinstance(student, CABVisionMambaPreTrainedModel)
     with borrowed_teacher(teacher) as borrowed:
-        seen = borrowed(inputs, attentions=True, hidden_states=images)
+        seen = borrowed(inputs, attentions=True)
         scalings = borrowed.scalings
     if images:
         size = inputs["pixel_values"].shape[-2:]
-        source = teacher_layout(seen.hidden_states[0].shape[1], size, teacher.config.patch_size)
-        seen = align_targets(seen, source, student_layout(student.config, size), layers)
+        seen = align_with_student(seen, teacher.config.patch_size, size, student.config, size, layers)
     training = student.training
     try:
         own = {name: tensor.to(student.device) for name, tensor in inputs.items()}

@@ -9,7 +9,7 @@ import yaml
 from transformers.utils import logging
 
 from cab_hf.data.image_sources import BUILTIN
-from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
+from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.hub.card import build_card, head_of, read_config, short_count, write_card
 from cab_hf.hub.card_sections import percent
 from cab_hf.hub.publish import shareable
@@ -226,10 +226,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def describe_losses(args: DistillationTrainingArguments) -> str:
     """The losses of a stage, each with its weight and course."""
     parts = []
-    for name in LOSSES:
-        weight, end, decay = (getattr(args, f"{name}_{what}") for what in ("weight", "end", "decay"))
-        if weight == 0:
-            continue
+    for name in args.used_losses:
+        weight, end, decay = args.courses[name]
         course = "" if decay == "none" else f", {decay} decay to its end"
         course += "" if end == 1 else f", off after {percent(end)} of the steps"
         course += f", temperature {args.temperature:g}" if name == "kl" and args.temperature != 1 else ""
@@ -239,7 +237,7 @@ def describe_losses(args: DistillationTrainingArguments) -> str:
 
 def describe_method(stages: Sequence[DistillationTrainingArguments]) -> str:
     """The name of a method, from the losses of its stages."""
-    used = {name for args in stages for name in LOSSES if getattr(args, f"{name}_weight")}
+    used = {name for args in stages for name in args.used_losses}
     alignments = [_LOSSES[name] for name in ("bridge", "attention", "output", "hidden") if name in used]
     signals = ["soft knowledge distillation"] if "kl" in used else []
     signals += ["training on labels"] if "ce" in used else []

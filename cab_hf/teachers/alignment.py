@@ -277,6 +277,31 @@ def align_targets(
     return replace(targets, attentions=attentions, hidden_states=hidden_states)
 
 
+def align_with_student(
+    seen: TeacherOutput,
+    patch_size: int | Sequence[int],
+    teacher_images: Sequence[int],
+    student: CABVisionMambaConfig,
+    student_images: Sequence[int],
+    layers: Collection[int],
+) -> TeacherOutput:
+    """`align_targets` between a Vision Transformer and a student.
+
+    Args:
+        seen: of the teacher; with attentions or hidden states.
+        patch_size: of the teacher.
+        teacher_images, student_images: height and width of each model's images, in pixels.
+        student: the student's config.
+        layers: the teacher's layers that are read.
+    """
+    if seen.attentions is not None:
+        num_tokens = seen.attentions[0].query.shape[2]
+    else:
+        num_tokens = seen.hidden_states[0].shape[1]
+    source = teacher_layout(num_tokens, teacher_images, patch_size)
+    return align_targets(seen, source, student_layout(student, student_images), layers)
+
+
 def _align_attention(attention: TeacherAttention, source: TokenLayout, target: TokenLayout) -> TeacherAttention:
     query, key, output = attention
     return TeacherAttention(

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
 from cab_hf.models.students import MixerPreTrainedModel
-from cab_hf.teachers.alignment import align_targets, student_layout, teacher_layout
+from cab_hf.teachers.alignment import align_with_student
 from cab_hf.teachers.alignment import layer_map as map_layers
-from cab_hf.teachers.teacher import TeacherOutput, borrowed_teacher
+from cab_hf.teachers.teacher import borrowed_teacher
 from cab_hf.transfer.families import family_of
 from cab_hf.transfer.vision import vision_family_of
 
@@ -63,7 +63,8 @@ def fit_output_projection(
             for inputs in batches:
                 seen = borrowed(inputs, attentions=True, hidden_states=True)
                 if reads_images:
-                    seen = _at_the_students_places(seen, student, teacher, inputs["pixel_values"].shape[-2:], layers)
+                    size = inputs["pixel_values"].shape[-2:]
+                    seen = align_with_student(seen, teacher.config.patch_size, size, student.config, size, layers)
                 mask = inputs.get("attention_mask")
                 mask = None if mask is None else mask.to(student.device)
                 for index, (block, layer) in enumerate(zip(student.base_model.layers, layers, strict=True)):
@@ -89,17 +90,6 @@ def fit_output_projection(
         )
     for block, gram, product in zip(student.base_model.layers, grams, products, strict=True):
         _solve(block.mixer.out_proj, gram, product, ridge)
-
-
-def _at_the_students_places(
-    seen: TeacherOutput,
-    student: CABVisionMambaPreTrainedModel,
-    teacher: PreTrainedModel,
-    image_size: Sequence[int],
-    layers: Sequence[int],
-) -> TeacherOutput:
-    source = teacher_layout(seen.hidden_states[0].shape[1], image_size, teacher.config.patch_size)
-    return align_targets(seen, source, student_layout(student.config, image_size), layers)
 
 
 def _solve(projection: torch.nn.Linear, gram: Tensor, product: Tensor, ridge: float) -> None:
