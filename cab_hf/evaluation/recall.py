@@ -21,7 +21,6 @@ def copying_recall(
     n: int = 32,
     seed: int = 0,
     batch_size: int = 8,
-    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> dict[str, float | int | list[float]]:
     """Share of tokens that a model copies from earlier in its context, which perplexity does not show.
@@ -38,7 +37,6 @@ def copying_recall(
         n: Sequences.
         seed: Picks the tokens.
         batch_size: Sequences a forward pass.
-        device: Where to move the model first; by default it stays where it is.
         progress: Show a progress bar.
 
     Returns:
@@ -57,7 +55,7 @@ def copying_recall(
         filler = generator.choice(others, gap) if gap else others[:0]
         sequences.append(np.concatenate([copied, filler, copied]))
     asked, answers = slice(-length, -1), slice(1 - length, None)
-    found = _recall(model, sequences, asked, answers, f"Recall over a gap of {gap}", batch_size, device, progress)
+    found = _recall(model, sequences, asked, answers, f"Recall over a gap of {gap}", batch_size, progress)
     return found | {"gap": gap, "length": length}
 
 
@@ -70,7 +68,6 @@ def associative_recall(
     n: int = 32,
     seed: int = 0,
     batch_size: int = 8,
-    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> dict[str, float | int | list[float]]:
     """Share of values that a model finds by their keys, shown earlier in its context.
@@ -87,7 +84,6 @@ def associative_recall(
         n: Sequences.
         seed: Picks the tokens.
         batch_size: Sequences a forward pass.
-        device: Where to move the model first; by default it stays where it is.
         progress: Show a progress bar.
 
     Returns:
@@ -108,7 +104,7 @@ def associative_recall(
         sequences.append(np.concatenate([shown.ravel(), filler, generator.permutation(shown).ravel()]))
     keys, values = slice(-2 * pairs, None, 2), slice(1 - 2 * pairs, None, 2)
     title = f"Associative recall over a gap of {gap}"
-    found = _recall(model, sequences, keys, values, title, batch_size, device, progress)
+    found = _recall(model, sequences, keys, values, title, batch_size, progress)
     return found | {"gap": gap, "pairs": pairs}
 
 
@@ -126,7 +122,6 @@ def _recall(
     answers: slice,
     title: str,
     batch_size: int,
-    device: str | torch.device | None,
     progress: bool,
 ) -> dict[str, float | int | list[float]]:
     """How often the likeliest token after those at `asked` is the one at `answers`, in sequences of one length."""
@@ -139,7 +134,7 @@ def _recall(
             f"{positions}. Use a smaller gap."
         )
     right = []
-    with evaluating(model, device=device):
+    with evaluating(model):
         for batch in batches_of(model, tokens, batch_size, None, "right", progress, title):
             predicted = logits_of(model, batch)[:, asked].argmax(-1)
             right += (predicted == batch["input_ids"][:, answers].to(predicted.device)).sum(1).tolist()
