@@ -212,27 +212,17 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=accumulation_dtype(x.dtype)).square()
 
 
-def attention_loss(
-    student_map: Tensor,
-    teacher_query: Tensor,
-    teacher_key: Tensor,
-    mask: Tensor | None = None,
-    scaling: float | Tensor | None = None,
-    causal: bool = True,
-) -> Tensor:
-    """Squared distance between a student's implied attention map and the teacher's, made here for one layer.
+def attention_loss(student_map: Tensor, teacher_map: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Squared distance between a student's implied attention map and the one that its teacher applies, of one layer.
 
-    The teacher's map is `softmax(q k^T * scaling)`. A row's distance is summed over the keys that its query may see,
-    without dividing by their number: a softmax row sums to 1 however long it is, so that a division would only make
-    late tokens count less. Rows are averaged over heads and summed over real queries.
+    A row's distance is summed over keys, without dividing by their number: a softmax row sums to 1 however long it is,
+    so that a division would only make late tokens count less. Rows are averaged over heads and summed over real
+    queries.
 
     Args:
         student_map: `(b, h, t, t)`, queries by keys.
-        teacher_query: `(b, h, t, p)`; receives no gradient.
-        teacher_key: `(b, h_kv, t, p)`, `h_kv` dividing `h`; receives no gradient.
+        teacher_map: `(b, h, t, t)`; receives no gradient.
         mask: `(b, t)`, non-zero at real tokens; None if all are real.
-        scaling: factor on the teacher's scores; None for `1 / sqrt(p)`.
-        causal: a query sees no later key.
 
     Returns:
         0-dim float32 (float64 for float64 inputs).
@@ -242,30 +232,17 @@ def attention_loss(
 
     Source: MOHAWK, arXiv 2408.10189, stage 1 (there the Frobenius norm of a whole sequence's difference).
     """
-    batch, heads, tokens, head_dim = teacher_query.shape
-    if student_map.shape != (batch, heads, tokens, tokens):
+    if student_map.shape != teacher_map.shape:
         raise ValueError(
-            f"student_map is {tuple(student_map.shape)}, but teacher_query {tuple(teacher_query.shape)} gives maps of "
-            f"{(batch, heads, tokens, tokens)}: give the student as many heads as the teacher and the same tokens."
+            f"student_map is {tuple(student_map.shape)} and teacher_map {tuple(teacher_map.shape)}: give the student "
+            "as many heads as the teacher and the same tokens."
         )
-    scaling = head_dim**-0.5 if scaling is None else scaling
-    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=student_map.device)
-    if causal:
-        visible = visible.tril()
-    compared = visible  # (t, t)
+    dtype = accumulation_dtype(student_map.dtype)
+    difference = student_map.to(dtype) - teacher_map.detach().to(dtype)
     if mask is not None:
         real = mask != 0
-        visible = visible & real[:, None, None, :]  # (b, 1, t, t)
-        compared = visible & real[:, None, :, None]
-
-    dtype = accumulation_dtype(student_map.dtype)
-    with torch.no_grad():
-        key = teacher_key.repeat_interleave(heads // teacher_key.shape[1], dim=1)
-        scores = (teacher_query @ key.transpose(-1, -2)).to(dtype) * scaling  # (b, h, t, t)
-        # the lowest number instead of -inf: a row that sees nothing stays finite
-        teacher_map = scores.masked_fill(~visible, torch.finfo(dtype).min).softmax(-1)
-    difference = torch.where(compared, student_map.to(dtype) - teacher_map, 0)
-    return difference.square().sum() / heads
+        difference = torch.where(real[:, None, None, :] & real[:, None, :, None], difference, 0)
+    return difference.square().sum() / student_map.shape[1]
 
 
 def target_map(

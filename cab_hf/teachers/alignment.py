@@ -4,7 +4,7 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -199,7 +199,7 @@ def align_targets(
         layers: the teacher's layers that are read; the others' attention is left as it is.
 
     Returns:
-        The same, with aligned `attentions` and `hidden_states`.
+        The same, with aligned `attentions`, `hidden_states` and `maps`.
     """
     if source == target:
         return targets
@@ -211,7 +211,26 @@ def align_targets(
         )
     if hidden_states is not None:
         hidden_states = tuple(align_tokens(states, 1, source, target) for states in hidden_states)
-    return replace(targets, attentions=attentions, hidden_states=hidden_states)
+    maps = targets.maps
+    if maps is not None:
+        maps = tuple(functools.partial(_align_map, make, source, target) for make in maps)
+    return replace(targets, attentions=attentions, hidden_states=hidden_states, maps=maps)
+
+
+def _align_map(make: Callable[[], Tensor], source: TokenLayout, target: TokenLayout) -> Tensor:
+    """A map `(b, h, t, t)` at the student's places; what went to tokens that the student lacks goes to the others."""
+    if source.grid != target.grid:
+        raise ValueError(
+            f"Attention maps are compared patch by patch, but the teacher's images have {source.grid} patches and the "
+            f"student's {target.grid}. Use equal grids, or set `attention_weight=0.0`."
+        )
+    whole = make()
+    kept, places = _indices(source, target, whole.device)
+    kept = kept[places]
+    part = whole.index_select(2, kept).index_select(3, kept)
+    if source.num_tokens == target.num_tokens:
+        return part
+    return part / part.sum(dim=-1, keepdim=True)
 
 
 def align_with_student(

@@ -462,7 +462,7 @@ def test_losses_run_in_a_cuda_graph(autocast):
         total = result.total + hidden_loss(hidden.repeat(1, 1, 4), target, mask, relative=True)
         heads = states.transpose(1, 2)
         maps = hidden.sum(-1)[:, None, :, None].expand(3, 4, 7, 7)
-        total = total + attention_loss(maps, heads, heads[:, :2], mask)
+        total = total + attention_loss(maps, (heads @ heads.mT).softmax(-1), mask)
         return total, torch.autograd.grad(total, [hidden, *head.parameters()])
 
     stream = torch.cuda.Stream()
