@@ -17,12 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.export.loading import load_tokenizer, read_student
+from cab_hf.export.probe import probe_of, write_probe
 from cab_hf.export.stock import to_stock
 from cab_hf.files import written_whole
 
 
 try:
     import gguf
+    from gguf.quants import quantize
 except ImportError as error:
     raise ImportError("GGUF files need gguf. Run `pip install cab-hf[export]`.") from error
 
@@ -44,18 +46,26 @@ _NAMES = {
     "output_linear": "ffn_down",
     **{"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"},
 }
+KINDS = {
+    "f32": (gguf.LlamaFileType.ALL_F32, gguf.GGMLQuantizationType.F32),
+    "f16": (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
+    "q8_0": (gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGMLQuantizationType.Q8_0),
+    "q4_0": (gguf.LlamaFileType.MOSTLY_Q4_0, gguf.GGMLQuantizationType.Q4_0),
+}
+_SMALL = ("ssm_conv1d.weight", "norm.weight")
 WIDTHS = 2  # of llama.cpp's granitehybrid: its mixers' width over the model's
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _NO_BIAS = ("in_proj.bias", "out_proj.bias")
 
 
-def export_gguf(folder: str | Path, out: str | Path, *, compact: bool = False) -> Path:
-    """Writes a saved student as a GGUF file in float32, with its tokenizer.
+def export_gguf(folder: str | Path, out: str | Path, *, compact: bool = False, kind: str = "f32") -> Path:
+    """Writes a saved student as a GGUF file, with its tokenizer.
 
     Args:
         folder: a saved student, or its Hub id.
         out: folder to write `model.gguf` into.
         compact: as in `cab_hf.export.stock.to_stock`.
+        kind: of the large matrices: "f32", "f16", "q8_0" or "q4_0". Norms, convolutions and transitions stay float32.
 
     Returns:
         The file.
@@ -68,39 +78,48 @@ def export_gguf(folder: str | Path, out: str | Path, *, compact: bool = False) -
     path = Path(out) / "model.gguf"
     if path.exists():
         raise FileExistsError(f"{path} exists already; name another folder, or remove it.")
-    stock = to_stock(read_student(folder).float(), compact=compact)
-    tokenizer = load_tokenizer(folder)
-    kind, config = stock.config.model_type, stock.config
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}. It must be one of {', '.join(KINDS)}.")
+    student = read_student(folder).float()
+    stock = to_stock(student, compact=compact)
+    tokenizer, probe = load_tokenizer(folder), probe_of(folder, student)
+    model_type, config = stock.config.model_type, stock.config
     tensors = _tensors(stock)
     vocabulary = {"tokenizer.ggml.model": "none"} if tokenizer is None else _vocabulary(tokenizer, config.vocab_size)
 
-    writer = gguf.GGUFWriter(None, _ARCHITECTURES[kind])
+    writer = gguf.GGUFWriter(None, _ARCHITECTURES[model_type])
     writer.add_name(Path(folder).name)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(KINDS[kind][0])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(2**20)  # a recurrence has no limit, but the format wants a number
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    if kind == "granitemoehybrid":
+    if model_type == "granitemoehybrid":
         _add_granite(writer, config)
     else:
         writer.add_feed_forward_length(0)
         writer.add_head_count(0)
         writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
         _add_mixer(writer, config.conv_kernel, int(config.expand * config.hidden_size), config.state_size)
-        writer.add_ssm_time_step_rank(config.time_step_rank if kind == "mamba" else config.num_heads)
-        if kind == "mamba2":
+        writer.add_ssm_time_step_rank(config.time_step_rank if model_type == "mamba" else config.num_heads)
+        if model_type == "mamba2":
             writer.add_ssm_group_count(config.n_groups)
     for name, value in vocabulary.items():
         add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool, list: writer.add_array}
         add[type(value)](name, value)
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.contiguous().numpy())
+        values, stored = tensor.contiguous().numpy(), KINDS[kind][1]
+        is_large = name.endswith("weight") and tensor.ndim == 2 and not name.endswith(_SMALL)
+        if is_large and stored.name != "F32" and not (stored.name.startswith("Q") and tensor.shape[1] % 32):
+            writer.add_tensor(name, quantize(values, stored), raw_dtype=stored)
+        else:
+            writer.add_tensor(name, values)
     with written_whole(path.parent) as unfinished:
         writer.write_header_to_file(unfinished / path.name)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        write_probe(unfinished, probe)
     return path
 
 

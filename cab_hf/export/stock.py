@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from cab_hf.export.loading import load_tokenizer, read_student
+from cab_hf.export.probe import probe_of, write_probe
 from cab_hf.files import written_whole
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 
@@ -194,11 +195,12 @@ def export_stock(folder: str | Path, out: str | Path, *, compact: bool = False) 
         raise FileExistsError(f"{out} holds a model already; name another folder, or remove it.")
     student = read_student(folder)
     stock = to_stock(student, compact=compact)
-    tokenizer = load_tokenizer(folder)
+    tokenizer, probe = load_tokenizer(folder), probe_of(folder, student)
     with written_whole(out) as unfinished:
         stock.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
+        write_probe(unfinished, probe)
     return stock
 
 
