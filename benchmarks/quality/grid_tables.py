@@ -2,21 +2,34 @@
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grid_file import Grid
+
 
 if TYPE_CHECKING:
-    from grid import Grid
-
+    from matplotlib.axes import Axes
 
 MOST_CURVES = 6  # of methods, beside those without a curve
 LOWER_IS_BETTER = ("kl", "ppl ratio")
+WORDS = {
+    "top1": "top-1 accuracy",
+    "kl": "KL to the teacher",
+    "agreement": "agreement with the teacher",
+    "ppl ratio": "perplexity, times the teacher's",
+}
+TEXTS = {
+    "brown (out of domain)": "the Brown corpus, out of domain",
+    "python docs": "Python's documentation",
+    "held-out part of the language reference of CPython": "held-out pages of Python's language reference",
+}
 Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # measure -> method -> data -> numbers
 
 
-def tabulate(grid: "Grid", results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def tabulate(grid: Grid, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means and spreads over seeds, and differences to the reference over the seeds that both have.
 
     Returns:
@@ -54,7 +67,7 @@ def _mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float |
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def markdown(grid: "Grid", table: Table) -> str:
+def markdown(grid: Grid, table: Table) -> str:
     """A table for each measure of at least two methods: the mean over seeds ± its spread, and how many."""
     lines = []
     for measure, methods in table.items():
@@ -90,8 +103,14 @@ def _cell(numbers: Mapping[str, Any], best: float | None) -> str:
     return f"**{text}** ({count})" if mean == best else f"{text} ({count})"
 
 
-def draw(grid: "Grid", table: Table, path: Path) -> str:
-    """Draws one measure, 800 pixels wide, over the data, or bars of one column.
+def in_words(measure: str) -> str:
+    """What an axis says of a measure: "speeches: KL" is "KL to the teacher on speeches"."""
+    text, _, kind = measure.rpartition(": ")
+    return WORDS.get(kind.lower(), kind) + (f" on {TEXTS.get(text, text)}" if text else "")
+
+
+def draw(grid: Grid, table: Table, path: Path) -> str:
+    """Draws one measure over the data, or, of one column, a row a method; single seeds are small dots.
 
     Of many methods, those at a single one of several data are left to the table.
 
@@ -106,47 +125,108 @@ def draw(grid: "Grid", table: Table, path: Path) -> str:
     columns = [data for data in grid.data if any(data in cells for cells in table[measure].values())]
     if grid.plot_data in columns:
         columns = [grid.plot_data]
-    methods = {name: cells for name, cells in table[measure].items() if any(data in cells for data in columns)}
-    over_data = {name: cells for name, cells in methods.items() if len(cells.keys() & set(columns)) > 1}
+    methods = {
+        name: {data: cells[data] for data in columns if data in cells}
+        for name, cells in table[measure].items()
+        if any(data in cells for data in columns)
+    }
+    over_data = {name: cells for name, cells in methods.items() if len(cells) > 1}
     if over_data and len(methods) > MOST_CURVES:
         methods = over_data
-    height = 1.5 + 0.3 * len(methods) if len(columns) == 1 else 5
-    figure = Figure(figsize=(8, height), dpi=100, layout="constrained")
+    is_rows = len(columns) == 1
+    figure = Figure(figsize=(8, 1.6 + 0.3 * len(methods) if is_rows else 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    values = axes.xaxis if len(columns) == 1 else axes.yaxis
-    for index, (method, cells) in enumerate(methods.items()):
-        shown = [data for data in columns if cells.get(data, {}).get("mean") is not None]
-        means = [cells[data]["mean"] for data in shown]
-        spread = [cells[data]["std"] or 0.0 for data in shown]
-        if len(columns) == 1:
-            axes.barh([index] * len(means), means, xerr=spread, height=0.6, color="C0", alpha=0.6, capsize=4)
-            seeds = [value for data in shown for value in cells[data]["seeds"]]
-            axes.plot(seeds, [index] * len(seeds), "o", color="black", markersize=3)
-        else:
-            # Side by side, or the spreads would hide each other.
-            shift = 0.16 * (index / max(len(methods) - 1, 1) - 0.5)
-            places = [columns.index(data) + shift for data in shown]
-            look = {"color": f"C{index % 10}", "marker": "osD^vP*X<>"[index % 10], "linewidth": 2, "capsize": 4}
-            axes.errorbar(places, means, spread, label=method, **look)
-    if len(columns) == 1:
-        axes.set_yticks(range(len(methods)), methods)
-        axes.invert_yaxis()
-        seen = [value for cells in methods.values() for value in cells[columns[0]]["seeds"] if value is not None]
-        if seen and min(seen) > 0.7 * max(seen):  # from zero, all would look alike
-            axes.set_xlim(left=1.5 * min(seen) - 0.52 * max(seen))
-    else:
-        axes.set_xticks(range(len(columns)), columns)
-        widest = 70 + 7 * max(map(len, methods))  # pixels of an entry
-        columns_of_legend = max(1, min(len(methods), 3, 800 // widest))
-        figure.legend(fontsize=11, loc="outside lower center", ncols=columns_of_legend)
+    (_draw_rows if is_rows else _draw_curves)(axes, methods, columns)
+    values, data = (axes.xaxis, axes.yaxis) if is_rows else (axes.yaxis, axes.xaxis)
     better = "lower" if _lower_is_better(measure) else "higher"
-    counts = sorted({cells[data]["n"] for cells in methods.values() for data in columns if data in cells})
-    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seed{'s' * (counts[0] > 1)}"
-    values.set_label_text(f"{measure} ({better} is better)", fontsize=12)
-    shown_data = f", {columns[0]}" if len(columns) == 1 else ""
-    axes.set_title(f"{grid.path.resolve().parent.name}{shown_data}: {measure}, mean ± std of {seeds}", fontsize=13)
+    words = textwrap.fill(in_words(measure), 70 if is_rows else 42)
+    values.set_label_text(f"{words}{' ' if is_rows else chr(10)}({better} is better)", fontsize=11)
+    data.set_label_text("" if is_rows else grid.data_label, fontsize=11)
+    figure.suptitle(textwrap.fill(grid.title, 75), fontsize=13)
+    column = ": ".join(filter(None, (grid.data_label, columns[0]))) + "\n" if is_rows else ""
+    axes.set_title(column + _what_is_shown(methods, is_rows), fontsize=10, color="dimgray")
     axes.tick_params(labelsize=11)
     values.grid(alpha=0.3)
     figure.savefig(path)
     return measure
+
+
+def _what_is_shown(methods: Mapping[str, Mapping[str, Mapping[str, Any]]], is_rows: bool) -> str:
+    counts = sorted({numbers["n"] for cells in methods.values() for numbers in cells.values()})
+    if counts == [1]:
+        return "one seed each"
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    return f"{'bars' if is_rows else 'lines and large marks'}: mean of {seeds} seeds, small dots: the seeds"
+
+
+def _draw_rows(axes: "Axes", methods: Mapping[str, Mapping[str, Mapping[str, Any]]], columns: Sequence[str]) -> None:
+    """A row a method: the mean as a bar across, single seeds as dots. Nothing is filled, so that no zero is needed."""
+    (column,) = columns
+    for index, numbers in enumerate(cells[column] for cells in methods.values()):
+        if numbers["mean"] is not None:
+            axes.plot([numbers["mean"]], [index], "|", color="C0", markersize=15, markeredgewidth=3)
+        seeds = [value for value in numbers["seeds"] if value is not None]
+        if len(seeds) > 1:
+            axes.plot(seeds, [index] * len(seeds), "o", color="black", markersize=4, alpha=0.7)
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set_ylim(len(methods) - 0.4, -0.6)
+    axes.yaxis.grid(alpha=0.3)
+    lowest, highest = axes.get_xlim()
+    if 0 < lowest < 0.5 * highest:
+        axes.set_xlim(left=0)
+
+
+def _draw_curves(axes: "Axes", methods: Mapping[str, Mapping[str, Mapping[str, Any]]], columns: Sequence[str]) -> None:
+    """A curve a method; a method at one column alone is a mark with its name beside it."""
+    has_seeds = any(numbers["n"] > 1 for cells in methods.values() for numbers in cells.values())
+    curves: dict[str, list[tuple[float, float]]] = {}
+    single: dict[str, tuple[float, float]] = {}
+    colors = {}
+    for index, (method, cells) in enumerate(methods.items()):
+        shown = [data for data in columns if data in cells and cells[data]["mean"] is not None]
+        if not shown:
+            continue
+        # Side by side, or the seeds would hide each other.
+        shift = 0.16 * (index / max(len(methods) - 1, 1) - 0.5) if has_seeds else 0.0
+        colors[method] = f"C{index % 10}"
+        look = {"color": colors[method], "marker": "osD^vPXp*h"[index % 10], "linewidth": 2, "markersize": 7}
+        points = [(columns.index(data) + shift, cells[data]["mean"]) for data in shown]
+        if len(points) == 1:
+            single[method] = points[0]
+        else:
+            curves[method] = points
+        label = method if method in curves else None
+        axes.plot(*zip(*points), label=label, **look)
+        for data in shown:
+            seeds = [value for value in cells[data]["seeds"] if value is not None]
+            if len(seeds) > 1:
+                places = [columns.index(data) + shift] * len(seeds)
+                axes.plot(places, seeds, "o", color=colors[method], markersize=3.5, alpha=0.6)
+    axes.set_xticks(range(len(columns)), columns)
+    for column in range(len(columns)):
+        names = {method: mark for method, mark in single.items() if round(mark[0]) == column}
+        crossed = [mean for points in curves.values() for place, mean in points if round(place) == column]
+        _name_marks(axes, names, crossed, colors)
+        if names and column == len(columns) - 1:  # room for the longest, at about 9 of 800 pixels a letter
+            axes.set_xlim(right=column + 0.13 + max(1, column) * 0.018 * max(map(len, names)))
+    if curves:
+        widest = 70 + 8 * max(map(len, curves))  # of 800 pixels
+        ncols = max(1, min(len(curves), 3, 800 // widest))
+        axes.figure.legend(fontsize=11, loc="outside lower center", ncols=ncols)
+
+
+def _name_marks(
+    axes: "Axes", marks: Mapping[str, tuple[float, float]], crossed: Sequence[float], colors: Mapping[str, str]
+) -> None:
+    """Names to the right of the marks of a column, from below upwards, moved up where a curve or another name is."""
+    low, high = axes.get_ylim()
+    line, free = 0.06 * (high - low), low
+    heights = [*((mean, None) for mean in crossed), *((mean, name) for name, (_, mean) in marks.items())]
+    for height, name in sorted(heights, key=lambda one: one[0]):
+        if name is not None:
+            height = max(height, free)
+            look = {"color": colors[name], "fontsize": 11, "va": "center"}
+            leader = {"arrowstyle": "-", "color": colors[name], "shrinkA": 0, "shrinkB": 4}
+            axes.annotate(name, marks[name], (round(marks[name][0]) + 0.13, height), arrowprops=leader, **look)
+        free = max(free, height + line)

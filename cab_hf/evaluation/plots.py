@@ -1,5 +1,6 @@
 """Pictures of a run. Needs matplotlib, which is optional."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,19 +25,27 @@ _QUANTITIES = {
     "peak_mib": "peak memory, MiB",
     "images": "images/s",
 }
+_OVER = {"length": "length of the text, tokens", "batch size": "images in a batch"}
 _WHO = {
     "teacher": {"color": "C1", "linestyle": "--", "marker": "s"},
     "student": {"color": "C0", "linestyle": "-", "marker": "o"},
 }
 
 
-def learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, title: str | None = None) -> Path:
-    """Draws each part of the loss over the steps, on a logarithmic scale; held-out values as dots.
+def learning_curves(
+    log_history: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    title: str | None = None,
+    stages: Mapping[str, int] | None = None,
+) -> Path:
+    """Draws each part of the loss over the steps, on a logarithmic scale; held-out values as diamonds.
 
     Args:
         log_history: `trainer.state.log_history`, or that of several stages one after the other.
         path: Picture to write, 1600 pixels wide; its suffix picks the format, such as .png or .svg.
         title: Written above the curves.
+        stages: Name of a stage -> step before its first one. Where a stage begins, curves are interrupted.
 
     Returns:
         `path`.
@@ -52,29 +61,38 @@ def learning_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, 
             f"log_history has {len(log_history)} entries and no positive value of {', '.join(_LABELS)}. "
             "Log at least once: logging_steps at most the number of steps."
         )
-    figure = _figure("Learning curves")
+    begins = sorted((stages or {}).values())
+    figure = _figure("Learning curves", title)
     axes = figure.add_subplot()
     for name, (steps, values) in curves.items():
         is_total = name == "loss"
-        # One colour a part, the same in every picture.
-        style = {"color": "black", "linestyle": "--"} if is_total else {"color": f"C{list(_LABELS).index(name) - 1}"}
+        # One colour a part, the same in every picture; the total is seen above a part that is all of it.
+        style = {"color": "black", "linestyle": "--", "linewidth": 1.5, "zorder": 3}
+        if not is_total:
+            style = {"color": f"C{list(_LABELS).index(name) - 1}", "linewidth": 2.5}
         # A curve of few points would be invisible as a thin line.
-        marker = "o" if len(steps) < 20 else ""
-        axes.plot(steps, values, label=_LABELS[name], linewidth=2, marker=marker, markersize=4, **style)
+        style |= {"marker": "o" if len(steps) < 20 else "", "markersize": 3 if is_total else 5}
+        ends = [sum(step <= begin for step in steps) for begin in begins]
+        pieces = [(first, last) for first, last in zip([0, *ends], [*ends, len(steps)]) if first < last]
+        for number, (first, last) in enumerate(pieces):
+            label = _LABELS[name] if number == 0 else None
+            axes.plot(steps[first:last], values[first:last], label=label, **style)
         held_out = _points(log_history, f"eval_{name}")
         if held_out[0]:
             axes.plot(*held_out, "D", label=f"{_LABELS[name]}, held out", color=style["color"], markersize=7)
+    if len(begins) > 1:
+        for stage, begin in stages.items():
+            axes.axvline(begin, color="gray", linestyle=":", linewidth=1)
+            axes.text(begin, 1.01, f" stage: {stage}", transform=axes.get_xaxis_transform(), color="gray", fontsize=11)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")  # elsewhere powers of ten suffice
-    axes.set_xlabel("step", fontsize=13)
-    axes.set_ylabel("loss", fontsize=13)
+    axes.set_xlabel("training step", fontsize=13)
+    axes.set_ylabel("loss, logarithmic scale", fontsize=13)
     axes.tick_params(labelsize=12)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=12, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    if title is not None:
-        axes.set_title(title, fontsize=14)
     return _save(figure, path)
 
 
@@ -99,7 +117,7 @@ def speed_curves(speed: Mapping[str, Any], path: str | Path) -> Path:
     names = [name for name in _QUANTITIES if any((row[who] or {}).get(name) for row in rows for who in _WHO)]
     if not names:
         raise ValueError(f"There are {len(rows)} rows and no quantity in them. Measure at least one {over}.")
-    figure = _figure("Speed curves")
+    figure = _figure("Speed curves", "Speed and memory")
     ticks = [row[over] for row in rows]
     for column, name in enumerate(names, start=1):
         axes = figure.add_subplot(1, len(names), column)
@@ -111,13 +129,13 @@ def speed_curves(speed: Mapping[str, Any], path: str | Path) -> Path:
         if crossing is not None and min(ticks) < crossing < max(ticks):
             axes.axvline(crossing, color="gray", linestyle=":", linewidth=2, label=f"crossing: {crossing:,.0f}")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45 * (len(ticks) > 3))
         axes.minorticks_off()
         highest = max((row[who] or {}).get(name) or 0 for row in rows for who in _WHO)
         axes.set_ylim(0, 1.1 * highest)
         axes.yaxis.set_major_formatter("{x:,.0f}" if highest >= 10 else "{x:g}")
         axes.set_title(_QUANTITIES[name], fontsize=13)
-        axes.set_xlabel(over, fontsize=13)
+        axes.set_xlabel(textwrap.fill(_OVER.get(over, over), 60 // len(names)), fontsize=12)
         axes.tick_params(labelsize=11)
         axes.grid(True, alpha=0.25)
         axes.legend(fontsize=11)
@@ -137,7 +155,7 @@ def recall_curves(recall: Mapping[str, Mapping[str, Mapping[str, Any]]], path: s
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure = _figure("Recall curves")
+    figure = _figure("Recall curves", "Recall over the gap, with 95 % intervals")
     for column, (test, gaps) in enumerate(recall.items(), start=1):
         axes = figure.add_subplot(1, len(recall), column)
         for who, style in _WHO.items():
@@ -146,11 +164,13 @@ def recall_curves(recall: Mapping[str, Mapping[str, Mapping[str, Any]]], path: s
             below = [value - report["ci95"][0] for value, report in zip(values, reports)]
             above = [report["ci95"][1] - value for value, report in zip(values, reports)]
             # Gaps far apart, and perhaps 0: equal steps are the plainest.
-            axes.errorbar(range(len(values)), values, (below, above), label=who, linewidth=2, capsize=4, **style)
+            # Side by side, or the intervals would hide each other.
+            places = [place + (0.05 if who == "student" else -0.05) for place in range(len(values))]
+            axes.errorbar(places, values, (below, above), label=who, linewidth=2, capsize=4, **style)
         axes.set_xticks(range(len(gaps)), list(gaps))
         axes.set_ylim(-0.03, 1.03)
-        axes.set_title(f"{test} recall", fontsize=14)
-        axes.set_xlabel("gap, tokens", fontsize=13)
+        axes.set_title(f"{test} recall", fontsize=13)
+        axes.set_xlabel("gap between the two places, tokens", fontsize=12)
         axes.tick_params(labelsize=12)
         axes.grid(True, alpha=0.25)
         if column == 1:
@@ -159,8 +179,8 @@ def recall_curves(recall: Mapping[str, Mapping[str, Mapping[str, Any]]], path: s
     return _save(figure, path)
 
 
-def _figure(what: str) -> "Figure":
-    """An empty picture, 1600 pixels wide, that needs no display."""
+def _figure(what: str, title: str | None = None) -> "Figure":
+    """An empty picture, 1600 pixels wide, that needs no display; a long title goes on in the next line."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -168,6 +188,8 @@ def _figure(what: str) -> "Figure":
         raise ImportError(f"{what} need matplotlib. Run `pip install matplotlib`.") from error
     figure = Figure(figsize=(8, 4.5), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
+    if title is not None:
+        figure.suptitle(textwrap.fill(title, 70), fontsize=14)
     return figure
 
 

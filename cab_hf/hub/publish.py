@@ -252,7 +252,7 @@ def _check_base(path: Path) -> None:
     if base and (Path(base).is_absolute() or Path(base).is_dir()):
         raise ValueError(
             f"{path} names the folder {base!r} as its base model, where nobody else finds it. Publish the base, and "
-            "write its Hub id there (cab_hf.hub.adapter_card.write_adapter_card does)."
+            "write its Hub id there (cab_hf.hub.write_adapter_card does)."
         )
 
 

@@ -141,12 +141,14 @@ def draw_learning_curves(folder: Path, report: dict[str, Any]) -> None:
     """Draws the losses of all stages, one after the other, where matplotlib is there to do it."""
     if importlib.util.find_spec("matplotlib") is None:
         return
-    log, steps = [], 0
+    log, steps, begins = [], 0, {}
     for stage in report["stages"]:
+        begins[stage["name"]] = steps
         log += [entry | {"step": entry["step"] + steps} for entry in stage["log"]]
         steps += stage["steps"]
     if any(entry.get("loss", 0) > 0 for entry in log):
-        learning_curves(log, folder / "learning_curves.png", title=folder.name)
+        title = f"Training losses of {folder.name}"
+        learning_curves(log, folder / "learning_curves.png", title=title, stages=begins)
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -366,6 +366,30 @@ def test_lower_is_better_for_divergence_and_perplexity(grid, write):
     assert grid.draw(read, table, path.parent / "plot.png") == "news: KL"
 
 
+def test_a_plot_says_in_words_what_it_shows(grid, write, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    path = write(plot=["brown (out of domain): ppl ratio"], title="Ours and theirs", data_label="share of the text")
+    for method, seeds, data in (("A", 1, "1 %"), ("A", 1, "10 %"), ("B b", 2, "10 %")):
+        for seed in range(seeds):
+            save(path, method, data, seed, **{"brown (out of domain): ppl ratio": 1.5 + seed})
+    assert grid.main(["tables", str(path)]) == 0
+    (axes,) = drawn[0].axes
+    assert drawn[0].get_suptitle() == "Ours and theirs" and axes.get_xlabel() == "share of the text"
+    label = " ".join(axes.get_ylabel().split())
+    assert label == "perplexity, times the teacher's on the Brown corpus, out of domain (lower is better)"
+    assert axes.get_title() == "lines and large marks: mean of 1 to 2 seeds, small dots: the seeds"
+    assert [text.get_text() for text in axes.texts] == ["B b"]  # at one of two columns alone
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["A"]
+
+    for file in (path.parent / "runs").glob("B*"):
+        file.unlink()
+    assert grid.main(["tables", str(path)]) == 0
+    assert drawn[1].axes[0].get_title() == "one seed each"
+
+
 def test_a_single_result_is_a_table(grid, write):
     path = write()
     save(path, "B b", "10 %", 0, kl=None)

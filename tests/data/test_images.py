@@ -165,10 +165,8 @@ def check_cifar(folder, pixels, labels):
     assert loaded["test"].features["label"].names[6] == "frog"
 
 
-def test_cifar_10_is_read_from_its_sheets_and_as_prepared(tmp_path):
+def test_cifar_10_is_prepared_from_its_sheets(tmp_path):
     pixels, labels = write_sheets(tmp_path / "package")
-    check_cifar(tmp_path / "package", pixels, labels)
-
     with tarfile.open(tmp_path / "cifar.tgz", "w:gz") as tar:
         tar.add(tmp_path / "package", "package")
     file = os.path.join(os.path.dirname(__file__), "../../benchmarks/data/prepare_images.py")
@@ -186,7 +184,7 @@ def test_cifar_10_is_read_from_its_sheets_and_as_prepared(tmp_path):
 
     (tmp_path / "package/test_lables.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match="for 2 labels"):
-        load_images("cifar10", data_dir=tmp_path / "package")
+        prepare_images.read_sheets(tmp_path / "package")
 
 
 @pytest.mark.parametrize(
@@ -212,15 +210,10 @@ def test_missing_scikit_learn_is_named(monkeypatch):
         load_images("mnist5k")
 
 
-def test_missing_pillow_is_named(tmp_path, monkeypatch):
+def test_missing_pillow_is_named(monkeypatch):
     rows = rows_of(noise(1))
-    write_sheets(tmp_path / "package")
     monkeypatch.setattr(image_data.importlib.util, "find_spec", lambda name: None)
-    for use in (
-        lambda: ImageDataset(rows, 8),
-        make_image_processor,
-        lambda: load_images("cifar10", data_dir=tmp_path / "package"),
-    ):
+    for use in (lambda: ImageDataset(rows, 8), make_image_processor):
         with pytest.raises(ImportError, match=r'pip install "cab-hf\[vision\]"'):
             use()
 

@@ -558,6 +558,11 @@ class TestLearningCurves:
         drawing = path.read_text()
         assert drawing.count("<svg") == 1
         assert all(f"<!-- {tick} -->" in drawing for tick in ("0.4", "1", "2"))  # as numbers, not as powers
+        whole = [{"step": step, "kl": 1.0 / step} for step in (5, 10, 15, 20)]
+        drawing = learning_curves(whole, path, title="long " * 30, stages={"outputs": 0, "all": 10}).read_text()
+        assert "<!--  stage: all -->" in drawing and drawing.count("<!-- KL to teacher -->") == 1
+        assert drawing.count("<!-- long ") > 1  # in lines that fit
+
         from cab_hf.evaluation.plots import _points
 
         assert _points(history, "kl") == ([5, 10, 15, 20], [2.0, 1.0, 0.5, 0.4])

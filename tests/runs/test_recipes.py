@@ -364,7 +364,7 @@ class TestRun:
         with pytest.raises(ValueError, match="a row has 144 tokens, but GPT2LMHeadModel has positions for 128"):
             run_recipe(parse_recipe([*options, "--recall_gaps", "16", "--output_dir", str(tmp_path / "gap")]))
         model = random_llama()[0].requires_grad_(False)  # as transformers loads an adapter's folder
-        monkeypatch.setattr("cab_hf.teachers.loading.load_teacher", lambda name: (model, tokenizer))
+        monkeypatch.setattr("cab_hf.runs.text.load_teacher", lambda name: (model, tokenizer))
         with pytest.raises(ValueError, match="frozen, as an adapter's folder does. Merge the adapter"):
             run_recipe(parse_recipe([*options, "--output_dir", str(tmp_path / "lora")]))
 

@@ -141,7 +141,8 @@ def distil(teacher: LlamaForCausalLM, kind: Student, steps: int) -> dict[str, An
         if count == 0:
             continue
         losses = {"bridge_weight": 0.0} | weights
-        args = DistillationTrainingArguments(output_dir=tempfile.mkdtemp(), **losses, **COMMON | {"max_steps": count})
+        length = {"max_steps": count, "logging_steps": min(COMMON["logging_steps"], count)}
+        args = DistillationTrainingArguments(output_dir=tempfile.mkdtemp(), **losses, **COMMON | length)
         trainer = DistillationTrainer(student, teacher, args, train_dataset=text, data_collator=LanguageCollator(0))
         trainer.train()
     log = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]

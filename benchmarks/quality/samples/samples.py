@@ -7,6 +7,7 @@ Of the training speeches 1 % and 5 % of the documents, and 1M tokens that the sm
 another million each, continuing pieces of either share. All go to `outputs/small_lm/tokens`.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -23,6 +24,10 @@ SAMPLING = {"num_tokens": 1_000_000, "length": 256, "batch_size": 512, "prompt_l
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    if not (OUTPUT / "teacher").is_dir():
+        parser.error(f"there is no {OUTPUT / 'teacher'}. Run `python benchmarks/quality/small_lm/teacher.py` first")
     torch.set_num_threads(1)
     model, tokenizer = (kind.from_pretrained(OUTPUT / "teacher") for kind in (AutoModelForCausalLM, AutoTokenizer))
     documents = load_documents(OUTPUT / "tokens/speeches.train.npz")
