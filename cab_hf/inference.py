@@ -42,11 +42,8 @@ def generating(model: PreTrainedModel, seed: int, temperature: float, **settings
 
 
 @contextmanager
-def evaluating(*models: nn.Module, device: str | torch.device | None = None) -> Iterator[None]:
-    """Models in evaluation mode, without gradients and, if given, on a device; each module then has its mode back."""
-    if device is not None:
-        for model in models:
-            model.to(device)
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Models in evaluation mode and without gradients; each module then has its mode back."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()

@@ -1,8 +1,10 @@
 """LoRA for students: which modules an adapter of PEFT can be put on, and the card that an adapter is published with.
 
-PEFT picks targets by `model_type` and knows none of ours, so [`lora_config`] does. Linear layers, embeddings and image
-patches can be targets, since a student calls them. The convolution and the norms can't: the one is called with more
-than its input and returns activated values, the others are no matrices. `modules_to_save` trains them whole.
+PEFT picks targets by `model_type` and knows none of ours, so [`lora_config`] does.
+
+Targets can be linear layers, embeddings and the patch embedding. Norms can't: they are no matrices. Neither can the
+convolution: it is called with more than its input, and what it returns is activated. `modules_to_save` trains both
+whole.
 """
 
 import re

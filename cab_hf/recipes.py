@@ -7,7 +7,7 @@ from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -31,7 +31,7 @@ RECIPE_NAME, REPORT_NAME, EVALUATION_NAME = "recipe.yaml", "report.json", "evalu
 class ModelArguments:
     """Teacher and student of a run."""
 
-    task: str = field(
+    task: Literal["text-generation", "image-classification"] = field(
         default="text-generation", metadata={"help": "What the models do: text-generation or image-classification."}
     )
     teacher: str = field(
@@ -55,7 +55,7 @@ class ModelArguments:
         },
     )
     student: str | None = field(default=None, metadata={"help": "Hub id or folder of a student to go on with."})
-    student_from: str = field(
+    student_from: Literal["teacher", "config"] = field(
         default="teacher",
         metadata={
             "help": "Without `student`: build one of the teacher's shape and weights, or from the 'config' alone."
@@ -78,7 +78,7 @@ class ModelArguments:
     copy_attention: bool = field(
         default=True, metadata={"help": "Copy V, K, Q, O to x, B, C, out (student_from: teacher)."}
     )
-    calibration: str = field(
+    calibration: Literal["fit", "rms", "none"] = field(
         default="fit",
         metadata={
             "help": "Start of a student with copied weights: 'fit' its output projections to the teacher's attention "
@@ -118,7 +118,7 @@ class DataArguments:
         default_factory=lambda: ["builtin"],
         metadata={
             "help": "Hub ids, files, folders or globs of text; 'builtin': Python's language reference. Of images one: "
-            "digits, mnist5k, fashion-mnist, cifar10, imagefolder (with data_dir), a saved data set or a Hub id."
+            "digits, cifar10, imagefolder (with data_dir), a saved data set or a Hub id."
         },
     )
     dataset_config: str | None = field(
@@ -198,10 +198,12 @@ class ImageArguments:
         default=0.0,
         metadata={"help": "Share of the training images kept apart to evaluate on while training, off the test set."},
     )
-    train_crop: str = field(
+    train_crop: Literal["resize", "random_resized_crop"] = field(
         default="resize", metadata={"help": "Training images: 'resize' (and shift) or 'random_resized_crop'."}
     )
-    test_crop: str = field(default="resize", metadata={"help": "Test images: 'resize' or 'center_crop'."})
+    test_crop: Literal["resize", "center_crop"] = field(
+        default="resize", metadata={"help": "Test images: 'resize' or 'center_crop'."}
+    )
     crop_pct: float = field(default=0.875, metadata={"help": "Share of the short side that 'center_crop' keeps."})
     repeats: int = field(default=1, metadata={"help": "Repeated augmentation: times an image comes in a row."})
 
@@ -213,13 +215,6 @@ ARGUMENT_CLASSES = (
     AugmentationArguments,
     DistillationTrainingArguments,
 )
-CHOICES = {
-    "task": ("text-generation", "image-classification"),
-    "student_from": ("teacher", "config"),
-    "calibration": ("fit", "rms", "none"),
-    "train_crop": ("resize", "random_resized_crop"),
-    "test_crop": ("resize", "center_crop"),
-}
 LISTS = {"stages", "baselines"}
 STUDENTS_ALONE = ("trainable", "ema_decay", "cuda_graph", "student")
 STAGE_FIELDS = {field.name for field in fields(DistillationTrainingArguments) if field.init} - {"output_dir"}
@@ -299,7 +294,8 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     """
     if not arguments:
         raise ValueError("Name a recipe: train_cab.py RECIPE.yaml [--option value ...]; training_args/ holds some.")
-    path, given = _split_arguments(arguments)
+    has_file = not arguments[0].startswith("-")
+    path, given = (Path(arguments[0]), list(arguments[1:])) if has_file else (None, list(arguments))
     values, options = load_recipe(path) if path is not None else {}, _parse_options(given)
     if values.get("stages"):
         values["stages"] = [_overridden(stage, options) for stage in values["stages"]]
@@ -324,15 +320,20 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"There is no recipe {path}." + (f" Did you mean {path.parent / near[0]}?" if near else "")
         )
+    values = _read_mapping(path)
+    _check_keys(values, _known_options() | LISTS | {"base"}, f"key in {path}")
+    base = values.pop("base", None)
+    return values if base is None else load_recipe(path.parent / base) | values
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of options to values.")
-    _check_keys(values, _known_options() | LISTS | {"base"}, f"key in {path}")
-    base = values.pop("base", None)
-    return values if base is None else load_recipe(path.parent / base) | values
+    return values
 
 
 def build_recipe(values: dict[str, Any]) -> Recipe:
@@ -349,10 +350,6 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         kind(**{field.name: whole[field.name] for field in fields(kind) if field.name in whole})
         for kind in ARGUMENT_CLASSES[:-1]
     )
-    for name, known in CHOICES.items():
-        value = next(getattr(part, name) for part in (model, images) if name in vars(part))
-        if value not in known:
-            raise ValueError(f"`{name}` must be {_listed(known)}, got {value!r}.")
     stages = _training_runs(whole, values.get("stages") or [{"name": "train"}], "stage")
     baselines = _training_runs(whole, values.get("baselines") or [], "baseline")
     return Recipe(model, data, images, augmentation, stages, baselines, values | {"output_dir": whole["output_dir"]})
@@ -389,17 +386,6 @@ def _precision_here(training: dict[str, Any]) -> dict[str, Any]:
 def cpu_has_bfloat16() -> bool:
     """Whether oneDNN multiplies bfloat16 matrices on this CPU; elsewhere a loop does, tens of times slower."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    quoted = [repr(name) for name in names]
-    return " or ".join([", ".join(quoted[:-1]), quoted[-1]])
-
-
-def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    if arguments and not arguments[0].startswith("-"):
-        return Path(arguments[0]), list(arguments[1:])
-    return None, list(arguments)
 
 
 def mapping(text: str) -> dict[str, Any]:
@@ -466,6 +452,8 @@ def _typed(name: str, value: Any) -> Any:
     action = next(action for action in _parser()._actions if action.dest == name)
     if action.nargs in ("*", "+") and not isinstance(value, list):
         value = [value]
+    if action.choices is not None and value not in (None, *action.choices):
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, action.choices))}, got {value!r}.")
     if not isinstance(value, str) or action.type in (None, str):
         return value
     try:
@@ -494,12 +482,7 @@ def read_recipe(folder: Path) -> Recipe | None:
     path = folder / RECIPE_NAME
     if not path.is_file():
         return None
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is damaged and can't be read ({error}).") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of options to values.")
+    values = _read_mapping(path)
 
     def anywhere(options: Mapping[str, Any]) -> dict[str, Any]:
         kept = {name: value for name, value in options.items() if name not in _HARDWARE_OPTIONS}

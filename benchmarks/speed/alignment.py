@@ -44,7 +44,9 @@ def measure(device: str, method: str, tokens: int) -> dict:
 
     def loss() -> torch.Tensor:
         if method == "matrix":
-            return attention_loss(mixer.attention_map(B, C, dt), query, key)
+            scores = query @ key.repeat_interleave(HEADS // KEY_HEADS, dim=1).mT * HEAD_DIM**-0.5
+            future = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
+            return attention_loss(mixer.attention_map(B, C, dt), scores.masked_fill(future, -torch.inf).softmax(-1))
         targets = [states.transpose(1, 2).flatten(2) for states in (key, query)]
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             return bridge.loss([BridgePair(0, "key", [B], targets[0]), BridgePair(0, "query", [C], targets[1])])

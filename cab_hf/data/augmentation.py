@@ -82,7 +82,7 @@ class ImageAugmentation(nn.Module):
 
     Raises:
         ImportError: RandAugment is on and kornia is missing.
-        ValueError: Mixing is on without `num_labels`, or `mean` and `std` differ in length.
+        ValueError: Mixing is on without `num_labels`.
 
     Source: RandAugment (arXiv 1909.13719) in the form "rand-m9-mstd0.5-inc1" of DeiT: two of 15 operations an image,
         drawn with replacement, each applied with probability 0.5, with bilinear warps; random erasing (arXiv
@@ -100,8 +100,6 @@ class ImageAugmentation(nn.Module):
         super().__init__()
         self.arguments = arguments or AugmentationArguments()
         self.num_labels = num_labels
-        if len(mean) != len(std):
-            raise ValueError(f"mean has {len(mean)} channels and std {len(std)}. Give one of each a channel.")
         if self.mixes and num_labels is None:
             raise ValueError(
                 f"mixup is {self.arguments.mixup} and cutmix {self.arguments.cutmix}, but num_labels is None. Give "

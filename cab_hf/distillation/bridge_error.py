@@ -23,9 +23,10 @@ except ImportError:  # builds of torch for CPUs come without Triton
 
 
 class BridgeError(torch.autograd.Function):
-    """Squared error of `m` two-layer MLPs side by side, each divided by its features and scale, and summed.
+    """Squared errors of `m` two-layer MLPs, which run as one product. Each is divided by its features and its scale.
 
-    Only gradients are kept; that of the input is kept before the first linear layer where it is smaller there.
+    The result is their sum. Only gradients are kept for the backward pass. The input's gradient is `n` wide; where
+    `k` is smaller, the gradient before the first linear layer is kept in its place.
     """
 
     @staticmethod

@@ -48,16 +48,15 @@ def check_run(
             f"`cuda_graph` is {args.cuda_graph}, but a recorded teacher is read from disk at every step, which no "
             "graph can do. Set `cuda_graph=False`, or pass the teacher itself."
         )
+    if args.attention_weight > 0 and isinstance(teacher, RecordedTeacher):
+        raise ValueError(
+            f"`attention_weight` is {args.attention_weight}, but a record holds no attention maps, and none can be "
+            "made of queries and keys alone. Pass the teacher itself, or set `attention_weight=0.0`."
+        )
     if teacher.removes_rotary != args.remove_rotary:
         raise ValueError(
             f"`remove_rotary` is {args.remove_rotary} in the arguments, but the given Teacher was made with "
             f"{teacher.removes_rotary}. Use the same value for both, or pass the model instead of a Teacher."
-        )
-    if args.attention_weight > 0 and args.remove_rotary:
-        raise ValueError(
-            f"`attention_weight` is {args.attention_weight} and `remove_rotary` {args.remove_rotary}, but the "
-            "teacher's attention maps depend on its rotary rotation. Set `remove_rotary=False`, or "
-            "`attention_weight=0.0`."
         )
     for name in ("compute_metrics", "compute_loss_func", "model_init"):
         if trainer_kwargs.get(name) is not None:

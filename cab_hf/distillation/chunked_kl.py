@@ -88,9 +88,7 @@ def chunked_kl_ce(
     needs_kl = isinstance(kl_weight, Tensor) or kl_weight != 0
     needs_ce = isinstance(ce_weight, Tensor) or ce_weight != 0
     compares = needs_kl or agreement
-    _check_logits_arguments(
-        student_hidden, teacher_hidden, mask, labels, temperature, chunk_size, needs_ce, needs_teacher=compares
-    )
+    _check_logits_arguments(student_hidden, teacher_hidden, mask, labels, needs_ce, needs_teacher=compares)
     targets = _Targets(
         teacher_rows=teacher_hidden.detach().flatten(0, -2) if compares else None,
         teacher_head=teacher_head,
@@ -103,19 +101,10 @@ def chunked_kl_ce(
     )
     rows = student_hidden.flatten(0, -2)
     needs_gradient = torch.is_grad_enabled() and (needs_kl or needs_ce)
-    if not _is_plain_linear(student_head):
+    if not needs_gradient or not _is_plain_linear(student_head):
         return _module_head_loss(rows, student_head, targets, kl_weight, ce_weight, chunk_size, needs_gradient)
-    if needs_gradient:
-        return LogitsLoss(
-            *_LinearHeadLoss.apply(
-                rows, student_head.weight, student_head.bias, targets, kl_weight, ce_weight, chunk_size
-            )
-        )
-    with torch.no_grad():
-        sums, *_ = _linear_head_sums(
-            rows, student_head.weight, student_head.bias, targets, kl_weight, ce_weight, chunk_size, (False,) * 3
-        )
-    return sums
+    head = (student_head.weight, student_head.bias)
+    return LogitsLoss(*_LinearHeadLoss.apply(rows, *head, targets, kl_weight, ce_weight, chunk_size))
 
 
 @dataclass(frozen=True)
@@ -171,7 +160,12 @@ class _Targets:
 
 
 class _LinearHeadLoss(torch.autograd.Function):
-    """The parts of `LogitsLoss` under a linear head, their gradients computed beside them."""
+    """The parts of `LogitsLoss` under a linear head, their gradients computed beside them.
+
+    What is kept are the gradients of `total / scale`. The scale is the larger weight: one divided by the number of
+    tokens would push a half precision gradient of the logits below its smallest number before any loss scaling could
+    lift it.
+    """
 
     @staticmethod
     def forward(
@@ -184,13 +178,45 @@ class _LinearHeadLoss(torch.autograd.Function):
         ce_weight: float | Tensor,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sums, scale, gradients = _linear_head_sums(
-            rows, weight, bias, targets, kl_weight, ce_weight, chunk_size, ctx.needs_input_grad[:3]
+        device_type = rows.device.type
+        autocasts = torch.is_autocast_enabled(device_type) and rows.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device_type) if autocasts else rows.dtype
+        accumulation = accumulation_dtype(rows.dtype)
+        head_weight = weight.to(dtype) if autocasts else weight
+        head_bias = bias.to(dtype) if autocasts and bias is not None else bias
+
+        wants_rows, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        rows_gradient = torch.empty_like(rows) if wants_rows else None
+        weight_gradient = torch.zeros_like(weight, dtype=accumulation) if wants_weight else None
+        bias_gradient = torch.zeros_like(bias, dtype=accumulation) if wants_bias else None
+        kl, ce, agreement = (rows.new_zeros((), dtype=accumulation) for _ in range(3))
+        kl_weight, ce_weight = (
+            weight.to(rows.device, accumulation) if isinstance(weight, Tensor) else kl.new_full((), weight)
+            for weight in (kl_weight, ce_weight)
         )
-        ctx.save_for_backward(scale, *gradients)
+        scale = torch.maximum(kl_weight.abs(), ce_weight.abs()).clamp(min=torch.finfo(accumulation).tiny)
+        shares = kl_weight / scale, ce_weight / scale
+
+        for start in range(0, rows.shape[0], chunk_size):
+            chunk = slice(start, start + chunk_size)
+            chunk_targets = targets.chunk(chunk)
+            teacher_logits = chunk_targets.teacher_logits()  # before autocast is off: the teacher's head may need it
+            width = targets.common_width(weight.shape[0], teacher_logits)
+            with torch.autocast(device_type, enabled=False):
+                inputs = _selected(rows[chunk], chunk_targets.used).to(dtype)
+                logits = F.linear(inputs, head_weight[:width], None if bias is None else head_bias[:width])
+                sums, gradient = _closed_form(logits, teacher_logits, chunk_targets, *shares)
+                kl, ce, agreement = kl + sums.kl, ce + sums.ce, agreement + sums.agreement
+                if wants_rows:
+                    rows_gradient[chunk] = gradient @ head_weight[:width]
+                if wants_weight:
+                    weight_gradient[:width] += gradient.T @ inputs
+                if wants_bias:
+                    bias_gradient[:width] += gradient.sum(0, dtype=accumulation)
+        ctx.save_for_backward(scale, rows_gradient, weight_gradient, bias_gradient)
         ctx.dtypes = [None if x is None else x.dtype for x in (rows, weight, bias)]
-        ctx.mark_non_differentiable(sums.kl, sums.ce, sums.agreement)
-        return tuple(sums)
+        ctx.mark_non_differentiable(kl, ce, agreement)
+        return kl * kl_weight + ce * ce_weight, kl, ce, agreement
 
     @staticmethod
     @once_differentiable
@@ -202,60 +228,6 @@ class _LinearHeadLoss(torch.autograd.Function):
             for gradient, dtype in zip(saved, ctx.dtypes, strict=True)
         )
         return *gradients, None, None, None, None
-
-
-def _linear_head_sums(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: _Targets,
-    kl_weight: float | Tensor,
-    ce_weight: float | Tensor,
-    chunk_size: int,
-    wanted: tuple[bool, ...],
-) -> tuple[LogitsLoss, Tensor, tuple[Tensor | None, ...]]:
-    """The sums, and the gradients of `total / scale` by rows, weight and bias where wanted, after that scale.
-
-    The scale is the larger weight: one divided by the number of tokens would push a half precision gradient of the
-    logits below its smallest number before any loss scaling could lift it.
-    """
-    device_type = rows.device.type
-    autocasts = torch.is_autocast_enabled(device_type) and rows.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device_type) if autocasts else rows.dtype
-    accumulation = accumulation_dtype(rows.dtype)
-    head_weight = weight.to(dtype) if autocasts else weight
-    head_bias = bias.to(dtype) if autocasts and bias is not None else bias
-
-    wants_rows, wants_weight, wants_bias = wanted
-    rows_gradient = torch.empty_like(rows) if wants_rows else None
-    weight_gradient = torch.zeros_like(weight, dtype=accumulation) if wants_weight else None
-    bias_gradient = torch.zeros_like(bias, dtype=accumulation) if wants_bias else None
-    kl, ce, agreement = (rows.new_zeros((), dtype=accumulation) for _ in range(3))
-    kl_weight, ce_weight = (
-        weight.to(rows.device, accumulation) if isinstance(weight, Tensor) else kl.new_full((), weight)
-        for weight in (kl_weight, ce_weight)
-    )
-    scale = torch.maximum(kl_weight.abs(), ce_weight.abs()).clamp(min=torch.finfo(accumulation).tiny)
-    kl_share, ce_share = kl_weight / scale, ce_weight / scale
-
-    for start in range(0, rows.shape[0], chunk_size):
-        chunk = slice(start, start + chunk_size)
-        chunk_targets = targets.chunk(chunk)
-        teacher_logits = chunk_targets.teacher_logits()  # before autocast is off: the teacher's head may need it
-        width = targets.common_width(weight.shape[0], teacher_logits)
-        with torch.autocast(device_type, enabled=False):
-            inputs = _selected(rows[chunk], chunk_targets.used).to(dtype)
-            logits = F.linear(inputs, head_weight[:width], None if bias is None else head_bias[:width])
-            sums, gradient = _closed_form(logits, teacher_logits, chunk_targets, kl_share, ce_share, any(wanted))
-            kl, ce, agreement = kl + sums.kl, ce + sums.ce, agreement + sums.agreement
-            if wants_rows:
-                rows_gradient[chunk] = gradient @ head_weight[:width]
-            if wants_weight:
-                weight_gradient[:width] += gradient.T @ inputs
-            if wants_bias:
-                bias_gradient[:width] += gradient.sum(0, dtype=accumulation)
-    sums = LogitsLoss(kl * kl_weight + ce * ce_weight, kl, ce, agreement)
-    return sums, scale, (rows_gradient, weight_gradient, bias_gradient)
 
 
 class _ChunkSums(NamedTuple):
@@ -270,8 +242,7 @@ def _closed_form(
     targets: _Targets,
     kl_share: Tensor,
     ce_share: Tensor,
-    wants_gradient: bool,
-) -> tuple[_ChunkSums, Tensor | None]:
+) -> tuple[_ChunkSums, Tensor]:
     """One chunk's sums, and the gradient of their weighted sum by its logits, written over them to save memory.
 
     By logits `s` at temperature `T`, `T^2 KL` has the gradient `T (softmax(s / T) - softmax(teacher / T))` and
@@ -287,22 +258,18 @@ def _closed_form(
         teacher_probabilities = teacher.exp()
         kl_rows = teacher.sub_(student).mul_(teacher_probabilities).sum(-1)
         kl = _selected(kl_rows, targets.real).sum() * targets.temperature**2
-        if wants_gradient:
-            gradient = student.exp_().sub_(teacher_probabilities)
-            gradients.append((gradient, _row_factor(targets.real, kl_share) * targets.temperature))
+        gradient = student.exp_().sub_(teacher_probabilities)
+        gradients.append((gradient, _row_factor(targets.real, kl_share) * targets.temperature))
         del teacher, student, teacher_probabilities
     if targets.labels is not None:
         labelled = targets.labelled
         labels = torch.where(labelled, targets.labels, 0)[:, None]  # (n, 1)
         student = _log_softmax(logits, 1.0)
         ce = -_selected(student.gather(-1, labels).squeeze(-1), labelled).sum()
-        if wants_gradient:
-            gradient = student.exp_().scatter_add_(-1, labels, student.new_full((1, 1), -1.0).expand_as(labels))
-            gradients.append((gradient, _row_factor(labelled, ce_share)))
+        gradient = student.exp_().scatter_add_(-1, labels, student.new_full((1, 1), -1.0).expand_as(labels))
+        gradients.append((gradient, _row_factor(labelled, ce_share)))
         del student
     sums = _ChunkSums(kl, ce, agreement)
-    if not wants_gradient:
-        return sums, None
     gradient, factor = gradients[0]
     if len(gradients) == 1:
         return sums, torch.mul(gradient, factor, out=logits)
@@ -323,7 +290,7 @@ def _module_head_loss(
     chunk_size: int,
     needs_gradient: bool,
 ) -> LogitsLoss:
-    """The parts of `LogitsLoss` under any head, each chunk recomputed in the backward pass."""
+    """The parts of `LogitsLoss` under any head; with a gradient each chunk is recomputed in the backward pass."""
     accumulation = accumulation_dtype(rows.dtype)
     kl, ce, agreement = (rows.new_zeros((), dtype=accumulation) for _ in range(3))
     # at least one chunk, so that an empty batch has a (zero) gradient too
@@ -390,15 +357,9 @@ def _check_logits_arguments(
     teacher_hidden: Tensor | None,
     mask: Tensor | None,
     labels: Tensor | None,
-    temperature: float,
-    chunk_size: int,
     needs_ce: bool,
     needs_teacher: bool,
 ) -> None:
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}: it divides logits, so it must be above 0 (1 leaves them).")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}: at least 1 token is compared at a time.")
     if needs_ce and labels is None:
         raise ValueError("labels are missing: pass them, or ce_weight=0.0 to leave cross-entropy out.")
     if needs_teacher and teacher_hidden is None:

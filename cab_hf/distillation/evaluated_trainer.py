@@ -110,6 +110,7 @@ class EvaluatedTrainer(Trainer):
                 attentions=bool(active & ATTENTION_LOSSES),
                 hidden_states="hidden" in active,
                 logits="kl" in active and self.teacher.head is None,
+                **({"maps": True} if "attention" in active else {}),  # a record has none, and is not asked
             )
         if targets.attentions is not None and "output" not in active:
             # Nothing reads the outputs then, and all layers' together are large.

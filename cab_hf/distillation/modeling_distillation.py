@@ -3,7 +3,7 @@
 Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArgume
 from cab_hf.lora import core_of
 from cab_hf.models.mixers import BidirectionalProjections, SSMProjections
 from cab_hf.teachers.alignment import layer_map, parse_layer_map
-from cab_hf.teachers.teacher import Teacher, TeacherAttention, TeacherOutput
+from cab_hf.teachers.teacher import Teacher, TeacherOutput
 
 
 ALIGNMENT_LOSSES = ("bridge", "output", "hidden", "attention")
@@ -91,7 +91,6 @@ class DistillationModel(nn.Module):
         self.layer_map = layer_map(
             parse_layer_map(args.layer_map), config.num_hidden_layers, teacher.num_hidden_layers
         )
-        self.teacher_scalings = [teacher.scalings[index] for index in self.layer_map]
         self.bridge = None
         if args.bridge_weight > 0:
             width = [
@@ -207,12 +206,13 @@ class DistillationModel(nn.Module):
         if "bridge" in active:
             sums["bridge"] = self._bridge_loss(shown, targets, mask)
         for layer, one in enumerate(shown):
-            attention = targets.attentions[self.layer_map[layer]]
+            taught = self.layer_map[layer]
             if "output" in active:
                 scale = self.target_scales[2, layer] if self.args.relative_loss else False
-                sums["output"] = sums["output"] + output_loss(one.output, attention.output, mask, scale)
+                output = targets.attentions[taught].output
+                sums["output"] = sums["output"] + output_loss(one.output, output, mask, scale)
             if "attention" in active:
-                sums["attention"] = sums["attention"] + self._map_loss(layer, one.scans, attention, mask)
+                sums["attention"] = sums["attention"] + self._map_loss(layer, one.scans, targets.maps[taught], mask)
         if "hidden" in active:
             for layer in range(len(self.layer_map)):
                 student, teacher = self._hidden_pair(outputs.hidden_states, targets, layer)
@@ -311,15 +311,12 @@ class DistillationModel(nn.Module):
         return self.bridge.loss(pairs, mask)
 
     def _map_loss(
-        self, layer: int, scans: list[tuple[Tensor, ...]], attention: TeacherAttention, mask: Tensor | None
+        self, layer: int, scans: list[tuple[Tensor, ...]], make_map: Callable[[], Tensor], mask: Tensor | None
     ) -> Tensor:
-        mixer, scaling = self.core.base_model.layers[layer].mixer, self.teacher_scalings[layer]
+        mixer = self.core.base_model.layers[layer].mixer
 
         def compare(*scans: Tensor) -> Tensor:
-            student_map = mixer.attention_map(*scans)
-            return attention_loss(
-                student_map, attention.query, attention.key, mask, scaling, causal=not self.reads_images
-            )
+            return attention_loss(mixer.attention_map(*scans), make_map(), mask)
 
         # Made again in the backward pass, so that one layer's maps exist at a time. A CUDA graph can't read the
         # random state.

@@ -85,8 +85,7 @@ class DistillationTrainingArguments(TrainingArguments):
     layer_map: str = field(
         default="floor",
         metadata={
-            "help": "Teacher layer of each student layer: floor (the paper's), uniform, last, or indices '0,2,5', for "
-            "instance those of `cab_hf.teachers.alignment.layers_by_influence`."
+            "help": "Teacher layer of each student layer: floor (the paper's), uniform, last, or indices '0,2,5'."
         },
     )
     target_map: str = field(

@@ -24,7 +24,7 @@ from cab_hf.models.students import MixerPreTrainedModel
 from cab_hf.teachers.alignment import align_with_student
 from cab_hf.teachers.alignment import layer_map as map_layers
 from cab_hf.teachers.loading import load_image_teacher, load_teacher
-from cab_hf.teachers.teacher import TeacherAttention, borrowed_teacher, check_vocabularies
+from cab_hf.teachers.teacher import borrowed_teacher, check_vocabularies
 
 
 _TRANSITION = ("A_log", "D", "dt_bias", "dt_proj", "x_proj")
@@ -136,9 +136,10 @@ def attention_similarity(
 ) -> AttentionSimilarity:
     """How much the maps that a student's mixers imply are like the teacher's attention maps.
 
-    The student's map of a head is what its scan applies to its input, `C_i prod(A) B_j dt_j`; the teacher's is its
-    softmax. Both are averaged over heads, which may differ in number, and compared by the cosine of all their entries,
-    so that scales do not matter. Both maps are quadratic in length: some hundred tokens will do.
+    The student's map of a head is what its scan applies to its input, `C_i prod(A) B_j dt_j`; the teacher's is the one
+    that it applies, with its window, cap, sinks or bias. Both are averaged over heads, which may differ in number, and
+    compared by the cosine of all their entries, so that scales do not matter. Both maps are quadratic in length: some
+    hundred tokens will do.
 
     Args:
         student: any student; run in eval mode.
@@ -155,11 +156,11 @@ def attention_similarity(
     layers = map_layers(layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     images = isinstance(student, CABVisionMambaPreTrainedModel)
     with borrowed_teacher(teacher) as borrowed:
-        seen = borrowed(inputs, attentions=True)
-        scalings = borrowed.scalings
-    if images:
-        size = inputs["pixel_values"].shape[-2:]
-        seen = align_with_student(seen, teacher.config.patch_size, size, student.config, size, layers)
+        seen = borrowed(inputs, attentions=True, maps=True)
+        if images:
+            size = inputs["pixel_values"].shape[-2:]
+            seen = align_with_student(seen, teacher.config.patch_size, size, student.config, size, layers)
+        applied = {layer: seen.maps[layer]().float().mean(dim=1).cpu() for layer in set(layers)}
     training = student.training
     try:
         own = {name: tensor.to(student.device) for name, tensor in inputs.items()}
@@ -170,7 +171,7 @@ def attention_similarity(
     result = AttentionSimilarity([], layers, [], [])
     for student_map, layer in zip(maps, layers, strict=True):
         implied = student_map.float().mean(dim=1).cpu()  # (b, t, t)
-        attended = _softmax_map(seen.attentions[layer], scalings[layer], causal=not images).mean(dim=1).cpu()
+        attended = applied[layer]  # (b, t, t)
         result.cosine.append(float(F.cosine_similarity(implied.flatten(1), attended.flatten(1)).mean()))
         result.student_maps.append(implied[0])
         result.teacher_maps.append(attended[0])
@@ -325,17 +326,6 @@ def _part(name: str, mixers: set[str]) -> str:
     if "layers" in parts or "norm_f" in parts:
         return "norms and scales"
     return "embeddings"
-
-
-def _softmax_map(attention: TeacherAttention, scaling: float, causal: bool) -> Tensor:
-    """`(b, h, t, t)`, float32."""
-    query, key, _ = attention
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = query.float() @ key.float().transpose(-1, -2) * scaling
-    if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    return scores.softmax(dim=-1)
 
 
 def _text_batch(

@@ -35,7 +35,6 @@ def perplexity(
     model: PreTrainedModel,
     blocks: Blocks,
     batch_size: int = 8,
-    device: str | torch.device | None = None,
     *,
     max_tokens: int | None = None,
     padding_side: str = "right",
@@ -50,7 +49,6 @@ def perplexity(
         blocks: Rows of `pack_documents` or `pad_documents`, or bare token ids. Rows with `seq_idx` or `position_ids`
             hold packed documents, which stay apart.
         batch_size: Rows a forward pass; its logits are held in the model's dtype.
-        device: Where to move the model first; by default it stays where it is.
         max_tokens: Stop after the row with which that many predicted tokens are reached.
         padding_side: Side on which ragged rows are padded.
         progress: Show a progress bar.
@@ -63,7 +61,7 @@ def perplexity(
         ValueError: No token to predict, or packed rows for a model that can't keep documents apart.
     """
     sums, counts = [], []
-    with evaluating(model, device=device):
+    with evaluating(model):
         for batch in batches_of(model, blocks, batch_size, max_tokens, padding_side, progress, "Perplexity"):
             logits = logits_of(model, batch)
             targets = shift_labels(batch["labels"]).to(logits.device)
@@ -81,7 +79,6 @@ def compare(
     teacher: PreTrainedModel,
     blocks: Blocks,
     batch_size: int = 8,
-    device: str | torch.device | None = None,
     *,
     max_tokens: int | None = None,
     padding_side: str = "right",
@@ -95,7 +92,7 @@ def compare(
     Args:
         student: The student.
         teacher: The teacher, a model of the same vocabulary.
-        blocks, batch_size, device, max_tokens, padding_side, progress: As in `perplexity`; both models are moved.
+        blocks, batch_size, max_tokens, padding_side, progress: As in `perplexity`.
 
     Returns:
         `kl`: KL(teacher || student) in nats per predicted token; `agreement`: share of tokens where both models' most
@@ -106,7 +103,7 @@ def compare(
         ValueError: As in `perplexity`, or the vocabularies differ by more than padding.
     """
     totals = []
-    with evaluating(student, teacher, device=device):
+    with evaluating(student, teacher):
         for batch in batches_of(student, blocks, batch_size, max_tokens, padding_side, progress, "Comparing", teacher):
             student_logits = logits_of(student, batch)
             teacher_logits = logits_of(teacher, batch)

@@ -21,7 +21,6 @@ def copying_recall(
     n: int = 32,
     seed: int = 0,
     batch_size: int = 8,
-    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> dict[str, float | int | list[float]]:
     """Share of tokens that a model copies from earlier in its context, which perplexity does not show.
@@ -38,7 +37,6 @@ def copying_recall(
         n: Sequences.
         seed: Picks the tokens.
         batch_size: Sequences a forward pass.
-        device: Where to move the model first; by default it stays where it is.
         progress: Show a progress bar.
 
     Returns:
@@ -46,16 +44,9 @@ def copying_recall(
         sequences speaks for), `n_tokens` counted, `n_sequences`, `gap`, `length`.
 
     Raises:
-        ValueError: `vocabulary` has not enough tokens, `length` is below 2, or `gap` is negative.
+        ValueError: `vocabulary` has not enough tokens.
     """
-    pool = np.arange(vocabulary) if isinstance(vocabulary, int) else np.unique(np.asarray(vocabulary))
-    if length < 2 or gap < 0 or n < 1:
-        raise ValueError(f"length is {length}, gap {gap} and n {n}. They must be at least 2, 0 and 1.")
-    if len(pool) < length + (gap > 0):
-        raise ValueError(
-            f"vocabulary has {len(pool)} tokens, fewer than the {length + (gap > 0)} that length {length} and gap "
-            f"{gap} take. Use a smaller length or more tokens."
-        )
+    pool = _pool(vocabulary, length + (gap > 0))
     generator = np.random.default_rng(seed)
     sequences = []
     for _ in range(n):
@@ -64,7 +55,7 @@ def copying_recall(
         filler = generator.choice(others, gap) if gap else others[:0]
         sequences.append(np.concatenate([copied, filler, copied]))
     asked, answers = slice(-length, -1), slice(1 - length, None)
-    found = _recall(model, sequences, asked, answers, f"Recall over a gap of {gap}", batch_size, device, progress)
+    found = _recall(model, sequences, asked, answers, f"Recall over a gap of {gap}", batch_size, progress)
     return found | {"gap": gap, "length": length}
 
 
@@ -77,7 +68,6 @@ def associative_recall(
     n: int = 32,
     seed: int = 0,
     batch_size: int = 8,
-    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> dict[str, float | int | list[float]]:
     """Share of values that a model finds by their keys, shown earlier in its context.
@@ -94,26 +84,17 @@ def associative_recall(
         n: Sequences.
         seed: Picks the tokens.
         batch_size: Sequences a forward pass.
-        device: Where to move the model first; by default it stays where it is.
         progress: Show a progress bar.
 
     Returns:
         `recall`, its 95 % interval `ci95` as in `Recall`, `n_tokens` counted, `n_sequences`, `gap`, `pairs`.
 
     Raises:
-        ValueError: `vocabulary` has not enough tokens, `pairs` or `n` is below 1, or `gap` is negative.
+        ValueError: `vocabulary` has not enough tokens.
 
     Source: the task of Arora et al. (2023), "Zoology", there with queries at random distances.
     """
-    pool = np.arange(vocabulary) if isinstance(vocabulary, int) else np.unique(np.asarray(vocabulary))
-    if pairs < 1 or gap < 0 or n < 1:
-        raise ValueError(f"pairs is {pairs}, gap {gap} and n {n}. They must be at least 1, 0 and 1.")
-    needed = 2 * pairs + (gap > 0)
-    if len(pool) < needed:
-        raise ValueError(
-            f"vocabulary has {len(pool)} tokens, fewer than the {needed} that {pairs} pairs and gap {gap} take. Use "
-            "fewer pairs or more tokens."
-        )
+    pool = _pool(vocabulary, 2 * pairs + (gap > 0))
     generator = np.random.default_rng(seed)
     sequences = []
     for _ in range(n):
@@ -123,8 +104,15 @@ def associative_recall(
         sequences.append(np.concatenate([shown.ravel(), filler, generator.permutation(shown).ravel()]))
     keys, values = slice(-2 * pairs, None, 2), slice(1 - 2 * pairs, None, 2)
     title = f"Associative recall over a gap of {gap}"
-    found = _recall(model, sequences, keys, values, title, batch_size, device, progress)
+    found = _recall(model, sequences, keys, values, title, batch_size, progress)
     return found | {"gap": gap, "pairs": pairs}
+
+
+def _pool(vocabulary: int | Sequence[int], needed: int) -> np.ndarray:
+    pool = np.arange(vocabulary) if isinstance(vocabulary, int) else np.unique(np.asarray(vocabulary))
+    if len(pool) < needed:
+        raise ValueError(f"vocabulary has {len(pool)} tokens, fewer than the {needed} that a sequence takes.")
+    return pool
 
 
 def _recall(
@@ -134,7 +122,6 @@ def _recall(
     answers: slice,
     title: str,
     batch_size: int,
-    device: str | torch.device | None,
     progress: bool,
 ) -> dict[str, float | int | list[float]]:
     """How often the likeliest token after those at `asked` is the one at `answers`, in sequences of one length."""
@@ -147,7 +134,7 @@ def _recall(
             f"{positions}. Use a smaller gap."
         )
     right = []
-    with evaluating(model, device=device):
+    with evaluating(model):
         for batch in batches_of(model, tokens, batch_size, None, "right", progress, title):
             predicted = logits_of(model, batch)[:, asked].argmax(-1)
             right += (predicted == batch["input_ids"][:, answers].to(predicted.device)).sum(1).tolist()

@@ -3,7 +3,7 @@
 from cab_hf.export.gguf import export_gguf
 from cab_hf.export.loading import read_student
 from cab_hf.export.onnx import export_onnx, to_program
-from cab_hf.export.stock import export_stock, from_stock, to_stock
+from cab_hf.export.stock import export_stock, to_stock
 
 
-__all__ = ["export_gguf", "export_onnx", "export_stock", "from_stock", "read_student", "to_program", "to_stock"]
+__all__ = ["export_gguf", "export_onnx", "export_stock", "read_student", "to_program", "to_stock"]

@@ -1,4 +1,4 @@
-"""Students as models of transformers itself, and pretrained Mambas as students.
+"""Students as models of transformers itself.
 
 A student without MLPs is transformers' Mamba (S6) or Mamba-2 (SSD); one with gated SiLU MLPs and SSD mixers, as a
 Llama-like teacher gives it, is a Bamba. The parameters are the same, only the names differ.
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     BambaConfig,
     BambaForCausalLM,
     Mamba2Config,
@@ -30,13 +29,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from cab_hf.export.loading import load_tokenizer, load_whole, read_config, read_student
+from cab_hf.export.loading import load_tokenizer, read_student
 from cab_hf.files import written_whole
-from cab_hf.models import (
-    CABMambaConfig,
-    CABMambaForCausalLM,
-)
-from cab_hf.models.students import cast
+from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 
 
 logger = logging.get_logger(__name__)
@@ -161,58 +156,6 @@ def to_stock(student: PreTrainedModel, *, compact: bool = False) -> PreTrainedMo
     if student.generation_config is not None:
         stock.generation_config = copy.deepcopy(student.generation_config)
     return stock.eval()
-
-
-def from_stock(model_or_folder: PreTrainedModel | str | Path) -> CABMambaForCausalLM:
-    """A pretrained Mamba, Mamba-2 or Bamba without attention layers as a student with equal logits.
-
-    Args:
-        model_or_folder: the model with its head, or where `AutoModelForCausalLM` finds it.
-
-    Returns:
-        The student, in eval mode, on the model's device, in its dtype but for the transition, which is float32.
-
-    Raises:
-        ValueError: a model that no student can be; the message has every reason.
-    """
-    model = model_or_folder
-    if not isinstance(model, PreTrainedModel):
-        config = read_config(str(model))
-        if config.model_type not in _STOCK_CLASSES:
-            raise ValueError(f"{model} holds {_not_stock(config.model_type)}")
-        model = load_whole(AutoModelForCausalLM, str(model))
-    config = model.config
-    kind = config.model_type
-    if kind not in _STOCK_CLASSES:
-        raise ValueError(f"model is {_not_stock(kind)}")
-    if not isinstance(model, _STOCK_CLASSES[kind][1]):
-        raise ValueError(
-            f"model is a {type(model).__name__} without a language-modelling head; load it with AutoModelForCausalLM."
-        )
-    reasons = []
-    if config.hidden_act != "silu":
-        reasons.append(f"its hidden_act is {config.hidden_act!r}, a student's convolution has 'silu'")
-    layers = config.num_hidden_layers
-    if kind == "bamba":
-        layers -= _silent_layers(model)
-        attention = [index for index in config.attn_layer_indices or () if index < layers]
-        if attention:
-            reasons.append(f"its layers {attention} are attention, a student has mixers only")
-    if reasons:
-        raise ValueError(f"This {type(model).__name__} can't be a student: {'; '.join(reasons)}.")
-
-    fields = {ours: getattr(config, theirs) for ours, theirs in _STOCK_FIELDS[kind].items()}
-    weights = model.state_dict()
-    fields["mixer_type"] = "mamba" if kind == "mamba" else "mamba2"
-    if kind == "bamba":
-        fields |= {"residual_in_fp32": False, "num_hidden_layers": layers}
-        dropped = f"model.layers.{layers}."
-        weights = {_from_bamba(name): weight for name, weight in weights.items() if not name.startswith(dropped)}
-    student = CABMambaForCausalLM(CABMambaConfig(**fields, transition_init="s4d")).to(model.device)
-    student.load_state_dict(weights, strict=True)
-    student.generation_config = copy.deepcopy(model.generation_config)
-    cast(student, model.dtype)
-    return student.eval()
 
 
 def export_stock(folder: str | Path, out: str | Path, *, compact: bool = False) -> PreTrainedModel:
@@ -344,16 +287,6 @@ def _twins(rows: Tensor, groups: int, sign: int) -> Tensor:
     return torch.cat((rows, sign * rows), dim=1).flatten(0, 1)
 
 
-def _silent_layers(model: BambaForCausalLM) -> int:
-    """1 if the last layer is attention that adds nothing, as `to_stock` puts it behind a student's layers, else 0."""
-    config, last = model.config, model.model.layers[-1]
-    if config.num_hidden_layers - 1 not in (config.attn_layer_indices or ()):
-        return 0
-    parts = {**dict(last.self_attn.o_proj.named_parameters(prefix="o_proj"))}
-    parts |= dict(last.feed_forward.down_proj.named_parameters(prefix="down_proj"))
-    return int(not any(part.any() for part in parts.values()))
-
-
 def _to_bamba(name: str) -> str:
     for ours, theirs in _BAMBA_NAMES:
         name = name.replace(ours, theirs)
@@ -361,17 +294,3 @@ def _to_bamba(name: str) -> str:
     if parts[:2] == ["model", "layers"] and parts[3] == "norm":
         parts[3] = "input_layernorm"
     return ".".join(parts)
-
-
-def _from_bamba(name: str) -> str:
-    name = name.replace(".input_layernorm.", ".norm.")
-    for ours, theirs in _BAMBA_NAMES:
-        name = name.replace(theirs, ours)
-    return name
-
-
-def _not_stock(model_type: str) -> str:
-    return (
-        f"a {model_type!r} model; students can be made of {', '.join(sorted(_STOCK_CLASSES))} models by from_stock, "
-        "and of Transformers by cab_hf.transfer.student_from_teacher."
-    )

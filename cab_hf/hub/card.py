@@ -205,10 +205,7 @@ def _template() -> str:
     # Installed, the folder model_cards lies in the package; in a checkout it lies beside it.
     package = Path(__file__).parent.parent
     candidates = [package / "model_cards" / "template.md", package.parent / "model_cards" / "template.md"]
-    for path in candidates:
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    raise FileNotFoundError(f"The card's template is missing: {' or '.join(map(str, candidates))}.")
+    return next(path for path in candidates if path.is_file()).read_text(encoding="utf-8")
 
 
 def short_count(count: int) -> str:

@@ -58,14 +58,10 @@ HEADS = {
     ),
 }
 _QUANTITIES = {
-    "prefill": ("prefill, tokens/s", "reads more slowly than"),
-    "decode": ("decoding, tokens/s", "writes more slowly than"),
-    "images": ("images/s", "is slower than"),
-    "peak_mib": ("peak memory, MiB", "takes more memory than"),
-}
-_RECALL = {
-    "copying": ("Of random tokens in its context", "copies"),
-    "associative": ("Of values in its context, asked for by their keys,", "finds"),
+    "prefill": "prefill, tokens/s",
+    "decode": "decoding, tokens/s",
+    "images": "images/s",
+    "peak_mib": "peak memory, MiB",
 }
 _WHO = ("teacher", "student")
 EXPORTED = "stock"
@@ -141,14 +137,13 @@ def generation_table(generation: Mapping[str, Any]) -> str:
 
 
 def speed_table(speed: Mapping[str, Any]) -> str:
-    """Speed and memory of both models, a row a length or batch size, as `cab_hf.runs.report.evaluate` reports them."""
-    over = speed["over"]
-    header = [over, *(f"{title}: {who}" for title, _ in _QUANTITIES.values() for who in _WHO)]
+    """Speed and memory of both models at each length or batch size, as `cab_hf.runs.report.evaluate` reports them."""
     rows = []
     for row in speed["rows"]:
-        values = [(row[who] or {}).get(name) for name in _QUANTITIES for who in _WHO]
-        rows.append([f"{row[over]:,}", *("" if one is None else f"{one:,.1f}" for one in values)])
-    return _table(header, rows, names=0)
+        for who in _WHO:
+            values = [(row[who] or {}).get(name) for name in _QUANTITIES]
+            rows.append([f"{row[speed['over']]:,}", who, *("" if one is None else f"{one:,.1f}" for one in values)])
+    return _table([speed["over"], "model", *_QUANTITIES.values()], rows, names=2)
 
 
 def crossings(speed: Mapping[str, Any]) -> list[str]:
@@ -162,7 +157,7 @@ def crossings(speed: Mapping[str, Any]) -> list[str]:
         if crossing is not None:
             always = crossing <= min(row[over] for row in rows)
             where = f"is ahead {f'at every {over} that was measured' if always else f'from about {crossing:,.0f} on'}"
-        sentences.append(f"{_QUANTITIES[name][0].partition(',')[0].capitalize()}: the student {where}.")
+        sentences.append(f"{_QUANTITIES[name].partition(',')[0].capitalize()}: the student {where}.")
     return sentences
 
 
@@ -178,26 +173,28 @@ def measured_on(evaluation: Mapping[str, Any]) -> str:
     return ", ".join(fact for fact in facts if fact)
 
 
+def aligned(table: str) -> str:
+    """The same table with cells of one width a column, for the terminal."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if not line.startswith("| ---")]
+    rows = [row + [""] * (len(rows[0]) - len(row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 def limits(head: Head, metrics: Mapping[str, Mapping[str, Any]], evaluation: Mapping[str, Any]) -> list[str]:
-    """What the measurements say against the student, in plain words; empty where nothing was measured.
+    """What the measurements say against the student, in plain words; empty where they say nothing.
 
     Args:
         head: what the student does.
         metrics: name -> report, as in `build_card`.
-        evaluation: `recall`, `generation` and `speed` of it are read, where they are.
+        evaluation: its `recall` is read, where it is.
     """
     sentences = [sentence for item in metrics.items() for sentence in _quality_limits(head, *item)]
-    if "recall" in evaluation:
-        sentences += _recall_limits(evaluation["recall"])
-    if "generation" in evaluation:
-        ours, theirs = (evaluation["generation"][who]["greedy"]["repetition_rate"] for who in reversed(_WHO))
-        if ours > theirs:
-            sentences.append(
-                f"Decoding greedily it repeats itself: {percent(ours)} of its 4-grams occurred before in the same "
-                f"text, {percent(theirs)} of its teacher's."
-            )
-    if "speed" in evaluation:
-        sentences += _speed_limits(evaluation["speed"], evaluation.get("hardware"))
+    recalled = [one for gaps in evaluation.get("recall", {}).values() for one in gaps.values()]
+    if any(one["student"]["ci95"][1] < one["teacher"]["ci95"][0] for one in recalled):
+        sentences.append(
+            "Do not rely on it to repeat or look up what its context says: there it is clearly behind its teacher."
+        )
     return sentences
 
 
@@ -257,53 +254,6 @@ def _quality_limits(head: Head, name: str, report: Mapping[str, Any]) -> list[st
     return [f"Of {count:,} {head.unit} ({name}) it gets {100 * ours:.1f} % right, its teacher {100 * theirs:.1f} %."]
 
 
-def _recall_limits(recall: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    sentences, is_behind = [], False
-    for test, gaps in recall.items():
-        start, verb = _RECALL[test]
-        clauses = []
-        for is_nothing in (False, True):
-            chosen = {gap: one for gap, one in gaps.items() if (one["student"]["recall"] == 0) == is_nothing}
-            if not chosen:
-                continue
-            own = "nothing" if is_nothing else _and([percent(one["student"]["recall"]) for one in chosen.values()])
-            others = [percent(one["teacher"]["recall"]) for one in chosen.values()]
-            clauses.append(
-                f"{own} over {'a gap' if len(chosen) == 1 else 'gaps'} of {_and(list(chosen))} tokens, where its "
-                f"teacher {verb} {_and(others)}"
-            )
-        if clauses:
-            sentences.append(f"{start} it {verb} {', and '.join(clauses)}.")
-        is_behind |= any(one["student"]["ci95"][1] < one["teacher"]["ci95"][0] for one in gaps.values())
-    verdict = "In these tests its recall was not measurably below its teacher's."
-    if is_behind:
-        verdict = (
-            "Do not rely on it to repeat or look up what its context says: there it is clearly behind its teacher."
-        )
-    return [*sentences, verdict]
-
-
-def _speed_limits(speed: Mapping[str, Any], hardware: str | None) -> list[str]:
-    over = speed["over"]
-    sentences = []
-    for name, (title, verb) in _QUANTITIES.items():
-        behind = [
-            (where, ours, theirs)
-            for where, ours, theirs in _both(speed, name)
-            if (ours > theirs if name == "peak_mib" else ours < theirs)
-        ]
-        if not behind:
-            continue
-        where, ours, theirs = ([_number(value) for value in values] for values in zip(*behind))
-        place = f"{'a ' if len(behind) == 1 else ''}{_plural(over, len(behind))} of {_and(where)}"
-        place += " tokens" if over == "length" else ""
-        sentences.append(
-            f"At {place} it {verb} its teacher{f' on {hardware}' if hardware else ''}: {_and(ours)} against "
-            f"{_and(theirs)} ({title})."
-        )
-    return sentences
-
-
 def _both(speed: Mapping[str, Any], name: str) -> list[tuple[int, float, float]]:
     """(length or batch size, student's, teacher's) where both were measured."""
     values = [(row[speed["over"]], *((row[who] or {}).get(name) for who in reversed(_WHO))) for row in speed["rows"]]
@@ -348,17 +298,5 @@ def percent(share: float) -> str:
     return f"{100 * share:.{0 if share == 0 or share >= 0.0995 else 1}f} %"
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _and(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
 def _count_of(count: int, thing: str) -> str:
-    return f"{count} {_plural(thing, count)}"
-
-
-def _plural(thing: str, count: int) -> str:
-    return thing if count == 1 else f"{thing}s"
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"

@@ -60,11 +60,9 @@ def backend_for(
         mamba_ssm_lacks, fla_lacks: what this call needs and that backend has not, in words; empty if nothing.
 
     Raises:
-        ValueError: for an unknown operation or value of the variable, or an explicit wish that this call can't have.
+        ValueError: for an unknown value of the variable, or an explicit wish that this call can't have.
         ImportError: for an explicit wish whose package is missing or broken.
     """
-    if operation not in OPERATIONS:
-        raise ValueError(f"operation={operation!r} is unknown; choose one of {', '.join(OPERATIONS)}.")
     return _choose_backend(operation, device.type, str(dtype).removeprefix("torch."), mamba_ssm_lacks, fla_lacks)
 
 
@@ -122,11 +120,6 @@ def _load_kernels(operation: str, backend: str) -> str:
     return ""
 
 
-def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], legend: str) -> None:
-    if tensor is not None and tuple(tensor.shape) != expected:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected} = {legend}; reshape {name}.")
-
-
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -159,12 +152,9 @@ def causal_conv1d(
         `(b, t, d)` in `x.dtype`.
 
     Raises:
-        ValueError: for shapes that don't fit, another activation, or `initial_states` together with `seq_idx`.
+        ValueError: for `initial_states` together with `seq_idx`.
     """
     (b, t, d), k = x.shape, weight.shape[-1]
-    _check_convolution(weight, bias, activation, d)
-    _check_shape("initial_states", initial_states, (b, d, k), "(b, d, k)")
-    _check_shape("seq_idx", seq_idx, (b, t), "(b, t)")
     if initial_states is not None and seq_idx is not None:
         raise ValueError("causal_conv1d takes initial_states or seq_idx, not both; run the first sequence on its own.")
     runs = None if seq_idx is None else _run_numbers(seq_idx)
@@ -203,14 +193,8 @@ def causal_conv1d_update(
 
     Returns:
         `(b, d)` in `x.dtype`.
-
-    Raises:
-        ValueError: for shapes that don't fit, or another activation.
     """
-    (b, d), k = x.shape, weight.shape[-1]
-    _check_convolution(weight, bias, activation, d)
-    _check_shape("conv_state", conv_state, (b, d, k), "(b, d, k)")
-    lacks = _conv_kernel_lacks(k)
+    lacks = _conv_kernel_lacks(weight.shape[-1])
     if conv_state.dtype != x.dtype:
         lacks = f"conv_state is {conv_state.dtype} and x {x.dtype}, it needs one dtype"
     if backend_for("causal_conv1d", x.device, x.dtype, lacks) == "mamba_ssm":
@@ -221,13 +205,6 @@ def causal_conv1d_update(
     if bias is not None:
         y = y + bias.to(dtype)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
-
-
-def _check_convolution(weight: Tensor, bias: Tensor | None, activation: str | None, d: int) -> None:
-    _check_shape("weight", weight, (d, weight.shape[-1]), "(d, k)")
-    _check_shape("bias", bias, (d,), "(d,)")
-    if activation not in (None, "silu"):
-        raise ValueError(f'activation={activation!r} is unknown; choose None or "silu".')
 
 
 def _conv_kernel_lacks(k: int) -> str:
@@ -298,15 +275,9 @@ def selective_scan(
     Returns:
         The output `(b, t, d)` in `x.dtype` and the state after the last token, `(b, d, n)` in float32.
 
-    Raises:
-        ValueError: for shapes that don't fit.
-
     Source: Mamba's recurrence as in arXiv 2510.19266, with the step sizes of arXiv 2312.00752.
     """
     (b, t, d), n = x.shape, A.shape[-1]
-    _check_s6(A, D, (b, t), d, n, dt, B, C)
-    _check_shape("initial_state", initial_state, (b, d, n), "(b, d, n)")
-    _check_shape("seq_idx", seq_idx, (b, t), "(b, t)")
     lacks = ""
     if initial_state is not None or seq_idx is not None:
         lacks = "its S6 scan takes neither initial_state nor seq_idx"
@@ -343,13 +314,7 @@ def selective_scan_update(
 
     Returns:
         `(b, d)` in `x.dtype`.
-
-    Raises:
-        ValueError: for shapes that don't fit.
     """
-    (b, d), n = x.shape, A.shape[-1]
-    _check_s6(A, D, (b,), d, n, dt, B, C)
-    _check_shape("state", state, (b, d, n), "(b, d, n)")
     dtype = _compute_dtype(x)
     if backend_for("selective_scan", x.device, x.dtype, fla_lacks="it has no S6 scan") == "mamba_ssm":
         return _state_update_kernel(state, x, dt.to(dtype), A.to(dtype), B, C, D)
@@ -357,17 +322,6 @@ def selective_scan_update(
     state.mul_(torch.exp(dt.unsqueeze(-1) * A)).add_((dt * wide).unsqueeze(-1) * B.unsqueeze(1))
     y = (state * C.unsqueeze(1)).sum(-1)
     return (y if D is None else y + wide * D.to(dtype)).to(x.dtype)
-
-
-def _check_s6(
-    A: Tensor, D: Tensor | None, tokens: tuple[int, ...], d: int, n: int, dt: Tensor, B: Tensor, C: Tensor
-) -> None:
-    legend = "b, t" if len(tokens) == 2 else "b"
-    _check_shape("A", A, (d, n), "(d, n)")
-    _check_shape("D", D, (d,), "(d,)")
-    _check_shape("dt", dt, (*tokens, d), f"({legend}, d)")
-    _check_shape("B", B, (*tokens, n), f"({legend}, n)")
-    _check_shape("C", C, (*tokens, n), f"({legend}, n)")
 
 
 class _FinalStateGradient(torch.autograd.Function):
@@ -432,17 +386,9 @@ def ssd_scan(
     Returns:
         The output `(b, t, h, p)` in `x.dtype` and the state after the last token, `(b, h, p, n)` in float32.
 
-    Raises:
-        ValueError: for shapes that don't fit.
-
     Source: Mamba's recurrence as in arXiv 2510.19266, with one decay a head and the chunks of arXiv 2405.21060.
     """
-    (b, t, h, p), (g, n) = x.shape, B.shape[-2:]
-    _check_ssd(A, D, (b, t), h, g, n, dt, B, C)
-    _check_shape("initial_state", initial_state, (b, h, p, n), "(b, h, p, n)")
-    _check_shape("seq_idx", seq_idx, (b, t), "(b, t)")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} must be 1 or more.")
+    (b, t, h, p), n = x.shape, B.shape[-1]
     runs = None if seq_idx is None else _run_numbers(seq_idx)
     lacks = "there are no tokens" if t == 0 else ""
     fla_lacks = "its scan takes no seq_idx" if lacks == "" and runs is not None else lacks
@@ -478,13 +424,8 @@ def ssd_scan_update(
 
     Returns:
         `(b, h, p)` in `x.dtype`.
-
-    Raises:
-        ValueError: for shapes that don't fit.
     """
     (b, h, p), (g, n) = x.shape, B.shape[-2:]
-    _check_ssd(A, D, (b,), h, g, n, dt, B, C)
-    _check_shape("state", state, (b, h, p, n), "(b, h, p, n)")
     dtype = _compute_dtype(x)
     if backend_for("ssd_scan", x.device, x.dtype) == "mamba_ssm":
         # strides of 0 tell the kernel that a head's channels and states share one decay
@@ -495,19 +436,6 @@ def ssd_scan_update(
     state.mul_(torch.exp(dt * A).unsqueeze(-1)).add_((dt * wide).unsqueeze(-1) * B)
     y = (state * C).sum(-1)
     return (y if D is None else y + wide * D.to(dtype).unsqueeze(-1)).to(x.dtype)
-
-
-def _check_ssd(
-    A: Tensor, D: Tensor | None, tokens: tuple[int, ...], h: int, g: int, n: int, dt: Tensor, B: Tensor, C: Tensor
-) -> None:
-    legend = "b, t" if len(tokens) == 2 else "b"
-    _check_shape("A", A, (h,), "(h,)")
-    _check_shape("D", D, (h,), "(h,)")
-    _check_shape("dt", dt, (*tokens, h), f"({legend}, h)")
-    _check_shape("B", B, (*tokens, g, n), f"({legend}, g, n)")
-    _check_shape("C", C, (*tokens, g, n), f"({legend}, g, n)")
-    if h % g:
-        raise ValueError(f"x has {h} heads and B {g} groups; the number of groups must divide {h}.")
 
 
 @torch.compiler.disable

@@ -33,6 +33,7 @@ from cab_hf.evaluation.recall import associative_recall, copying_recall
 from cab_hf.evaluation.speed import image_speed, text_speed
 from cab_hf.export.loading import load_image_processor, load_tokenizer, read_student
 from cab_hf.files import write_whole
+from cab_hf.hub import card_sections as sections
 from cab_hf.hub.sources import dataset_facts, public_name
 from cab_hf.inference import place_and_dtype
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
@@ -52,8 +53,6 @@ GAPS = (16, 64, 256)
 LONGEST = 2**20
 BATCH_SIZES = (1, 4, 16)
 PROMPT_TOKENS = 32
-_WHO = ("teacher", "student")
-_UNITS = {"prefill": "prefill tokens/s", "decode": "decode tokens/s", "peak_mib": "peak MiB", "images": "images/s"}
 
 
 def evaluate(
@@ -96,9 +95,9 @@ def evaluate(
         repeats: timed runs of each speed.
 
     Returns:
-        What is in `evaluation.json`. Of a language student `texts` (name -> `compare`), `generation`, `recall` and
-        `speed`; of an image student `images` (name -> `compare_images`) and `speed`. A text or set also has its
-        `split` and, from the Hub, its `dataset`, where these are known.
+        What is in `evaluation.json`. A language student has `texts` (name -> `compare`), `generation`, `recall` and
+        `speed`. An image student has `images` (name -> `compare_images`) and `speed`. Each text or set of images also
+        names its `split` and, if it is on the Hub, its `dataset`, where these are known.
 
     Raises:
         ValueError: a folder without a student, a teacher of other tokens or labels, an option that can't be.
@@ -167,64 +166,16 @@ def evaluate(
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """The report of `evaluate` as a short table, for the terminal."""
-    lines = []
-    for name, one in report.get("texts", {}).items():
-        low, high = one["student_perplexity_ci95"]
-        lines += [
-            f"{name} ({one['n_tokens']:,} tokens)",
-            f"  perplexity: teacher {one['teacher_perplexity']:.2f}, student {one['student_perplexity']:.2f} "
-            f"({low:.2f} to {high:.2f})",
-            f"  KL to teacher {one['kl']:.3f} ({one['kl_ci95'][0]:.3f} to {one['kl_ci95'][1]:.3f}), top-1 agreement "
-            f"{one['agreement']:.3f} ({one['agreement_ci95'][0]:.3f} to {one['agreement_ci95'][1]:.3f})",
-        ]
-    for name, one in report.get("images", {}).items():
-        lines.append(f"{name} ({one['n_images']:,} images)")
-        for who in ("teacher", "student"):
-            if f"{who}_top1" in one:
-                low, high = one[f"{who}_top1_ci95"]
-                lines.append(f"  top-1 of the {who}: {one[f'{who}_top1']:.3f} ({low:.3f} to {high:.3f})")
-        if "kl" in one:
-            lines.append(f"  KL to teacher {one['kl']:.3f}, agreement {one['agreement']:.3f}")
-    if "generation" in report:
-        lines += ["", f"  {'generation':<22}{'repetition':>11}{'distinct-1':>11}{'-2':>7}{'-3':>7}"]
-        for way in ("greedy", "sampled"):
-            for who in ("teacher", "student"):
-                one = report["generation"][who][way]
-                numbers = "".join(
-                    f"{one[f'distinct_{size}']:>{width}.3f}" for size, width in ((1, 11), (2, 7), (3, 7))
-                )
-                lines.append(f"  {f'{who}, {way}':<22}{one['repetition_rate']:>11.3f}{numbers}")
-    if "recall" in report:
-        lines += ["", f"  {'recall':<14}{'gap':>6}{'teacher':>9}{'student':>9}{'95 % interval':>18}"]
-        for test, gaps in report["recall"].items():
-            for gap, one in gaps.items():
-                low, high = one["student"]["ci95"]
-                shares = f"{one['teacher']['recall']:>9.3f}{one['student']['recall']:>9.3f}"
-                lines.append(f"  {test:<14}{gap:>6}{shares}{f'{low:.3f} to {high:.3f}':>18}")
-    if "speed" in report:
-        lines += ["", *_speed_lines(report["speed"])]
-    return "\n".join([*lines, "", f"  {report['dtype']} on {report['hardware']}"])
-
-
-def _speed_lines(speed: Mapping[str, Any]) -> list[str]:
-    over = speed["over"]
-    names = [name for name in _UNITS if any(name in (row[who] or {}) for row in speed["rows"] for who in _WHO)]
-    lines = [f"  {over:<12}" + "".join(f"{f'{_UNITS[name]}':>26}" for name in names)]
-    lines.append(f"  {'':<12}" + f"{'teacher':>15}{'student':>11}" * len(names))
-    for row in speed["rows"]:
-        line = f"  {row[over]:<12}"
-        for name in names:
-            for who, width in (("teacher", 15), ("student", 11)):
-                value = (row[who] or {}).get(name)
-                line += f"{'-' if value is None else f'{value:,.1f}':>{width}}"
-        lines.append(line)
-    for name, crossing in speed["crossing"].items():
-        where = "not reached" if crossing is None else f"from about {crossing:,.0f} tokens on"
-        if crossing == speed["rows"][0][over]:
-            where = "at every length"
-        lines.append(f"  student ahead in {_UNITS[name]}: {where}")
-    return lines
+    """The report of `evaluate` as the tables of its card, for the terminal."""
+    head = next(head for head in sections.HEADS.values() if head.task == report["task"])
+    tables = [sections.result_table(head, report.get("texts") or report["images"])]
+    tables += [sections.generation_table(report["generation"])] if "generation" in report else []
+    tables += [sections.recall_table(report["recall"])] if "recall" in report else []
+    tables += [sections.speed_table(report["speed"])] if "speed" in report else []
+    parts = list(map(sections.aligned, tables))
+    lines = sections.crossings(report["speed"]) if "speed" in report else []
+    parts.append("\n".join(f"  {line}" for line in [*lines, f"{report['dtype']} on {report['hardware']}"]))
+    return "\n\n".join(parts)
 
 
 def _check_options(

@@ -4,7 +4,7 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -39,13 +39,10 @@ def layer_map(
         `S` layer indices in `[0, T)`.
 
     Raises:
-        ValueError: an unknown rule, a depth below 1, or a sequence of another length or out of range.
+        ValueError: an unknown rule, or a sequence of another length or out of range.
 
     Source: arXiv 2510.19266, section "Method" (`floor`); the other rules are not the paper's.
     """
-    for name, depth in (("student_layers", student_layers), ("teacher_layers", teacher_layers)):
-        if depth < 1:
-            raise ValueError(f"{name} is {depth}, but a model has at least 1 layer.")
     if not isinstance(kind, str):
         return _checked(kind, student_layers, teacher_layers)
 
@@ -68,61 +65,6 @@ def layer_map(
     )
 
 
-def layer_influence(hidden_states: Sequence[Tensor], mask: Tensor | None = None) -> list[float]:
-    """How much each layer turns its tokens: `1 - cos(h_in, h_out)`, the mean over real tokens.
-
-    Args:
-        hidden_states, mask: as for `layers_by_influence`.
-
-    Raises:
-        ValueError: no layer, or no real token.
-
-    Source: block influence, arXiv 2403.03853, equation 1.
-    """
-    if len(hidden_states) < 2:
-        raise ValueError(f"hidden_states holds {len(hidden_states)} states: give the embeddings and a layer's output.")
-    real = torch.ones_like(hidden_states[0][..., 0], dtype=torch.bool) if mask is None else mask != 0
-    if not real.any():
-        raise ValueError("mask leaves no real token. Give at least one row with text.")
-    return [
-        1 - F.cosine_similarity(before[real].double(), after[real].double(), dim=-1).mean().item()
-        for before, after in zip(hidden_states, hidden_states[1:])
-    ]
-
-
-def layers_by_influence(hidden_states: Sequence[Tensor], student_layers: int, mask: Tensor | None = None) -> list[int]:
-    """A layer map by similarity of representations: teacher layers that change the tokens most come first.
-
-    A layer's influence is `layer_influence`. A student with fewer layers learns from the most influential ones, in the
-    teacher's order; in one with more, every teacher layer teaches once, and each further student layer goes to the
-    layer with most influence per student layer so far.
-
-    Args:
-        hidden_states: `(b, t, d)` each: a teacher's embeddings, then every layer's output, as
-            `model(**batch, output_hidden_states=True).hidden_states` gives them. The last one is behind the final norm
-            in most models, which then counts to the last layer.
-        student_layers: at least 1.
-        mask: `(b, t)`, non-zero at real tokens; None if all are real.
-
-    Returns:
-        One teacher layer for each student layer, never decreasing: a `layer_map`.
-
-    Raises:
-        ValueError: no layer, no real token, or a depth below 1.
-
-    Source: arXiv 2403.03853, which drops the layers of least influence; the rule for deeper students is our own.
-    """
-    if student_layers < 1:
-        raise ValueError(f"student_layers is {student_layers}, but a model has at least 1 layer.")
-    influence = layer_influence(hidden_states, mask)
-    teacher_layers = len(influence)
-    shares = [int(student_layers >= teacher_layers)] * teacher_layers
-    for _ in range(student_layers - sum(shares)):
-        # A teacher layer that has no student layer goes before all that have one.
-        shares[max(range(teacher_layers), key=lambda i: (shares[i] == 0, influence[i] / max(shares[i], 1)))] += 1
-    return [layer for layer, share in enumerate(shares) for _ in range(share)]
-
-
 def _checked(layers: Sequence[int], student_layers: int, teacher_layers: int) -> list[int]:
     layers = list(layers)
     if len(layers) != student_layers:
@@ -131,11 +73,6 @@ def _checked(layers: Sequence[int], student_layers: int, teacher_layers: int) ->
             "list exactly one for each student layer."
         )
     for student_layer, teacher_layer in enumerate(layers):
-        if not isinstance(teacher_layer, int) or isinstance(teacher_layer, bool):
-            raise ValueError(
-                f"the layer map gives student layer {student_layer} the teacher layer {teacher_layer!r}: "
-                "layers are whole numbers."
-            )
         if not 0 <= teacher_layer < teacher_layers:
             raise ValueError(
                 f"the layer map gives student layer {student_layer} the teacher layer {teacher_layer}, but the "
@@ -262,7 +199,7 @@ def align_targets(
         layers: the teacher's layers that are read; the others' attention is left as it is.
 
     Returns:
-        The same, with aligned `attentions` and `hidden_states`.
+        The same, with aligned `attentions`, `hidden_states` and `maps`.
     """
     if source == target:
         return targets
@@ -274,7 +211,26 @@ def align_targets(
         )
     if hidden_states is not None:
         hidden_states = tuple(align_tokens(states, 1, source, target) for states in hidden_states)
-    return replace(targets, attentions=attentions, hidden_states=hidden_states)
+    maps = targets.maps
+    if maps is not None:
+        maps = tuple(functools.partial(_align_map, make, source, target) for make in maps)
+    return replace(targets, attentions=attentions, hidden_states=hidden_states, maps=maps)
+
+
+def _align_map(make: Callable[[], Tensor], source: TokenLayout, target: TokenLayout) -> Tensor:
+    """A map `(b, h, t, t)` at the student's places; what went to tokens that the student lacks goes to the others."""
+    if source.grid != target.grid:
+        raise ValueError(
+            f"Attention maps are compared patch by patch, but the teacher's images have {source.grid} patches and the "
+            f"student's {target.grid}. Use equal grids, or set `attention_weight=0.0`."
+        )
+    whole = make()
+    kept, places = _indices(source, target, whole.device)
+    kept = kept[places]
+    part = whole.index_select(2, kept).index_select(3, kept)
+    if source.num_tokens == target.num_tokens:
+        return part
+    return part / part.sum(dim=-1, keepdim=True)
 
 
 def align_with_student(
@@ -311,14 +267,6 @@ def _align_attention(attention: TeacherAttention, source: TokenLayout, target: T
     )
 
 
-def reverse_tokens(x: Tensor, token_dim: int) -> Tensor:
-    """Tokens in the order in which a backward scan reads them.
-
-    Source: arXiv 2510.19266, section "Method" (the backward branch learns from reversed queries and keys).
-    """
-    return x.flip(token_dim)
-
-
 def _resize(patches: Tensor, token_dim: int, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
     moved = patches.movedim(token_dim, -1)  # (..., p, t)
     planes = moved.reshape(-1, 1, *source).float()
@@ -336,17 +284,6 @@ def _indices(source: TokenLayout, target: TokenLayout, device: torch.device) -> 
     order = target.order
     places = sorted(range(target.num_tokens), key=order.__getitem__)
     return torch.tensor(kept, device=device), torch.tensor(places, device=device)
-
-
-__all__ = [
-    "TokenLayout",
-    "align_targets",
-    "align_tokens",
-    "layer_map",
-    "reverse_tokens",
-    "student_layout",
-    "teacher_layout",
-]
 
 
 def parse_layer_map(text: str) -> str | list[int]:

@@ -5,15 +5,19 @@ in layer order. Here it returns the tensors that went into the attention instead
 of size tokens x tokens is kept and no modelling file is edited.
 """
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 
 _PREFIX = "cab_"
+_asked_maps: list[Callable[[], Tensor]] | None = None  # where those go that `asked_maps` asks for
 _BASES: dict[str, str] = {}  # name of a recording attention implementation -> the one that it records
 
 
@@ -71,6 +75,38 @@ def _own_eager_function(module: nn.Module) -> Callable:
     )
 
 
+@contextmanager
+def asked_maps() -> Iterator[list[Callable[[], Tensor]]]:
+    """Collects, for each attention that is called inside the block, a function that makes its map `(b, h, t, t)`."""
+    global _asked_maps
+    before, _asked_maps = _asked_maps, []
+    try:
+        yield _asked_maps
+    finally:
+        _asked_maps = before
+
+
+def _answer_map(attention: Callable, value: Tensor, whole: bool) -> Tensor:
+    """The map that an attention applies: what it makes of unit vectors in its values' place.
+
+    So whatever it does to its scores is in it: windows, softcaps, sinks, biases, padding.
+
+    Args:
+        attention: takes values, and knows all else.
+        value: `(b, h_kv, t, p)`, as it got them.
+        whole: it takes values of any width; otherwise the map is made `p` columns at a time.
+    """
+    tokens, width = value.shape[2:]
+    width = tokens if whole else width
+    columns = []
+    for start in range(0, tokens, width):
+        units = torch.eye(tokens, width, dtype=value.dtype, device=value.device).roll(start, dims=0)
+        units[:start] = 0  # the last columns are cut off below
+        answer = attention(value=units.expand(*value.shape[:2], tokens, width))[0]  # (b, t, h, width)
+        columns.append(answer[..., : tokens - start])
+    return torch.cat(columns, dim=-1).transpose(1, 2)
+
+
 def _recording_attention(base: str) -> Callable:
     """An attention function that computes what `base` does and returns an `AttentionCall` beside it."""
 
@@ -87,6 +123,9 @@ def _recording_attention(base: str) -> Callable:
                 # The flash path picks its kernel by the name that the config holds, which is ours at this moment.
                 owner = _View(module, config=_View(module.config, _attn_implementation=base))
         output = function(owner, query, key, value, attention_mask, **kwargs)[0]
+        if _asked_maps is not None:
+            rest = functools.partial(function, owner, query, key, attention_mask=attention_mask, **kwargs)
+            _asked_maps.append(functools.partial(_answer_map, rest, value, whole=base in ("eager", "sdpa")))
         return output, AttentionCall(TeacherAttention(query, key, output), kwargs.get("scaling"))
 
     return attention

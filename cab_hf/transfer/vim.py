@@ -179,11 +179,7 @@ def _config(
     num_labels: int | None,
     overrides: Mapping[str, Any],
 ) -> CABVisionMambaConfig:
-    width, channels, patch, patch_width = state_dict["patch_embed.proj.weight"].shape
-    if patch != patch_width:
-        raise ValueError(
-            f"patch_embed.proj.weight has patches of {patch} x {patch_width}, but a student's are square."
-        )
+    width, channels, patch, _ = state_dict["patch_embed.proj.weight"].shape
     mixer_width, state_size = state_dict["layers.0.mixer.A_log"].shape
     fields = {
         "hidden_size": width,

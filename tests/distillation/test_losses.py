@@ -141,66 +141,54 @@ def test_squared_error_names_sizes_that_differ():
         output_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 2, 3))
     with pytest.raises(ValueError, match=r"student is \(2, 3, 4\) and teacher is \(2, 1, 4\)"):
         hidden_loss(torch.zeros(2, 3, 4), torch.zeros(2, 1, 4))
-    with pytest.raises(ValueError, match=r"mask is \(2, 4\), but student covers \(2, 3\)"):
-        hidden_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.ones(2, 4))
 
 
-def naive_attention_loss(student_map, query, key, mask, scaling, causal):
-    batch, heads, tokens, _ = query.shape
+def naive_attention_loss(student_map, teacher_map, mask):
+    batch, heads, tokens, _ = student_map.shape
     total = torch.zeros((), dtype=torch.float64)
     for b in range(batch):
+        real = [i for i in range(tokens) if mask[b, i]]
         for h in range(heads):
-            for i in range(tokens):
-                if not mask[b, i]:
-                    continue
-                seen = [j for j in range(tokens) if mask[b, j] and (j <= i or not causal)]
-                scores = torch.stack([query[b, h, i] @ key[b, h * key.shape[1] // heads, j] * scaling for j in seen])
-                total = total + ((student_map[b, h, i, seen] - scores.softmax(0)) ** 2).sum() / heads
+            for i in real:
+                total = total + ((student_map[b, h, i, real] - teacher_map[b, h, i, real]) ** 2).sum() / heads
     return total
 
 
 def make_maps_problem(dtype=torch.float64):
     torch.manual_seed(0)
     student_map = torch.rand(2, 4, 5, 5, dtype=dtype, requires_grad=True)
-    query, key = torch.randn(2, 4, 5, 3, dtype=dtype), torch.randn(2, 2, 5, 3, dtype=dtype)
-    return student_map, query, key, torch.tensor([[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]])
+    teacher_map = torch.randn(2, 4, 5, 5, dtype=dtype).softmax(-1)
+    return student_map, teacher_map, torch.tensor([[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]])
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_attention_loss_equals_naive(causal):
-    student_map, query, key, mask = make_maps_problem()
+def test_attention_loss_equals_naive():
+    student_map, teacher_map, mask = make_maps_problem()
     for given_mask, full_mask in ((mask, mask), (None, torch.ones_like(mask))):
-        ours = attention_loss(student_map, query, key, given_mask, 0.7, causal)
-        truth = naive_attention_loss(student_map, query, key, full_mask, 0.7, causal)
+        ours = attention_loss(student_map, teacher_map, given_mask)
+        truth = naive_attention_loss(student_map, teacher_map, full_mask)
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=0)
         torch.testing.assert_close(gradients(ours, [student_map]), gradients(truth, [student_map]))
-    assert torch.autograd.gradcheck(lambda x: attention_loss(x, query, key, mask, causal=causal), [student_map])
+    assert torch.autograd.gradcheck(lambda x: attention_loss(x, teacher_map, mask), [student_map])
 
 
 def test_attention_loss_is_zero_at_the_teachers_map_and_blind_to_padding():
-    student_map, query, key, mask = make_maps_problem(torch.float32)
-    scores = query @ key.repeat_interleave(2, dim=1).transpose(-1, -2) / 3**0.5
-    allowed = torch.ones(5, 5).tril().bool() & mask.bool()[:, None, None]
-    teacher_map = scores.masked_fill(~allowed, -math.inf).softmax(-1)  # NaN in padding rows that see nothing
-    assert attention_loss(teacher_map, query, key, mask) < 1e-12
-    clean = attention_loss(student_map, query, key, mask)
-    padding = mask[:, None, :, None] == 0
-    spoilt_map = student_map.detach().masked_fill(padding | padding.transpose(-1, -2), math.nan).requires_grad_()
-    spoilt = attention_loss(spoilt_map, query.masked_fill(padding, math.nan), key.masked_fill(padding, math.inf), mask)
+    student_map, teacher_map, mask = make_maps_problem(torch.float32)
+    padding = (mask[:, None, :, None] == 0) | (mask[:, None, None, :] == 0)
+    spoilt_teacher = teacher_map.masked_fill(padding, math.nan)  # rows that see nothing may hold anything
+    assert attention_loss(teacher_map, spoilt_teacher, mask) < 1e-12
+    clean = attention_loss(student_map, teacher_map, mask)
+    spoilt_map = student_map.detach().masked_fill(padding, math.nan).requires_grad_()
+    spoilt = attention_loss(spoilt_map, spoilt_teacher, mask)
     assert spoilt.item() == clean.item()
     assert torch.equal(gradients(spoilt, [spoilt_map])[0], gradients(clean, [student_map])[0])
-    nothing = attention_loss(spoilt_map, query, key, torch.zeros_like(mask))
+    nothing = attention_loss(spoilt_map, spoilt_teacher, torch.zeros_like(mask))
     assert nothing.item() == 0 and gradients(nothing, [spoilt_map])[0].abs().max() == 0
 
 
 def test_attention_loss_names_sizes_that_differ():
-    student_map, query, key, _ = make_maps_problem()
+    student_map, teacher_map, _ = make_maps_problem()
     with pytest.raises(ValueError, match=r"student_map is \(2, 2, 5, 5\).*as many heads"):
-        attention_loss(student_map[:, :2], query, key)
-    with pytest.raises(ValueError, match=r"teacher_key is \(2, 3, 5, 3\)"):
-        attention_loss(student_map, query, torch.zeros(2, 3, 5, 3))
-    with pytest.raises(ValueError, match=r"mask is \(2, 4\)"):
-        attention_loss(student_map, query, key, torch.ones(2, 4))
+        attention_loss(student_map[:, :2], teacher_map)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6), (2, 3, 5, 2)])
@@ -231,10 +219,6 @@ def test_target_map_of_nothing_and_other_layouts():
     assert target_map(x.bfloat16(), "softmax", "query").dtype == torch.bfloat16
     with pytest.raises(ValueError, match="'tanh' is unknown.*'softmax'"):
         target_map(x, "tanh", "key")
-    with pytest.raises(ValueError, match="role is 'B'"):
-        target_map(x, "relu", "B")
-    with pytest.raises(ValueError, match=r"mask is \(2, 5\).*3 tokens in dimension 2"):
-        target_map(x, "relu", "key", mask)
 
 
 @pytest.mark.parametrize(
@@ -256,15 +240,7 @@ def test_loss_weight(arguments, expected):
     assert loss_weight(2.0, **arguments) == pytest.approx(expected)
 
 
-def test_loss_weight_never_rises_and_names_errors():
+def test_loss_weight_never_rises():
     for decay in ("linear", "cosine"):
         values = [loss_weight(1.0, i / 100, 0.7, decay) for i in range(101)]
         assert values == sorted(values, reverse=True) and values[0] == 1.0 and values[70:] == [0.0] * 31
-    for arguments, message in (
-        ({"progress": 0.1, "decay": "exp"}, "decay is 'exp'"),
-        ({"progress": -0.1}, "progress is -0.1"),
-        ({"progress": 0.1, "end": 0.0}, "end is 0.0"),
-        ({"progress": 0.1, "end": 1.5}, "end is 1.5"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            loss_weight(1.0, **arguments)

@@ -30,6 +30,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from cab_hf import CABMambaForCausalLM, CABMambaForSequenceClassification, Teacher
 from cab_hf.data.packing import LanguageCollator
 from cab_hf.distillation.training_args import LOSSES
+from cab_hf.teachers import TeacherAttention
 
 
 LAYER_MAP = (0, 2)
@@ -324,10 +325,17 @@ def test_padding_may_hold_nan(tmp_path, monkeypatch):
         for tensor in (outputs.last_hidden_state, outputs.logits, *(outputs.hidden_states or ())):
             if tensor is not None:
                 tensor[padding] = math.nan
-        for attention in outputs.attentions or ():
-            attention.output[padding] = math.nan
-            attention.query.transpose(1, 2)[padding] = math.nan
-            attention.key.transpose(1, 2)[padding] = math.nan
+        hidden = padding[:, None, :, None]
+        outputs.attentions = tuple(
+            TeacherAttention(
+                attention.query.masked_fill(hidden, math.nan),
+                attention.key.masked_fill(hidden, math.nan),
+                attention.output.masked_fill(padding[..., None, None], math.nan),
+            )
+            for attention in outputs.attentions
+        )
+        unseen = hidden | padding[:, None, None, :]
+        outputs.maps = tuple(lambda make=make: make().masked_fill(unseen, math.nan) for make in outputs.maps)
         return outputs
 
     monkeypatch.setattr(Teacher, "__call__", poisoned)

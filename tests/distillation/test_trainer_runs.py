@@ -395,7 +395,6 @@ def test_errors_of_the_arguments_teach(tmp_path, options, said):
         ({"layer_map": "0,1,2"}, ["3", "2", "layers"]),
         ({"layer_map": "0,9"}, ["9", "4 layers"]),
         ({"layer_map": ""}, ["''", "floor"]),
-        ({"attention_weight": 1.0, "remove_rotary": True}, ["attention_weight", "1.0", "remove_rotary=False", "0.0"]),
         ({"trainable": "nothing"}, ["trainable='nothing'", "backbone.embeddings.weight"]),
         ({"output_weight": 1.0, "student": lambda: tiny_student(expand=2)}, ["output_weight", "64", "32"]),
         ({"hidden_weight": 1.0, "student": lambda: tiny_student(hidden_size=16)}, ["hidden_weight", "16", "32"]),

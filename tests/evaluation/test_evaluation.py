@@ -252,8 +252,6 @@ class TestCopyingRecall:
     def test_errors(self):
         with pytest.raises(ValueError, match="9 tokens, fewer than the 11"):
             copying_recall(Copier(), 9, 1, length=10, progress=False)
-        with pytest.raises(ValueError, match="length is 1"):
-            copying_recall(Copier(), 9, 1, length=1, progress=False)
 
 
 class TestIntervals:

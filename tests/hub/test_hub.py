@@ -265,11 +265,9 @@ class TestMeasured:
         assert "| sampled | student | 0.250 | 0.500 | 0.750 | 0.875 | 641 |" in generation
         speed = section(card, "Speed")
         assert "Measured on an old CPU, float32, 2 threads, batch size 1, 3 timed runs each." in speed
-        assert (
-            "| length | prefill, tokens/s: teacher | prefill, tokens/s: student |" in speed and "images" not in speed
-        )
-        assert "| 2,048 | 700.0 | 1,400.0 | 10.0 | 40.0 |  | 700.0 |" in speed
-        assert "| 4,096 |  | 1,400.0 |  |  |  | 750.0 |" in speed
+        assert "| length | model | prefill, tokens/s | decoding, tokens/s | peak memory, MiB |" in speed
+        assert "| 2,048 | teacher | 700.0 | 10.0 |  |\n| 2,048 | student | 1,400.0 | 40.0 | 700.0 |" in speed
+        assert "| 4,096 | teacher |  |  |  |\n| 4,096 | student | 1,400.0 |  | 750.0 |" in speed
         assert "- Prefill: the student is ahead from about 678 on." in speed
         assert "- Decoding: the student is ahead at every length that was measured." in speed
         assert "- Peak memory: the student is not ahead at the greatest length that was measured." in speed
@@ -280,32 +278,18 @@ class TestMeasured:
         rest = {name: value for name, value in EVALUATION.items() if name != left_out}
         whole, card = self.card(folder, EVALUATION), self.card(folder, rest)
         assert section(whole, left_out.capitalize()) and not section(card, left_out.capitalize())
-        assert 0 < len(section(card, "Limits").splitlines()) < len(section(whole, "Limits").splitlines())
 
     def test_limits_of_a_student_that_does_not_copy(self, folder):
         lines = section(self.card(folder, EVALUATION, {"verse": REPORT}), "Limits").splitlines()[2:]
         assert lines == [
             "- verse: its perplexity is 1.18 times its teacher's, and its likeliest token is the teacher's at 71 % of "
             "the places.",
-            "- Of random tokens in its context it copies 4.3 % over a gap of 16 tokens, where its teacher copies 88 "
-            "%, and nothing over gaps of 64 and 256 tokens, where its teacher copies 66 % and 57 %.",
-            "- Of values in its context, asked for by their keys, it finds nothing over a gap of 16 tokens, where its "
-            "teacher finds 100 %.",
             "- Do not rely on it to repeat or look up what its context says: there it is clearly behind its teacher.",
-            "- Decoding greedily it repeats itself: 62 % of its 4-grams occurred before in the same text, 25 % of its "
-            "teacher's.",
-            "- At a length of 128 tokens it reads more slowly than its teacher on an old CPU: 400 against 900 "
-            "(prefill, tokens/s).",
-            "- At a length of 128 tokens it takes more memory than its teacher on an old CPU: 650 against 600 (peak "
-            "memory, MiB).",
         ]
 
     def test_limits_of_a_student_that_copies(self, folder):
         gaps = {gap: {"teacher": RECALL, "student": RECALL | {"recall": 0.86}} for gap in ("16", "64", "256")}
-        limits = section(self.card(folder, {"recall": {"copying": gaps}}), "Limits")
-        assert "it copies 86 %, 86 % and 86 % over gaps of 16, 64 and 256 tokens" in limits
-        assert "not measurably below its teacher's" in limits and "Do not rely" not in limits
-        assert "nothing" not in limits and "perplexity" not in limits
+        assert not section(self.card(folder, {"recall": {"copying": gaps}}), "Limits")
 
     def test_a_student_that_is_ahead_has_no_limits(self, folder):
         ahead = {
@@ -318,12 +302,6 @@ class TestMeasured:
         assert not section(card, "Limits") and "Decoding" not in str(card)
         assert "Measured on 1 timed run each." in section(card, "Speed")
 
-    def test_shares_next_to_nothing(self, folder):
-        little = {"teacher": RECALL, "student": RECALL | {"recall": 0.0002}}
-        assert "copies under 0.1 % over" in section(
-            self.card(folder, {"recall": {"copying": {"4": little}}}), "Limits"
-        )
-
     def test_an_image_student(self, tmp_path):
         tiny_vision_model().save_pretrained(tmp_path)
         rows = [
@@ -335,10 +313,9 @@ class TestMeasured:
         card = self.card(tmp_path, evaluation, {"leaves": report})
         assert "| leaves | soft KD | 0.500 (0.700 to 0.800) | 0.250 | 0.800 | 400 |" in section(card, "Results")
         assert "other methods had the same start" in section(card, "Results")
-        assert "| 16 | 90.0 | 120.0 |" in section(card, "Speed")
+        assert "| 16 | teacher | 90.0 |\n| 16 | student | 120.0 |" in section(card, "Speed")
         assert section(card, "Limits").splitlines()[2:] == [
             "- Of 400 images (leaves) it gets 75.0 % right, its teacher 87.5 %.",
-            "- At batch sizes of 1 and 4 it is slower than its teacher: 30 and 60 against 90 and 90 (images/s).",
         ]
         (result,) = card.data.eval_results
         assert result.dataset_split == "test" and result.metric_args["n_images"] == 400

@@ -20,7 +20,6 @@ from cab_hf import models
 from cab_hf.data.images import make_image_processor
 from cab_hf.hub.card import build_card, write_card
 from cab_hf.hub.publish import shareable, student_files
-from cab_hf.recipes import fail_in_one_line
 from cab_hf.teachers.demo import random_llama
 
 
@@ -341,9 +340,7 @@ class TestFaults:
         set_bias(copy, 2.0)
         hub.faults.append(Fault("PUT .*", "cut", times=1000))
         error = worker.fails(worker.publish(copy, "org/broken"))
-        assert (
-            "ConnectionError: Publishing org/broken broke off: no connection to" in error and "run it again" in error
-        )
+        assert error.startswith("ConnectionError: No connection to") and "run it again" in error
         assert repository.titles == ["initial commit"]
         hub.faults.clear()
         worker.run(worker.publish(copy, "org/broken"))
@@ -361,7 +358,7 @@ class TestFaults:
     def test_a_hub_that_fails(self, hub, worker, copy):
         hub.faults.append(Fault("POST .*/commit/main", 500, times=3))
         error = worker.fails(worker.publish(copy, "org/fails"))
-        assert "ConnectionError: Nothing was published to org/fails: the Hub fails (500: as the test" in error
+        assert "500 Internal Server Error" in error and "as the test" in error
         assert hub.repositories["org/fails"].titles == ["initial commit"]
 
     def test_a_hub_without_xet_storage(self, hub, worker, copy):
@@ -370,7 +367,7 @@ class TestFaults:
         start = "from huggingface_hub import constants\nconstants.HF_HUB_DISABLE_XET = False\n"
         error = worker.fails(start + worker.publish(copy, "org/xet"))
         worker.run("constants.HF_HUB_DISABLE_XET = True")
-        assert "ConnectionError: Publishing org/xet broke off" in error and "404" in error
+        assert error.startswith("ConnectionError: No connection to") and "404" in error
         assert error.endswith("A Hub without Xet storage needs HF_HUB_DISABLE_XET=1.")
         assert hub.repositories["org/xet"].titles == ["initial commit"]
 
@@ -391,15 +388,11 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("token", "repo_id", "message"),
         [
-            (
-                "bad-token",
-                "org/new",
-                "ValueError: Nothing was published to org/new: the Hub refuses the token (401: Inv",
-            ),
-            ("other-token", "org/new", "this token may not write there (403: You don't have the rights to create"),
-            ("other-token", "org/public", "this token may not write there (403: You don't have the rights to write"),
-            ("read-token", "org/public", "Use a token of its owner with the right to write, or a repo_id under your"),
-            ("good-token", "org/a/b", "ValueError: Repo id must"),
+            ("bad-token", "org/new", "Invalid credentials in Authorization header"),
+            ("other-token", "org/new", "403 Forbidden: You don't have the rights to create"),
+            ("other-token", "org/public", "403 Forbidden: You don't have the rights to write"),
+            ("read-token", "org/public", "Make sure your token has the correct permissions"),
+            ("good-token", "org/a/b", "Repo id must"),
         ],
     )
     def test_tokens_and_owners(self, token, repo_id, message, hub, worker, copy):
@@ -424,20 +417,7 @@ class TestFaults:
         start = "from huggingface_hub import constants\nhere, constants.ENDPOINT = constants.ENDPOINT, 'http://127.0.0.1:9'\n"
         error = worker.fails(start + worker.publish(copy, "org/new"))
         worker.run("constants.ENDPOINT = here")
-        assert error.startswith("ConnectionError: Publishing org/new broke off: no connection to http://127.0.0.1:9 (")
-
-    def test_offline_ends_a_command_in_one_line(self, hub, worker, copy, capsys):
-        before = len(hub.requests)
-        start = (
-            "from huggingface_hub import constants\nkept, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True\n"
-        )
-        error = worker.fails(start + worker.publish(copy, "org/new"))
-        worker.run("constants.HF_HUB_OFFLINE = kept")
-        message = "Nothing was published to org/new: HF_HUB_OFFLINE is set. Unset it to reach the Hub."
-        assert error == f"ConnectionError: {message}" and len(hub.requests) == before
-        with pytest.raises(SystemExit) as stopped:
-            fail_in_one_line(ConnectionError(message))
-        assert stopped.value.code == 1 and capsys.readouterr().err == f"error: {message}\n"
+        assert error.startswith("ConnectionError: No connection to http://127.0.0.1:9 (")
 
 
 class TestFoldersThatAreRefused:
@@ -448,8 +428,6 @@ class TestFoldersThatAreRefused:
         [
             ("config.json", None, "has no config.json, so it is no saved student. Save it by `save_pretrained`"),
             ("config.json", b"{", "config.json is no JSON"),
-            ("config.json", b"[]", "config.json holds a list, not a mapping"),
-            ("config.json", b"{}", "names no model_type"),
             ("config.json", b'{"model_type": "cab_mamba"}', "has no auto_map"),
             ("mixers.py", None, "needs the modelling file mixers.py, which is not in"),
             ("modeling_cab_mamba.py", None, "needs the modelling file modeling_cab_mamba.py, which is not in"),
@@ -473,9 +451,6 @@ class TestFoldersThatAreRefused:
         error = worker.fails(worker.publish(copy, "org/refused"))
         assert error.startswith("ValueError: ") and message in error
         assert len(hub.requests) == before
-
-    def test_no_folder(self, worker, tmp_path):
-        assert "There is no folder" in worker.fails(worker.publish(tmp_path / "absent", "org/refused"))
 
 
 def test_shareable():

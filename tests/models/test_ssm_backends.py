@@ -43,9 +43,7 @@ def fresh_dispatch(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
 
 
-def test_unknown_backend_and_operation(monkeypatch):
-    with pytest.raises(ValueError, match="operation='attention' is unknown.*ssd_scan"):
-        backend_for("attention", CPU, torch.float32)
+def test_unknown_backend(monkeypatch):
     monkeypatch.setenv("CAB_SSM_BACKEND", "cuda")
     with pytest.raises(ValueError, match="CAB_SSM_BACKEND='cuda' is unknown.*auto, torch, mamba_ssm, fla"):
         ssd_scan(**ssd_arguments(3))

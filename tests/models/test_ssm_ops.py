@@ -301,19 +301,6 @@ def test_a_copy_of_the_module_works_beside_it(monkeypatch):
         assert torch.equal(value, expected[name])
 
 
-def test_errors_name_the_argument_and_both_values():
-    conv, s6, ssd = conv_arguments(5), s6_arguments(5), ssd_arguments(5)
-    with pytest.raises(ValueError, match=r"weight has shape \(4, 4\), expected \(5, 4\)"):
-        causal_conv1d(conv["x"], conv["weight"][:4])
-    with pytest.raises(ValueError, match="activation='gelu'.*silu"):
-        causal_conv1d(**conv, activation="gelu")
+def test_packed_sequences_have_no_past():
     with pytest.raises(ValueError, match="initial_states or seq_idx, not both"):
-        causal_conv1d(**conv, initial_states=torch.zeros(BATCH, 5, 4), seq_idx=sequence_index(5))
-    with pytest.raises(ValueError, match=r"B has shape \(2, 4, 3\), expected \(2, 5, 3\)"):
-        selective_scan(**(s6 | {"B": s6["B"][:, 1:]}))
-    with pytest.raises(ValueError, match="initial_state has shape"):
-        ssd_scan(**ssd, initial_state=torch.zeros(BATCH, 4, 5, 3))
-    with pytest.raises(ValueError, match="4 heads and B 3 groups"):
-        ssd_scan(**(ssd | {"B": torch.zeros(BATCH, 5, 3, 5), "C": torch.zeros(BATCH, 5, 3, 5)}))
-    with pytest.raises(ValueError, match="chunk_size=0"):
-        ssd_scan(**ssd, chunk_size=0)
+        causal_conv1d(**conv_arguments(5), initial_states=torch.zeros(BATCH, 5, 4), seq_idx=sequence_index(5))

@@ -144,7 +144,7 @@ def test_comparing_counts_by_hand():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dataset", "digits", "mnist5k"], "dataset.*2 sets"),
+        (["--dataset", "digits", "cifar10"], "dataset.*2 sets"),
         (["--dataset_split", "nowhere"], "dataset_split.*nowhere.*train"),
         (["--test_split", "nowhere"], "test_split.*nowhere"),
         (["--train_fraction", "0"], "fraction"),

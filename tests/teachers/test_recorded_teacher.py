@@ -50,8 +50,14 @@ def asked(monkeypatch):
 
 
 def test_all_tokens_teach_as_the_teacher_does(whole, tmp_path):
-    """Every loss, over rows padded on the other side and batches of another size."""
-    options = {**SIX_LOSSES, "max_steps": 3, "per_device_train_batch_size": 4, "eval_dataset": ragged_rows((3, 9))}
+    """Every loss but that of maps, over rows padded on the other side and batches of another size."""
+    options = {
+        **SIX_LOSSES,
+        "attention_weight": 0.0,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "eval_dataset": ragged_rows((3, 9)),
+    }
     rows = ragged_rows(side="left", pad_seed=7)
     results = {}
     teachers = {"live": Teacher(tiny_teacher()), "recorded": record(whole, rows=options["eval_dataset"])}
@@ -63,7 +69,8 @@ def test_all_tokens_teach_as_the_teacher_does(whole, tmp_path):
     for left, right in zip(recorded_gradients, gradients, strict=True):
         assert_gradients_close(left, right)
     for step in range(3):
-        assert_logs_close(recorded_logs[step], logs[step], 1e-6)
+        nothing = {"attention": 0.0}
+        assert_logs_close(recorded_logs[step] | nothing, logs[step] | nothing, 1e-6)
     for name in ("eval_kl", "eval_agreement", "eval_perplexity", "eval_teacher_perplexity", "eval_bridge"):
         assert recorded_metrics[name] == pytest.approx(metrics[name], rel=1e-5), name
 
@@ -194,6 +201,8 @@ class TestErrors:
             make_trainer(tmp_path, teacher=RecordedTeacher(whole), remove_rotary=True)
         with pytest.raises(ValueError, match="`cuda_graph` is True"):
             make_trainer(tmp_path, teacher=RecordedTeacher(whole), cuda_graph=True)
+        with pytest.raises(ValueError, match="`attention_weight` is 1.0, but a record holds no attention maps"):
+            make_trainer(tmp_path, teacher=RecordedTeacher(whole), attention_weight=1.0)
 
     @pytest.mark.parametrize(
         "options, message", [({"top_k": 62}, "top_k is 62"), ({"top_k": 0}, "top_k is 0"), ({"dtype": "int8"}, "int8")]

@@ -13,7 +13,6 @@ from cab_hf.teachers.alignment import (
     TokenLayout,
     align_targets,
     align_tokens,
-    reverse_tokens,
     student_layout,
     teacher_layout,
 )
@@ -122,12 +121,6 @@ def test_resizing_keeps_the_dtype_and_passes_on_gradients():
     assert aligned.dtype == torch.bfloat16
     aligned[..., 0].sum().backward()
     assert x.grad[..., 0].tolist() == [[2.0, 2.0]]
-
-
-def test_reversal_turns_the_class_token_with_the_rest():
-    assert torch.equal(reverse_tokens(tokens(1, 100, 2, 3), 1), tokens(3, 2, 100, 1))
-    heads = torch.stack([tokens(1, 2), tokens(3, 4)], dim=1)
-    assert torch.equal(reverse_tokens(heads, 2), torch.stack([tokens(2, 1), tokens(4, 3)], dim=1))
 
 
 def test_targets_are_aligned_where_they_are_read():

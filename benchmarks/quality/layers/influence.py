@@ -5,13 +5,15 @@ python benchmarks/quality/layers/influence.py --output benchmarks/quality/layers
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from cab_hf.data.documents import load_documents
 from cab_hf.data.packing import pack_documents
-from cab_hf.teachers.alignment import layer_influence, layers_by_influence
 from cab_hf.teachers.loading import load_teacher
 
 
@@ -28,11 +30,29 @@ def main() -> None:
     with torch.no_grad():
         states = teacher.float().eval()(rows, output_hidden_states=True).hidden_states
     influence = layer_influence(states)
-    half = len(influence) // 2
     report = {"teacher": options.teacher, "data": options.data, "tokens": rows.numel()}
-    report |= {"influence": [round(value, 4) for value in influence], "layers": layers_by_influence(states, half)}
+    report |= {"influence": [round(value, 4) for value in influence], "layers": most_influential(influence)}
     options.output.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
+
+
+def layer_influence(hidden_states: Sequence[Tensor]) -> list[float]:
+    """How much each layer turns its tokens: `1 - cos(h_in, h_out)`, the mean over tokens (arXiv 2403.03853, eq. 1).
+
+    Args:
+        hidden_states: `(b, t, d)` each: the embeddings, then every layer's output. The last one is behind the final
+            norm in most models, which then counts to the last layer.
+    """
+    return [
+        1 - F.cosine_similarity(before.double(), after.double(), dim=-1).mean().item()
+        for before, after in zip(hidden_states, hidden_states[1:])
+    ]
+
+
+def most_influential(influence: Sequence[float]) -> list[int]:
+    """The more influential half of the layers, in the teacher's order."""
+    layers = sorted(range(len(influence)), key=influence.__getitem__, reverse=True)
+    return sorted(layers[: len(influence) // 2])
 
 
 if __name__ == "__main__":
