@@ -63,6 +63,7 @@ IMAGE_TRAININGS = {
     "unlabelled": {"rows": image_rows(8, labelled=False)},
     "two sizes, accumulated": {
         **SIX_LOSSES,
+        "attention_weight": 0.0,  # maps of equal grids only
         "rows": image_rows(8, size=12),
         "large": True,
         "gradient_accumulation_steps": 2,
