@@ -1,5 +1,6 @@
 """Students as stock models and back, and as ONNX: equal logits, equal texts, and a reason wherever it can't be."""
 
+import copy
 import json
 
 import pytest
@@ -122,7 +123,7 @@ def test_odd_widths_float16_and_image_students_are_refused():
 
 def test_the_default_student_of_a_llama_is_a_bamba(tmp_path):
     student = student_from_teacher(tiny_teacher(), calibration_inputs={"input_ids": random_ids(2, 9, vocab_size=61)})
-    assert student.config.conv_activation is None  # transparent, and still stock
+    assert (student.config.conv_activation, student.config.use_bias) == ("silu", False)  # transparent, and still stock
     shake(student)
     student.save_pretrained(tmp_path / "student")
     export_stock(tmp_path / "student", tmp_path / "stock")
@@ -134,11 +135,21 @@ def test_the_default_student_of_a_llama_is_a_bamba(tmp_path):
         export_stock(tmp_path / "student", tmp_path / "stock")
 
 
-def test_a_silu_start_exports_without_wider_states():
-    student = shake(student_from_teacher(tiny_teacher(), conv_activation="silu"))
+def test_a_linear_start_is_still_a_bamba():
+    student = shake(student_from_teacher(tiny_teacher(), **LINEAR, gate_init="transparent"))
+    ids = random_ids(2, 9, vocab_size=61)
+    assert largest_difference(logits(to_stock(student), ids), logits(student, ids)) < 1e-4
+
+
+def test_the_default_start_exports_without_wider_states_and_in_half_precision():
+    student = shake(student_from_teacher(tiny_teacher()))
+    half = to_stock(copy.deepcopy(student).half()).state_dict()
+    assert all(torch.equal(half[name], weight.half()) for name, weight in to_stock(student).state_dict().items())
     stock, ids = to_stock(student), random_ids(2, 13, vocab_size=61)
     assert stock.config.mamba_d_state == student.config.state_size
-    assert largest_difference(logits(stock, ids), logits(student, ids)) < 2e-5
+    assert (
+        largest_difference(logits(stock, ids), logits(student, ids)) < 3e-4
+    )  # of 2.5; slow decays with long steps round more
 
 
 def saved(folder, **settings) -> dict:
