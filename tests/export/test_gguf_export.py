@@ -19,6 +19,7 @@ CASES = {
     "mamba": {"mixer_type": "mamba"},
     "mamba2": {**SSD, "use_conv_bias": False},
     "granitehybrid": {**SSD, "n_groups": 4, "intermediate_size": 96, "tie_word_embeddings": False},
+    "granitehybrid, as wide as the model": {**SSD, "n_groups": 2, "intermediate_size": 96, "expand": 1.0},
     "granitehybrid, linear": {**SSD, "n_groups": 4, "intermediate_size": 96, "conv_activation": None},
 }
 
@@ -102,7 +103,9 @@ def test_the_default_student_of_a_llama_can_be_written(tmp_path):
     reader = gguf.GGUFReader(export_gguf(tmp_path / "student", tmp_path / "gguf"))
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     assert torch.equal(tensors["token_embd.weight"], student.backbone.embeddings.weight)  # of size one, no factor
-    assert torch.equal(tensors["blk.0.ssm_out.weight"], student.backbone.layers[0].mixer.out_proj.weight)
+    written, own = tensors["blk.0.ssm_out.weight"], student.backbone.layers[0].mixer.out_proj.weight
+    heads = written.unflatten(1, (-1, 2, student.config.head_dim))  # each head twice, the second time without output
+    assert torch.equal(heads[:, :, 0].flatten(1), own) and not heads[:, :, 1].any()
 
 
 def test_tokenizers_of_other_kinds_are_refused(tmp_path):

@@ -5,16 +5,16 @@
 Students of `smollm2-demo`, as folders; KL on 32,768 held-out tokens, computed in float32 by PyTorch, on a GPU.
 """
 
+import argparse
 import json
-import sys
+from pathlib import Path
 
 import torch
 
 from cab_hf import CABMambaForCausalLM
-from cab_hf.data import load_documents
+from cab_hf.data import load_documents, pack_documents
 from cab_hf.evaluation import compare
-from cab_hf.packing import pack_documents
-from cab_hf.run_text import load_teacher
+from cab_hf.teachers import load_teacher
 
 
 TEXTS = ("speeches", "brown")
@@ -32,6 +32,10 @@ def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, help="JSON file for the results")
+    parser.add_argument("students", nargs="+", help="folders of students of smollm2-demo")
+    arguments = parser.parse_args()
     teacher, tokenizer = load_teacher("smollm2-demo")
     teacher = teacher.float().cuda()
     texts = {
@@ -41,7 +45,7 @@ def main() -> None:
         for name in TEXTS
     }
     results = {}
-    for folder in sys.argv[2:]:
+    for folder in arguments.students:
         student = CABMambaForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
         exact = {name: weight.clone() for name, weight in student.named_parameters()}
         for kind in ("f32", "f16", "Q8_0", "Q4_0"):
@@ -56,8 +60,7 @@ def main() -> None:
                 name: round(compare(student, teacher, blocks, 16, max_tokens=32768, progress=False)["kl"], 4)
                 for name, blocks in texts.items()
             }
-    with open(sys.argv[1], "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=1)
+    arguments.output.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
