@@ -333,7 +333,8 @@ def _text_batch(
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     model, tokenizer = load_teacher(teacher)
     own = load_tokenizer(folder)
-    check_vocabularies(student.config.vocab_size, model.config.vocab_size, own, tokenizer if own else None)
+    size = model.config.get_text_config().vocab_size
+    check_vocabularies(student.config.vocab_size, size, own, tokenizer if own else None)
     rows: list[list[int]] = []
     for document in load_documents(data):
         ids = document["input_ids"] if "input_ids" in document else tokenizer(document["text"])["input_ids"]
