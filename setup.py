@@ -21,7 +21,9 @@ EXTRAS = {
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.7",
         "hypothesis>=6",
+        "import-linter>=2",
         "ruff>=0.14",
         "peft>=0.18",
         "gguf>=0.17",

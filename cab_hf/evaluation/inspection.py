@@ -153,7 +153,8 @@ def attention_similarity(
 
     Source: arXiv 2510.19266, figure 3 (the maps side by side).
     """
-    layers = map_layers(layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    depth = teacher.config.get_text_config().num_hidden_layers
+    layers = map_layers(layer_map, student.config.num_hidden_layers, depth)
     images = isinstance(student, CABVisionMambaPreTrainedModel)
     with borrowed_teacher(teacher) as borrowed:
         seen = borrowed(inputs, attentions=True, maps=True)

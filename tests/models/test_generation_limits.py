@@ -1,4 +1,4 @@
-"""What a student's `generate` and caches can't do by themselves: tokens read twice, prefill in pieces, few positions."""
+"""What a student's `generate` and caches must count: tokens read already, prefill in pieces, positions."""
 
 import copy
 
