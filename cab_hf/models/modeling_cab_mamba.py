@@ -268,7 +268,7 @@ class CABMambaModel(CABMambaPreTrainedModel):
         if self.position_embeddings is not None:
             if position_ids is None:
                 position_ids = self._position_ids(inputs_embeds, attention_mask, seq_idx, continues)
-            elif (position_ids.is_cpu or not self.training) and not torch.compiler.is_compiling():
+            elif (position_ids.is_cpu or length > 1 and not self.training) and not torch.compiler.is_compiling():
                 if int(position_ids.max()) >= config.max_position_embeddings:
                     raise ValueError(
                         f"`position_ids` go up to {int(position_ids.max())}, but `max_position_embeddings` is "

@@ -317,6 +317,11 @@ def _digest(tokens: Tensor) -> str:
 
 def _check(teacher: Teacher, top_k: int, dtype: str) -> None:
     check_whole("teacher", teacher.model)
+    if any(type(parameter).__module__.startswith("torchao.") for parameter in teacher.model.parameters()):
+        raise ValueError(
+            "The teacher is quantised by torchao (`quantization_config`), which shows no bytes to know its weights by. "
+            "Record it without quantisation, or by bitsandbytes."
+        )
     if not teacher.predicts_tokens:
         raise ValueError(
             f"The teacher {type(teacher.model).__name__} predicts no tokens from those before. Load a causal language "

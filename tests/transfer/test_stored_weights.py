@@ -143,6 +143,29 @@ def test_quantised_values_are_read(name, bits, most, runs_first, tmp_path):
         Teacher(teacher, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.skipif(not has[kind], reason=f"{kind} is missing"))
+        for kind in ("bitsandbytes", "torchao")
+    ],
+)
+def test_quantised_teachers_are_recorded_by_their_bytes(kind, tmp_path):
+    saved("llama", tmp_path)
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    rows = [{"input_ids": row} for row in IDS.tolist()]
+    if kind == "torchao":
+        with pytest.raises(ValueError, match="quantised by torchao"):
+            recorded(teacher, rows, tmp_path / "record")
+    else:
+        assert recorded(teacher, rows, tmp_path / "record").vocab_size == 64
+
+
 def on_disk(path):
     places = dict.fromkeys(("embed_tokens", "norm", "rotary_emb", "layers.0"), "cpu") | {"layers.1": "disk"}
     device_map = {f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"}
