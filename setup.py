@@ -16,6 +16,7 @@ EXTRAS = {
     "plots": ["matplotlib>=3.8"],
     "vision": ["kornia>=0.8", "pillow>=10"],
     "export": ["gguf>=0.17", "onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
+    "serve": ["gguf>=0.17", "onnxruntime>=1.22", "xllamacpp>=2026.10"],
     "demo": ["gguf>=0.17", "kornia>=0.8", "matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.4"],
     "docs": (HERE / "docs/requirements.txt").read_text().split(),
     "test": [
@@ -27,6 +28,10 @@ EXTRAS = {
         "ruff>=0.14",
         "peft>=0.18",
         "gguf>=0.17",
+        "onnx>=1.18",
+        "onnxruntime>=1.22",
+        "onnxscript>=0.5",
+        "xllamacpp>=2026.10; platform_system == 'Linux'",
         "kornia>=0.8",
         "matplotlib>=3.8",
         "pillow>=10",

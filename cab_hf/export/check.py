@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,20 +71,21 @@ def check_export(
 
 
 def _ask(python: str, export: Path, probe: Mapping[str, Any]) -> dict[str, Any]:
-    command = [python, runtimes.__file__, str(export.resolve())]
-    try:
-        process = subprocess.run(command, input=json.dumps(probe), capture_output=True, text=True)
-    except OSError as error:
-        raise ValueError(
-            f"{python} is no interpreter ({error.strerror}). Name bin/python of an environment."
-        ) from error
-    if process.returncode:
-        lines = process.stderr.strip().splitlines() or ["no message"]
-        # An engine in processes of its own ends by saying that one of them did.
-        causes = [line for line in lines if "Error: " in line and "See root cause above" not in line]
-        reason = (causes or lines)[-1]
-        raise RuntimeError(f"{export} failed under {python}: {reason}")
-    return json.loads(process.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answers = Path(folder) / "probe.json", Path(folder) / "answers.json"
+        asked.write_text(json.dumps(probe), encoding="utf-8")
+        command = [python, runtimes.__file__, *map(str, (export.resolve(), asked, answers))]
+        try:
+            process = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            reason = f"{python} is no interpreter ({error.strerror})"
+            raise ValueError(f"{reason}. Name bin/python of an environment.") from error
+        if process.returncode == 0:
+            return json.loads(answers.read_text(encoding="utf-8"))
+    lines = process.stderr.strip().splitlines() or ["no message"]
+    # An engine in processes of its own ends by saying that one of them did.
+    causes = [line for line in lines if "Error: " in line and "Engine" not in line.rpartition("Error: ")[0][-40:]]
+    raise RuntimeError(f"{export} failed under {python}: {(causes or lines)[-1].rpartition('] ')[2]}")
 
 
 def _compared(rows: Sequence[Sequence], expected: Sequence[Sequence], tolerance: float) -> dict[str, Any]:

@@ -29,22 +29,28 @@ def make_probe(
         new_tokens: length of the greedy continuations.
 
     Returns:
-        `prompts`, `new_tokens` and `rows`: of each prompt the log-probabilities of its tokens from the second on, the
-        greedy continuation, its log-probabilities, and how far each is ahead of the second likeliest token.
+        `prompts`, `new_tokens`, `banned` (tokens that end a text, which a continuation leaves out) and `rows`: of each
+        prompt the log-probabilities of its tokens from the second on, the greedy continuation, its log-probabilities,
+        and how far each is ahead of the next likeliest token.
     """
-    rows = []
-    with generating(student, seed=0, temperature=0.0, max_new_tokens=new_tokens, pad_token_id=0):
+    end = student.generation_config.eos_token_id
+    banned = [] if end is None else [end] if isinstance(end, int) else list(end)
+    rows, settings = [], {"max_new_tokens": new_tokens, "pad_token_id": 0, "suppress_tokens": banned or None}
+    with generating(student, seed=0, temperature=0.0, **settings):
         for prompt in prompts:
             ids = torch.tensor([prompt], device=student.device)
             first = student(ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
             told = first.gather(1, ids[0, 1:, None])[:, 0].tolist()
             options = {"output_logits": True, "return_dict_in_generate": True}
             out = student.generate(ids, attention_mask=torch.ones_like(ids), **options)
-            best = torch.cat([step.float().log_softmax(-1).topk(2).values for step in out.logits])
-            said, second = best.T.tolist()
-            ahead = [one - other for one, other in zip(said, second)]
-            rows.append([told, out.sequences[0, ids.shape[1] :].tolist(), said, ahead])
-    return {"prompts": [list(prompt) for prompt in prompts], "new_tokens": new_tokens, "rows": rows}
+            logs = torch.cat([step.float().log_softmax(-1) for step in out.logits])
+            greedy = out.sequences[0, ids.shape[1] :]
+            said = logs.gather(1, greedy[:, None])[:, 0]
+            others = logs.scatter(1, greedy[:, None], -torch.inf)
+            others[:, banned] = -torch.inf
+            rows.append([told, greedy.tolist(), said.tolist(), (said - others.amax(1)).tolist()])
+    prompts = [list(prompt) for prompt in prompts]
+    return {"prompts": prompts, "new_tokens": new_tokens, "banned": banned, "rows": rows}
 
 
 def probe_of(

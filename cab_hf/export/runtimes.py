@@ -1,13 +1,12 @@
 """What an export says in the runtimes of one environment. A script that imports nothing of this package.
 
-    python runtimes.py EXPORT < probe.json
+    python runtimes.py EXPORT PROBE.json ANSWERS.json
 
-It prints one line of JSON: for each runtime that is installed and that the export has files for, its version and, for
-each prompt, the log-probabilities of the prompt's own tokens (from the second on; None where the runtime does not tell
-them), the greedy continuation and its log-probabilities. `skipped` says why a runtime was not asked.
+It writes, for each runtime that is installed and that the export has files for, its version and, for each prompt,
+the log-probabilities of the prompt's own tokens (from the second on; None where the runtime does not tell them), the greedy
+continuation without `banned` tokens, and its log-probabilities. `skipped` says why a runtime was not asked.
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -19,7 +18,7 @@ def numbers(version):
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-def with_transformers(folder, prompts, new_tokens):
+def with_transformers(folder, prompts, new_tokens, banned):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -31,6 +30,7 @@ def with_transformers(folder, prompts, new_tokens):
         "return_dict_in_generate": True,
     }
     model.generation_config.eos_token_id = None
+    options["suppress_tokens"] = banned or None
     rows = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -43,7 +43,7 @@ def with_transformers(folder, prompts, new_tokens):
     return rows
 
 
-def with_onnxruntime(folder, prompts, new_tokens):
+def with_onnxruntime(folder, prompts, new_tokens, banned):
     import numpy
     import onnxruntime
 
@@ -64,13 +64,15 @@ def with_onnxruntime(folder, prompts, new_tokens):
         ids, said = list(prompt), []
         for _ in range(new_tokens):
             last = scores(ids)[-1]
-            ids.append(int(last.argmax()))
-            said.append(float(last.max()))
+            allowed = last.copy()
+            allowed[banned] = -numpy.inf
+            ids.append(int(allowed.argmax()))
+            said.append(float(last[ids[-1]]))
         rows.append([told, ids[len(prompt) :], said])
     return rows
 
 
-def with_llama_cpp(folder, prompts, new_tokens):
+def with_llama_cpp(folder, prompts, new_tokens, banned):
     import xllamacpp
 
     (path,) = sorted(Path(folder).glob("*.gguf"))
@@ -88,14 +90,14 @@ def with_llama_cpp(folder, prompts, new_tokens):
     return rows
 
 
-def with_vllm(folder, prompts, new_tokens):
+def with_vllm(folder, prompts, new_tokens, banned):
     from vllm import LLM, SamplingParams
 
     longest = max(map(len, prompts)) + new_tokens
     options = {"dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False, "max_model_len": longest}
     options["gpu_memory_utilization"] = 0.3  # of a CPU's memory, too
     model = LLM(model=str(folder), skip_tokenizer_init=True, disable_log_stats=True, **options)
-    asked = {"temperature": 0.0, "max_tokens": new_tokens, "ignore_eos": True, "detokenize": False}
+    asked = {"temperature": 0.0, "max_tokens": new_tokens, "min_tokens": new_tokens, "detokenize": False}
     settings = SamplingParams(**asked, logprobs=0, prompt_logprobs=0)
     rows = []
     for prompt, answer in zip(prompts, model.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings)):
@@ -115,7 +117,8 @@ RUNTIMES = {
 
 
 def main():
-    folder, probe = Path(sys.argv[1]), json.load(sys.stdin)
+    folder, probe, answers = map(Path, sys.argv[1:])
+    probe = json.loads(probe.read_text(encoding="utf-8"))
     least = "0.0"
     if (folder / "config.json").is_file():
         least = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
@@ -133,10 +136,9 @@ def main():
         if name == "transformers" and numbers(version) < numbers(least):
             result["skipped"] = f"this export needs transformers {least} or newer"
         else:
-            with contextlib.redirect_stdout(sys.stderr):
-                result["rows"] = answer(folder, probe["prompts"], probe["new_tokens"])
+            result["rows"] = answer(folder, probe["prompts"], probe["new_tokens"], probe["banned"])
         found[name] = result
-    print("\n" + json.dumps(found))
+    answers.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

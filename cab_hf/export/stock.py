@@ -43,6 +43,8 @@ _S6_TAPS = 2.0**-24
 _PAIRED_TAPS = (2.0**-22, 2.0**-12)  # of x, and of B and C
 _COMPACT_TAPS = (2.0**-16, 2.0**-16)
 
+_HEAD_DIMS = (64, 128, 96, 80, 32)  # that attention kernels know, of CPUs too
+
 _STOCK_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "mamba": (MambaConfig, MambaForCausalLM),
     "mamba2": (Mamba2Config, Mamba2ForCausalLM),
@@ -153,11 +155,11 @@ def to_stock(student: PreTrainedModel, *, compact: bool = False) -> PreTrainedMo
             fields[_STOCK_FIELDS[kind]["state_size"]] *= 2
     if kind == "granite":
         weights = _to_granite(weights)
-        # Heads as the teacher had them are sizes that attention kernels know.
-        heads = config.num_heads if config.hidden_size % (4 * config.num_heads) == 0 else 1
+        head_dim = next((size for size in _HEAD_DIMS if config.hidden_size % size == 0), config.hidden_size)
+        heads = config.hidden_size // head_dim
         layers = config.num_hidden_layers
         fields |= {"num_attention_heads": heads, "num_key_value_heads": 1, "position_embedding_type": "rope"}
-        fields |= {"attention_multiplier": (config.hidden_size // heads) ** -0.5, "hidden_act": "silu"}
+        fields |= {"attention_multiplier": head_dim**-0.5, "hidden_act": "silu"}
         fields |= {"num_hidden_layers": layers + 1, "layer_types": ["linear_attention"] * layers + ["full_attention"]}
         fields |= {"num_local_experts": 0, "num_experts_per_tok": 0, "intermediate_size": config.intermediate_size}
         fields |= {"least_transformers_version": LEAST_TRANSFORMERS[kind]}
