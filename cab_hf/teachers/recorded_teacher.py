@@ -319,7 +319,7 @@ def _check(teacher: Teacher, top_k: int, dtype: str) -> None:
     check_whole("teacher", teacher.model)
     if any(type(parameter).__module__.startswith("torchao.") for parameter in teacher.model.parameters()):
         raise ValueError(
-            "The teacher is quantised by torchao (`quantization_config`), which shows no bytes to know its weights by. "
+            "The teacher is quantised by torchao (`quantization_config`), which shows no bytes to know weights by. "
             "Record it without quantisation, or by bitsandbytes."
         )
     if not teacher.predicts_tokens:
