@@ -25,7 +25,7 @@ from cab_hf.distillation.checkpoints import (
     load_student,
     student_weights,
 )
-from cab_hf.distillation.checks import check_run, check_sharding, check_student, check_whole
+from cab_hf.distillation.checks import check_run, check_sharding, check_student
 from cab_hf.distillation.cuda_graph import GraphedStep
 from cab_hf.distillation.ema import MovingAverage
 from cab_hf.distillation.evaluated_trainer import BatchTransform, EvaluatedTrainer
@@ -36,6 +36,7 @@ from cab_hf.distillation.modeling_distillation import (
 from cab_hf.distillation.pushing import push_trainer
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
 from cab_hf.lora import core_of
+from cab_hf.teachers.examination import check_whole
 from cab_hf.teachers.recorded_teacher import RecordedTeacher
 from cab_hf.teachers.teacher import Teacher
 
@@ -302,6 +303,12 @@ class DistillationTrainer(EvaluatedTrainer):
         teacher = teacher or self.teacher.model.name_or_path
         student = self.accelerator.unwrap_model(self.student)
         return push_trainer(self, student, teacher, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "`create_model_card` would write transformers' card of what is trained, which is no model of the Hub. Use "
+            f"`push_to_hub`, or `cab-hf card {self.args.output_dir}`, whose card names teacher, data and metrics."
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

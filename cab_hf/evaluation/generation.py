@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.evaluation.metrics import distinct_n, repetition_rate
-from cab_hf.inference import generating
+from cab_hf.inference import check_causal, generating
 
 
 def generate(
@@ -27,6 +27,7 @@ def generate(
         Under `greedy` and `sampled`: `repetition_rate` of 4-grams, `distinct_1`, `distinct_2`, `distinct_3`,
         `n_tokens` made and `n_texts`.
     """
+    check_causal(model)
     end = model.generation_config.eos_token_id
     ends = np.atleast_1d([] if end is None else end).astype(int)
     settings = {
@@ -77,6 +78,7 @@ def sample(
     Returns:
         The new text, without the prompt.
     """
+    check_causal(model)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     settings = {
         "max_new_tokens": max_new_tokens,

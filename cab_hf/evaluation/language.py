@@ -20,7 +20,7 @@ from cab_hf.evaluation.metrics import (
     ratio_interval,
     safe_exp,
 )
-from cab_hf.inference import accepted_arguments, evaluating
+from cab_hf.inference import accepted_arguments, check_causal, check_positions, evaluating
 from cab_hf.lora import core_of
 from cab_hf.teachers.teacher import check_vocabularies
 
@@ -151,12 +151,15 @@ def batches_of(
 ) -> Iterator[dict[str, torch.Tensor]]:
     # Padding is masked, so any token serves.
     collate = LanguageCollator(pad_token_id=0, padding_side=padding_side)
+    for one in (model, *others):
+        check_causal(one)
     total = None if max_tokens is not None or isinstance(blocks, datasets.IterableDataset) else len(blocks)
     with tqdm(desc=description, total=total, unit="row", disable=not progress) as bar:
         for rows in _grouped(_rows(blocks, max_tokens), batch_size):
             batch = collate(rows)
             for one in (model, *others):
                 check_packing(one, batch)
+                check_positions(one, batch)
             yield batch
             bar.update(len(rows))
 

@@ -58,7 +58,7 @@ def build_student(
             config_class, student_class = CABVisionMambaConfig, CABVisionMambaForImageClassification
             given |= labels
         else:
-            given["vocab_size"] = teacher.config.vocab_size
+            given["vocab_size"] = teacher.config.get_text_config().vocab_size
         check_fields(config_class, config)
         return student_class(config_class(**given | config))
     if labels is not None:

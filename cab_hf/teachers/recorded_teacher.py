@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from cab_hf.files import write_whole, written_whole
+from cab_hf.teachers.examination import check_whole
 from cab_hf.teachers.teacher import (
     Teacher,
     TeacherAttention,
@@ -145,7 +146,7 @@ class RecordedTeacher:
 
     reads_images = False
     has_logits = True
-    predicts_tokens = True
+    predicts_tokens = is_causal = True
     num_labels = None
     device = torch.device("cpu")
 
@@ -315,9 +316,16 @@ def _digest(tokens: Tensor) -> str:
 
 
 def _check(teacher: Teacher, top_k: int, dtype: str) -> None:
+    check_whole("teacher", teacher.model)
+    if any(type(parameter).__module__.startswith("torchao.") for parameter in teacher.model.parameters()):
+        raise ValueError(
+            "The teacher is quantised by torchao (`quantization_config`), which shows no bytes to know weights by. "
+            "Record it without quantisation, or by bitsandbytes."
+        )
     if not teacher.predicts_tokens:
         raise ValueError(
-            f"The teacher {type(teacher.model).__name__} predicts no tokens. Load it with AutoModelForCausalLM."
+            f"The teacher {type(teacher.model).__name__} predicts no tokens from those before. Load a causal language "
+            "model, with AutoModelForCausalLM."
         )
     if not 1 <= top_k <= teacher.vocab_size:
         raise ValueError(f"top_k is {top_k}; it must be between 1 and the teacher's vocab_size, {teacher.vocab_size}.")
