@@ -1,6 +1,5 @@
 """The card of a finished run."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from transformers.utils import logging
 
 from cab_hf.data.image_sources import BUILTIN
 from cab_hf.distillation.training_args import DistillationTrainingArguments
+from cab_hf.files import read_json
 from cab_hf.hub.card import build_card, head_of, read_config, short_count, write_card
 from cab_hf.hub.card_sections import percent
 from cab_hf.hub.publish import shareable
@@ -191,7 +191,7 @@ def write_card_of(folder: str | Path, *, license: str | None = None, overwrite: 
             )
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists and is left as it is. Pass overwrite (--overwrite) to replace it.")
-    recipe, report = read_recipe(folder), _read_json(folder / REPORT_NAME)
+    recipe, report = read_recipe(folder), read_json(folder / REPORT_NAME)
     if recipe.model.finetune:
         raise ValueError(f"{folder} holds a teacher that was finetuned; a card describes a student.")
     if license is not None:
@@ -203,7 +203,7 @@ def write_card_of(folder: str | Path, *, license: str | None = None, overwrite: 
         )
     try:
         if (folder / EVALUATION_NAME).is_file():
-            evaluation = _read_json(folder / EVALUATION_NAME)
+            evaluation = read_json(folder / EVALUATION_NAME)
             # The later numbers are the newer ones.
             newer = evaluation.get("images" if recipe.model.reads_images else "texts", {})
             report |= {"after": report["after"] | newer, "evaluation": evaluation}
@@ -211,16 +211,6 @@ def write_card_of(folder: str | Path, *, license: str | None = None, overwrite: 
     except KeyError as error:
         raise ValueError(f"The files {REPORT_NAME} and {EVALUATION_NAME} of {folder} lack {error}.") from error
     return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged and can't be read ({error}). Make it again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__} and no mapping of results. Make it again.")
-    return values
 
 
 def describe_losses(args: DistillationTrainingArguments) -> str:
