@@ -1,5 +1,6 @@
 """The card of a finished run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def write_model_card(
         }
         facts = {key: value for key, value in _run_facts(recipe, name).items() if key != "dataset" or value in on_hub}
         metrics[name] = facts | one | ({"baselines": others} if others else {})
+    for item in metrics.items():
+        check_finite(*item)
     evaluation = report.get("evaluation", {})
     training = {} if is_own else {"What follows": "the distillation of the student under this classifier"}
     card = build_card(
@@ -105,6 +108,21 @@ def write_model_card(
         evaluation=evaluation if evaluation.get("task") == head.task else None,
     )
     return write_card(folder, card, overwrite=overwrite)
+
+
+def check_finite(name: str, report: Mapping[str, Any]) -> None:
+    """That a student's numbers on a text or set are some.
+
+    Raises:
+        FloatingPointError: KL or perplexity are not finite.
+    """
+    for key in ("kl", "student_perplexity"):
+        if not math.isfinite(report.get(key, 0.0)):
+            raise FloatingPointError(
+                f"{key} on {name} is {report[key]}: student or teacher hold NaN, infinite or far too large weights, "
+                "or numbers too large for the dtype. Try float32 (--dtype); if they stay so, the training diverged: "
+                "train again with a lower `learning_rate`, in another `output_dir`."
+            )
 
 
 def hub_ids(recipe: Recipe) -> list[str]:
