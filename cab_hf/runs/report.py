@@ -102,6 +102,7 @@ def evaluate(
     Raises:
         ValueError: a folder without a student, a teacher of other tokens or labels, an option that can't be.
         OSError: a teacher or data that are not there.
+        FloatingPointError: a result that is not finite.
     """
     sizes = {"batch_size": batch_size, "max_tokens": max_tokens, "block_size": block_size, "new_tokens": new_tokens}
     _check_options(data, lengths, gaps, prompts, **sizes, repeats=repeats)
