@@ -21,7 +21,6 @@ from cab_hf.data.packing import IGNORE_INDEX, Documents
 from cab_hf.distillation.checkpoints import (
     check_written_by,
     fill_everywhere,
-    last_whole_checkpoint,
     load_student,
     student_weights,
 )
@@ -126,14 +125,7 @@ class DistillationTrainer(EvaluatedTrainer):
             unset_hf_deepspeed_config()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint=True`, but {self.args.output_dir} holds no complete checkpoint. Start "
-                    "without it, or name the folder of a checkpoint."
-                )
+        """As [`~cab_hf.distillation.stage_trainer.StageTrainer.train`]."""
         if resume_from_checkpoint:
             self._is_calibrated = True  # the scales are loaded
         else:

@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedModel,
-    Trainer,
     set_seed,
 )
 from transformers.utils import logging
@@ -37,6 +36,7 @@ from cab_hf.data.images import (
     processor_side,
 )
 from cab_hf.distillation.checkpoints import load_student
+from cab_hf.distillation.stage_trainer import StageTrainer
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.evaluation.images import compare_images
@@ -102,7 +102,7 @@ def make_transform(
     return BatchTransform(augments, student_size, teacher_size)
 
 
-class ImageTrainer(Trainer):
+class ImageTrainer(StageTrainer):
     """The Trainer of a teacher: batches are augmented on their device, labels may be probabilities."""
 
     def __init__(self, *args, batch_transform: BatchTransform, **kwargs):

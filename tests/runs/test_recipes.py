@@ -181,12 +181,11 @@ class TestRun:
             run_recipe(smoke(tmp_path, "--teacher", str(tmp_path / "vit")))
 
     def test_a_run_that_never_began_claims_nothing(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="`teacher` '/no/such' is no folder"):
+        with pytest.raises(FileNotFoundError, match="`teacher` '/no/such' is no file and no folder"):
             run_recipe(smoke(tmp_path, "--teacher", "/no/such"))
-        assert not (tmp_path / "student").exists()
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="`teacher` 'no/such' is no file and no folder"):
             run_recipe(smoke(tmp_path, "--teacher", "no/such"))
-        assert [path.name for path in (tmp_path / "student").iterdir()] == ["recipe.yaml"]
+        assert not (tmp_path / "student").exists()
         with pytest.raises(ValueError, match="no field 'stat_size'. Did you mean 'state_size'"):
             run_recipe(smoke(tmp_path, "--student_config", "{stat_size: 32}"))
         report = run_recipe(smoke(tmp_path, "--max_steps", "1"))
