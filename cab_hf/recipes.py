@@ -126,9 +126,15 @@ class DataArguments:
     )
     dataset_split: str | None = field(default=None, metadata={"help": "Split of a dataset; 'train' if not given."})
     text_column: str | None = field(default=None, metadata={"help": "Column that holds the text."})
+    encoding: str = field(
+        default="utf-8", metadata={"help": "Encoding of text files without a byte order mark, such as latin-1."}
+    )
     holdout: str = field(
         default="0.1",
-        metadata={"help": "Documents to evaluate on: a fraction, a number, or a pattern over their names."},
+        metadata={
+            "help": "Documents to evaluate on: a fraction, a number, a file, a glob such as 'doc0*', or a regular "
+            "expression over their names."
+        },
     )
     eval_dataset: list[str] = field(
         default_factory=list,

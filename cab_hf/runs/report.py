@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.data.augmentation import two_sizes
-from cab_hf.data.documents import load_documents, parse_holdout, split_documents
+from cab_hf.data.documents import load_documents, split_documents
 from cab_hf.data.image_sources import load_images, pick_test_split
 from cab_hf.data.images import ImageDataset, collate_images, normalisation, processor_side
 from cab_hf.data.packing import pack_documents
@@ -228,10 +228,11 @@ def _load_text(
         config_name=settings.dataset_config if is_of_training else None,
         split=settings.dataset_split if is_of_training else None,
         text_column=settings.text_column if is_of_training else None,
+        encoding=settings.encoding,
     )
     default, origin = public_name(source), dataset_facts([source], None)
     if is_of_training:
-        documents = split_documents(documents, parse_holdout(settings.holdout), seed=recipe.args.seed)[1]
+        documents = split_documents(documents, settings.holdout, seed=recipe.args.seed)[1]
         default = f"held-out part of {', '.join(map(public_name, settings.dataset))}"
         origin = dataset_facts(settings.dataset, "held-out")
     blocks = pack_documents(

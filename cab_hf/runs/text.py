@@ -13,7 +13,7 @@ from transformers import (
     set_seed,
 )
 
-from cab_hf.data.documents import load_documents, parse_holdout, split_documents
+from cab_hf.data.documents import load_documents, split_documents
 from cab_hf.data.packing import LanguageCollator, pack_documents, save_tokens
 from cab_hf.data.repeats import insert_repeats
 from cab_hf.distillation.trainer import make_teacher
@@ -207,6 +207,7 @@ def load_blocks(
             config_name=data.dataset_config,
             split=data.dataset_split,
             text_column=data.text_column,
+            encoding=data.encoding,
         )
 
     def pack(documents: Dataset) -> Dataset:
@@ -219,7 +220,7 @@ def load_blocks(
         texts = dict(_named_source(text) for text in data.eval_dataset)
         training, heldout = documents, {name: pack(load([source])) for name, source in texts.items()}
     else:
-        training, kept = split_documents(documents, parse_holdout(data.holdout), seed=args.seed)
+        training, kept = split_documents(documents, data.holdout, seed=args.seed)
         heldout = {f"held-out part of {', '.join(map(public_name, data.dataset))}": pack(kept)}
     blocks = pack(training)
     for option, prompts in (("teacher_tokens", None), ("teacher_continuation_tokens", training)):

@@ -109,10 +109,11 @@ class TestLoadDocuments:
         (tmp_path / "b.csv").write_text("body,year\nx,1\n")
         with pytest.raises(ValueError, match=r"no column 'text'.*text_column as one of \['body', 'year'\]"):
             load_documents(tmp_path / "b.csv", cache_dir=tmp_path / "cache")
-        with pytest.raises(ValueError, match="holds int, not text"):
-            load_documents(tmp_path / "b.csv", text_column="year", cache_dir=tmp_path / "cache")
         with pytest.raises(ValueError, match="mixes files"):
             load_documents(tmp_path)
+        (tmp_path / "c.jsonl").write_text('{"text": 3}')
+        with pytest.raises(ValueError, match="holds int, not text"):
+            load_documents(tmp_path / "c.jsonl", cache_dir=tmp_path / "cache")
         with pytest.raises(FileNotFoundError, match="is no file and no folder"):
             load_documents(tmp_path / "absent")
         with pytest.raises(FileNotFoundError, match="matches no file"):
@@ -164,6 +165,7 @@ class TestSplitDocuments:
             ("nothing", "holds out 0 of 3"),
             ("doc", "holds out 3 of 3"),
             ("(", "no valid regular expression"),
+            ("other*", "holds out 0 of 3"),
         ],
     )
     def test_errors(self, holdout, message):
