@@ -147,7 +147,8 @@ def split_documents(documents: Dataset, holdout: float | int | str, *, seed: int
             "0.1, holds out the end."
         )
     training, heldout = documents.select(np.flatnonzero(~held)), documents.select(np.flatnonzero(held))
-    tell_copies(training, heldout, f"held out by {holdout!r}")
+    if isinstance(holdout, str):
+        tell_copies(training, heldout, f"held out by {holdout!r}")
     return training, heldout
 
 

@@ -126,6 +126,7 @@ def build_card(
         state_size=config.state_size,
         teacher=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{source['name']}`",
         results=sections.result_table(head, metrics) if metrics else None,
+        copies=sum(one.get("copies", 0) for one in metrics.values()),
         has_baselines=any(one.get("baselines") for one in metrics.values()),
         recall=sections.recall_table(recall) if recall else None,
         prompts=generation["prompts"] if generation else None,

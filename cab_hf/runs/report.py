@@ -235,6 +235,9 @@ def _load_text(
         documents = split_documents(documents, settings.holdout, seed=recipe.args.seed)[1]
         default = f"held-out part of {', '.join(map(public_name, settings.dataset))}"
         origin = dataset_facts(settings.dataset, "held-out")
+    elif recipe is not None and source in settings.dataset:
+        print(f"The student was trained on all of {source}: what is measured there is no held-out text.")
+        origin = origin | {"copies": len(documents)}
     blocks = pack_documents(
         documents, tokenizer, block_size or settings.block_size, isolate_documents=settings.isolate_documents
     )

@@ -13,7 +13,7 @@ from transformers import (
     set_seed,
 )
 
-from cab_hf.data.documents import load_documents, split_documents
+from cab_hf.data.documents import load_documents, split_documents, tell_copies
 from cab_hf.data.packing import LanguageCollator, pack_documents, save_tokens
 from cab_hf.data.repeats import insert_repeats
 from cab_hf.distillation.trainer import make_teacher
@@ -23,6 +23,7 @@ from cab_hf.evaluation.language import check_packing, compare
 from cab_hf.evaluation.recall import copying_recall
 from cab_hf.hub.sources import public_name
 from cab_hf.recipes import DataArguments, Recipe
+from cab_hf.runs.inputs import blocks_digest, check_inputs
 from cab_hf.runs.stages import finetune_stage, run_facts, run_stage
 from cab_hf.runs.student import build_student
 from cab_hf.teachers.loading import load_teacher
@@ -46,7 +47,9 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
         teacher_model, tokenizer = load_teacher(recipe.model.teacher)
     teacher_model.to(args.teacher_device or args.device)
     with args.main_process_first(desc="data"):
-        train_blocks, heldout = load_blocks(recipe.data, tokenizer, teacher_model, args, recipe.output_dir / "stages")
+        train_blocks, heldout, copies = load_blocks(
+            recipe.data, tokenizer, teacher_model, args, recipe.output_dir / "stages"
+        )
     collator = _collator(tokenizer)
     batches = []
     if recipe.model.calibrates:
@@ -73,6 +76,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
     report = {
         "teacher": recipe.model.teacher,
         "dataset": recipe.data.dataset,
+        "copies": copies,
         "student_parameters": student.num_parameters(),
         "teacher_parameters": teacher_model.num_parameters(),
         "train_tokens": sum(history["tokens"] for history in histories),
@@ -110,7 +114,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         original, tokenizer = load_teacher(recipe.model.teacher)
     with args.main_process_first(desc="data"):
         model = original.to(args.device)
-        train_blocks, heldout = load_blocks(recipe.data, tokenizer, model, args, recipe.output_dir / "stages")
+        train_blocks, heldout, copies = load_blocks(recipe.data, tokenizer, model, args, recipe.output_dir / "stages")
     collator = _collator(tokenizer)
     check_packing(original, collator([train_blocks[0]]))
     if recipe.data.recall_gaps:  # whether the model has positions enough, before a long training
@@ -133,6 +137,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     report = {
         "teacher": recipe.model.teacher,
         "dataset": recipe.data.dataset,
+        "copies": copies,
         "teacher_parameters": model.num_parameters(),
         "train_tokens": tokens,
         "after": _evaluate(recipe.data, stage.args, model, original, tokenizer, heldout),
@@ -189,15 +194,19 @@ def load_blocks(
     teacher: PreTrainedModel,
     args: DistillationTrainingArguments,
     folder: Path,
-) -> tuple[Dataset, dict[str, Dataset]]:
-    """Training blocks, those of the teacher's own text among them, and the blocks of each evaluated text, by name.
+) -> tuple[Dataset, dict[str, Dataset], dict[str, int]]:
+    """Training blocks, those of the teacher's own text among them; by name, the blocks of each evaluated text, and
+    how many of its documents are trained on, too.
 
     Args:
         data: of the recipe.
         tokenizer: the teacher's.
         teacher: writes text, where `data` asks for it.
         args: whose seed picks and places, and whose `torch_compile` is for the writing teacher.
-        folder: where the teacher's text is kept.
+        folder: where the teacher's text is kept, and digests of all blocks.
+
+    Raises:
+        ValueError: options that do not fit, or data other than the folder's run began with.
     """
     _check_teacher_text(data, teacher)
 
@@ -215,19 +224,23 @@ def load_blocks(
             documents, tokenizer, data.block_size, isolate_documents=data.isolate_documents, num_proc=data.num_proc
         )
 
-    documents = load(data.dataset)
+    training = load(data.dataset)
     if data.eval_dataset:
-        texts = dict(_named_source(text) for text in data.eval_dataset)
-        training, heldout = documents, {name: pack(load([source])) for name, source in texts.items()}
+        texts = {name: load([source]) for name, source in map(_named_source, data.eval_dataset)}
     else:
-        training, kept = split_documents(documents, data.holdout, seed=args.seed)
-        heldout = {f"held-out part of {', '.join(map(public_name, data.dataset))}": pack(kept)}
+        training, kept = split_documents(training, data.holdout, seed=args.seed)
+        texts = {f"held-out part of {', '.join(map(public_name, data.dataset))}": kept}
+    copies = {name: tell_copies(training, text, name) for name, text in texts.items()}
+    heldout = {name: pack(text) for name, text in texts.items()}
     blocks = pack(training)
     for option, prompts in (("teacher_tokens", None), ("teacher_continuation_tokens", training)):
         if getattr(data, option):
             written = _teacher_text(data, teacher, tokenizer, option, prompts, args, folder)
             blocks = concatenate_datasets([blocks, pack(load_documents(written))])
-    return insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed), heldout
+    blocks = insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed)
+    digests = {"training text": blocks_digest(blocks)} | {name: blocks_digest(one) for name, one in heldout.items()}
+    check_inputs(folder, digests, args.process_index == 0)
+    return blocks, heldout, copies
 
 
 def _teacher_text(
