@@ -185,7 +185,10 @@ class ImageArguments:
     image_column: str | None = field(default=None, metadata={"help": "Column that holds the images."})
     label_column: str | None = field(default=None, metadata={"help": "Column that holds the labels."})
     test_split: str | None = field(
-        default=None, metadata={"help": "Split to report on; 'test', or else 'validation', if not given."}
+        default=None,
+        metadata={
+            "help": "Split to report on; if not given a labelled 'test' or 'validation', or a fifth of the rest."
+        },
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the student's images in pixels; the teacher's if not given."}
@@ -211,6 +214,9 @@ class ImageArguments:
         default="resize", metadata={"help": "Test images: 'resize' or 'center_crop'."}
     )
     crop_pct: float = field(default=0.875, metadata={"help": "Share of the short side that 'center_crop' keeps."})
+    skip_broken: bool = field(
+        default=False, metadata={"help": "Leave out images that can't be read, with a warning that names them."}
+    )
     repeats: int = field(default=1, metadata={"help": "Repeated augmentation: times an image comes in a row."})
 
 

@@ -354,7 +354,7 @@ def _image_batch(
     height, width = student.config.image_height_and_width
     if height != width:
         raise ValueError(f"The student's images are {height} x {width}; images of a data set are made square.")
-    _, rows = pick_test_split(load_images(data), None, data)
+    _, rows, _ = pick_test_split(load_images(data), None, None, data)
     rows = rows.select(range(min(examples, len(rows))))
     images = ImageDataset(rows, height, num_channels=student.config.num_channels)
     pixels = torch.stack([images[index]["pixel_values"] for index in range(len(images))]).float() / 255
