@@ -158,7 +158,7 @@ class _Targets:
             )
         width = width if self.vocab_size is None else self.vocab_size
         # Elsewhere than on a CPU the look would wait for the device, whose own error stops the run.
-        if self.labels is not None and not self.labels.is_cuda and self.labels.numel():
+        if self.labels is not None and self.labels.device.type == "cpu" and self.labels.numel():
             largest = int(self.labels.max())
             if largest >= width:
                 raise ValueError(
