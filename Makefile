@@ -1,5 +1,5 @@
 # make demo: set up, distil a real Transformer into a Mamba and reload it.   make test: set up and run the tests.
-# make lint: style.   make docs: the documentation site, into site/.
+# make lint: style, and who imports whom.   make docs: the documentation site, into site/.
 # TORCH selects the torch build, e.g. `make test TORCH=torch` for the CUDA build.
 
 VENV ?= .venv
@@ -15,11 +15,12 @@ demo: $(READY)
 	$(BIN)/python train_cab.py training_args/quickstart_lm.yaml
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # The site's pages are the files that the repository shows, in the same places, so that their links hold in both.
 docs: $(VENV)-docs/.ready

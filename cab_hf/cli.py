@@ -37,7 +37,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=("stock", "gguf", "onnx"),
         default="stock",
-        help="stock: a Mamba, Mamba-2 or Bamba of transformers itself (default); gguf: OUT/model.gguf "
+        help="stock: a Mamba, Mamba-2 or GraniteMoeHybrid, which vLLM serves (default); gguf: OUT/model.gguf "
         "for llama.cpp; onnx: OUT/model.onnx",
     )
     parser.add_argument(
@@ -47,6 +47,9 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
         "faster, logits differ by about 1e-4 of their size (stock, gguf)",
     )
     parser.add_argument("--tokens", type=int, default=128, help="length of texts (onnx; default: 128)")
+    parser.add_argument(
+        "--kind", choices=("f32", "f16", "q8_0", "q4_0"), default="f32", help="of large matrices (gguf; default: f32)"
+    )
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -59,11 +62,48 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.to == "gguf":
         from cab_hf.export.gguf import export_gguf
 
-        print(export_gguf(arguments.folder, arguments.out, compact=arguments.compact))
+        print(export_gguf(arguments.folder, arguments.out, compact=arguments.compact, kind=arguments.kind))
         return
     model = export_stock(arguments.folder, arguments.out, compact=arguments.compact)
     print(f"{arguments.out}: {type(model).__name__}, {model.num_parameters():,} parameters.")
     print(f'Load it with AutoModelForCausalLM.from_pretrained("{arguments.out}").')
+
+
+def _check_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("export", metavar="EXPORT", help="folder that `cab-hf export` wrote")
+    parser.add_argument("--student", help="its student, to compare on --data (default: the texts of its export)")
+    parser.add_argument("--data", default="builtin", help="texts: builtin, a file, folder, glob or Hub id")
+    parser.add_argument(
+        "--python",
+        nargs="*",
+        default=[],
+        metavar="PATH",
+        help="bin/python of other environments to ask, too: one with vLLM, or with another transformers",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.02,
+        help="largest mean difference of log-probabilities, in nats (default: 0.02; quantised files lose more)",
+    )
+    parser.add_argument("--output", metavar="FILE", help="JSON file for the report (default: EXPORT/check.json)")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from cab_hf.export.check import check_export, describe
+
+    report = check_export(
+        arguments.export,
+        student=arguments.student,
+        data=arguments.data,
+        pythons=arguments.python,
+        tolerance=arguments.tolerance,
+        output=arguments.output,
+    )
+    print(describe(report))
+    differing = [name for name, found in report.items() if not found.get("agrees", True)]
+    if differing:
+        raise ValueError(f"{arguments.export} differs from its student in {', '.join(differing)}.")
 
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
@@ -217,6 +257,7 @@ COMMANDS = {
     "evaluate": Command("measure a student beside its teacher: quality, recall, speed", _evaluate_options, _evaluate),
     "card": Command("write the model card of a finished run again", _card_options, _card),
     "export": Command("write a student as a model that runs without cab_hf's code", _export_options, _export),
+    "check": Command("compare an export with its student in every runtime", _check_options, _check),
     "sample": Command("write training text with the teacher itself", _sample_options, _sample),
     "inspect": Command("show a student's layers and parameters, and how it attends", _inspect_options, _inspect),
 }

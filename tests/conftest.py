@@ -4,8 +4,12 @@ import gc
 import os
 from pathlib import Path
 
-import pytest
-import torch
+
+# Tiny tensors gain nothing by a second thread, which would take a core from the other worker. Read by torch's import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 if not torch.cuda.is_available():
@@ -14,10 +18,14 @@ if not torch.cuda.is_available():
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes come first: of two workers, none is left alone with them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("distributed") or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_collection():
     """Every training starts by a garbage collection, which takes most of a tiny run unless modules are left out."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()

@@ -75,7 +75,6 @@ def environment(endpoint: str, home: Path, **others: str) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1,localhost",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parent),
         **others,
     }
 
@@ -110,6 +109,10 @@ class Worker:
         line = self.process.stdout.readline()
         assert line, self.log.read_text()[-3000:]
         return json.loads(line)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
 
     def publish(self, folder: Path, repo_id: str, **options: Any) -> str:
         """The code that publishes; its result is the commit's oid."""

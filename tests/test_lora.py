@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import hub_server
@@ -186,9 +187,14 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder, student.eval()
 
 
-def test_a_trainer_pushes_an_adapter_again_and_again(hub: HubServer, base, tmp_path):
-    (tmp_path / "worker").mkdir()
-    worker = Worker(hub.endpoint, tmp_path / "worker")
+@pytest.fixture(scope="module")
+def worker(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    worker = Worker(hub.endpoint, tmp_path_factory.mktemp("worker"))
+    yield worker
+    worker.close()
+
+
+def test_a_trainer_pushes_an_adapter_again_and_again(hub: HubServer, worker, base, tmp_path):
     worker.run(
         f"""
 from tiny_distillation import make_trainer
@@ -215,18 +221,16 @@ trainer.train()
     assert second["README.md"] == first["README.md"]
     assert second["adapter_config.json"] == first["adapter_config.json"]
     assert second["adapter_model.safetensors"] != first["adapter_model.safetensors"]
-    worker.process.stdin.close()
-    worker.process.wait(timeout=60)
 
 
-def test_a_distilled_adapter_is_published_and_loads_without_the_package(hub: HubServer, base, trained, tmp_path):
+def test_a_distilled_adapter_is_published_and_loads_without_the_package(
+    hub: HubServer, worker, base, trained, tmp_path
+):
     folder, student = trained
     with pytest.raises(ValueError, match="Hub id"):  # PEFT names the base by its local folder
         student_files(folder)
     with pytest.raises(ValueError, match="names no licence"):  # PEFT's own card
         check_card(folder / "README.md")
-    (tmp_path / "worker").mkdir()
-    worker = Worker(hub.endpoint, tmp_path / "worker")
     worker.run("from cab_hf.hub import adapter_card, publish_folder, write_adapter_card")
     worker.run(worker.publish(base, BASE))
     # The licence and the language are those of the base model's card, on the Hub.
@@ -236,8 +240,6 @@ def test_a_distilled_adapter_is_published_and_loads_without_the_package(hub: Hub
     )
     assert student_files(folder) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     worker.run(worker.publish(folder, ADAPTER))
-    worker.process.stdin.close()
-    worker.process.wait(timeout=60)
 
     files = hub.repositories[ADAPTER].head.files
     assert set(files) == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -250,8 +252,7 @@ def test_a_distilled_adapter_is_published_and_loads_without_the_package(hub: Hub
     reader = Worker(hub.endpoint, tmp_path / "reader")
     ids = random_ids(2, 7, vocab_size=61)
     logits = reader.run("import sys\n" + LOAD_WITHOUT_PACKAGE.format(repo=ADAPTER, ids=ids.tolist()))
-    reader.process.stdin.close()
-    reader.process.wait(timeout=60)
+    reader.close()
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(logits), student(input_ids=ids).logits, rtol=0, atol=1e-5)
         with student.disable_adapter():

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cab_hf.export.loading import read_student
+from cab_hf.export.probe import probe_of, write_probe
 from cab_hf.files import written_whole
 from cab_hf.models import CABMambaForCausalLM, CABVisionMambaForImageClassification
 from cab_hf.models.s6_scan import chunked_scan
@@ -92,6 +93,9 @@ def export_onnx(folder: str | Path, out: str | Path, *, tokens: int = 128) -> Pa
         custom_translation_table={chunked_scan._opoverload: selective_scan},
         verbose=False,
     )
+    probe = probe_of(folder, student, longest=tokens) if isinstance(student, CABMambaForCausalLM) else None
     with written_whole(path.parent) as unfinished:
         exported.save(unfinished / path.name)
+        if probe is not None:
+            write_probe(unfinished, probe)
     return path

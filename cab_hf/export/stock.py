@@ -1,25 +1,26 @@
 """Students as models of transformers itself.
 
 A student without MLPs is transformers' Mamba (S6) or Mamba-2 (SSD); one with gated SiLU MLPs and SSD mixers, as a
-Llama-like teacher gives it, is a Bamba. The parameters are the same, only the names differ.
+Llama-like teacher gives it, is a GraniteMoeHybrid without experts. The parameters are the same, only the names differ.
+vLLM, SGLang and llama.cpp serve all three classes.
 
-A student without an activation after its convolution (`conv_activation=None`, the start of `student_from_teacher`) is
-exported too, although these classes have a SiLU there: near zero, SiLU is half its argument. Smaller taps make it as
-linear as is wanted, and what follows makes up for the factor (`_linearise`). Such a model is to be run, not to be
-trained further: its weights are of very different sizes.
+A student without an activation after its convolution (`conv_activation=None`) is exported too, although these classes
+have a SiLU there: near zero, SiLU is half its argument. Smaller taps make it as linear as is wanted, and what follows
+makes up for the factor (`_linearise`). Such a model is to be run, not to be trained further.
 
 Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group, `d` width.
 """
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import (
-    BambaConfig,
-    BambaForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
     MambaConfig,
@@ -30,6 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from cab_hf.export.loading import load_tokenizer, read_student
+from cab_hf.export.probe import probe_of, write_probe
 from cab_hf.files import written_whole
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
 
@@ -41,10 +43,12 @@ _S6_TAPS = 2.0**-24
 _PAIRED_TAPS = (2.0**-22, 2.0**-12)  # of x, and of B and C
 _COMPACT_TAPS = (2.0**-16, 2.0**-16)
 
+_HEAD_DIMS = (64, 128, 96, 80, 32)  # that attention kernels know, of CPUs too
+
 _STOCK_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "mamba": (MambaConfig, MambaForCausalLM),
     "mamba2": (Mamba2Config, Mamba2ForCausalLM),
-    "bamba": (BambaConfig, BambaForCausalLM),
+    "granite": (GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM),
 }
 _SHARED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range", "tie_word_embeddings", "use_cache"),
@@ -60,8 +64,9 @@ _STOCK_FIELDS: dict[str, dict[str, str]] = {
         name: name
         for name in (*_SHARED, *_MAMBA, "num_heads", "head_dim", "n_groups", "chunk_size", "time_step_limit")
     },
-    "bamba": {name: name for name in (*_SHARED, "intermediate_size", "mlp_bias", "time_step_limit")}
+    "granite": {name: name for name in (*_SHARED, "embedding_multiplier", "time_step_limit")}
     | {
+        "intermediate_size": "shared_intermediate_size",
         "layer_norm_epsilon": "rms_norm_eps",
         "num_heads": "mamba_n_heads",
         "head_dim": "mamba_d_head",
@@ -76,14 +81,16 @@ _STOCK_FIELDS: dict[str, dict[str, str]] = {
 }
 """For each stock model: field of the student's config -> field of the stock one."""
 
-_BAMBA_NAMES = (
+_GRANITE_NAMES = (
     ("backbone.embeddings.", "model.embed_tokens."),
-    ("backbone.norm_f.", "model.final_layernorm."),
+    ("backbone.norm_f.", "model.norm."),
     ("backbone.layers.", "model.layers."),
     (".mixer.", ".mamba."),
-    (".mlp_norm.", ".pre_ff_layernorm."),
-    (".mlp.", ".feed_forward."),
+    (".mlp_norm.", ".post_attention_layernorm."),
+    (".mlp.down_proj.", ".shared_mlp.output_linear."),
 )
+# Before, transformers normed the whole width of a GraniteMoeHybrid's mixer, not each group's.
+LEAST_TRANSFORMERS = {"granite": "5.23.0"}
 
 
 def to_stock(student: PreTrainedModel, *, compact: bool = False) -> PreTrainedModel:
@@ -95,8 +102,9 @@ def to_stock(student: PreTrainedModel, *, compact: bool = False) -> PreTrainedMo
     Two things are the stock classes' own and differ from the student's: with `use_bias=True` the convolution of a
     left-padded row sees the projection's bias at padding, and decoding on the torch path ignores `time_step_limit`.
 
-    A Bamba gets one more layer behind the others: attention and an MLP whose outputs are zero. Without any attention
-    layer transformers 5.24 can't run a Bamba with a cache ("`get_seq_length` can only be called on Attention layers").
+    A GraniteMoeHybrid gets one more layer behind the others: attention and an MLP whose outputs are zero. Without any
+    attention layer transformers 5.24 can't generate with it ("`get_seq_length` can only be called on Attention
+    layers"). Its config names the `least_transformers_version` that computes several groups rightly.
 
     Args:
         student: a language student.
@@ -105,12 +113,13 @@ def to_stock(student: PreTrainedModel, *, compact: bool = False) -> PreTrainedMo
             about 1e-4 of their size, less than bfloat16 rounds.
 
     Returns:
-        A `MambaForCausalLM`, `Mamba2ForCausalLM` or `BambaForCausalLM` in eval mode, on the student's device.
+        A `MambaForCausalLM`, `Mamba2ForCausalLM` or `GraniteMoeHybridForCausalLM` in eval mode, on the student's
+        device.
 
     Raises:
         ValueError: no stock class has this shape; the message has every reason.
 
-    Source: the classes that arXiv 2312.00752 and 2405.21060 became in transformers; Bamba is Mamba-2 with MLPs.
+    Source: the classes that arXiv 2312.00752 and 2405.21060 became in transformers.
     """
     if not isinstance(student, CABMambaForCausalLM):
         raise ValueError(
@@ -137,17 +146,26 @@ def to_stock(student: PreTrainedModel, *, compact: bool = False) -> PreTrainedMo
         scale = _linearise(weights, config, compact)
         epsilon = _STOCK_FIELDS[kind]["layer_norm_epsilon"]
         fields[epsilon] = fields[epsilon] * scale**2
+        if kind == "granite":
+            fields["embedding_multiplier"] *= scale
+            fields["residual_multiplier"] = scale
+        elif kind == "mamba2":
+            _scale_residual(weights, config, scale)
         if kind != "mamba" and not compact:
             fields[_STOCK_FIELDS[kind]["state_size"]] *= 2
-    if kind == "bamba":
-        weights = {_to_bamba(name): tensor for name, tensor in weights.items()}
-        # Heads as the teacher had them are sizes that attention kernels know.
-        heads = config.num_heads if config.hidden_size % (4 * config.num_heads) == 0 else 1
-        fields |= {"num_attention_heads": heads, "num_key_value_heads": 1, "hidden_act": "silu"}
-        fields |= {"num_hidden_layers": config.num_hidden_layers + 1, "attn_layer_indices": [config.num_hidden_layers]}
+    if kind == "granite":
+        weights = _to_granite(weights)
+        head_dim = next((size for size in _HEAD_DIMS if config.hidden_size % size == 0), config.hidden_size)
+        heads = config.hidden_size // head_dim
+        layers = config.num_hidden_layers
+        fields |= {"num_attention_heads": heads, "num_key_value_heads": 1, "position_embedding_type": "rope"}
+        fields |= {"attention_multiplier": head_dim**-0.5, "hidden_act": "silu"}
+        fields |= {"num_hidden_layers": layers + 1, "layer_types": ["linear_attention"] * layers + ["full_attention"]}
+        fields |= {"num_local_experts": 0, "num_experts_per_tok": 0, "intermediate_size": config.intermediate_size}
+        fields |= {"least_transformers_version": LEAST_TRANSFORMERS[kind]}
     config_class, model_class = _STOCK_CLASSES[kind]
     stock = model_class(config_class(**fields, dtype=student.dtype)).to(student.device, student.dtype)
-    if kind == "bamba":
+    if kind == "granite":
         silent = f"model.layers.{config.num_hidden_layers}."
         for name, tensor in stock.state_dict().items():
             if name.startswith(silent):
@@ -179,11 +197,12 @@ def export_stock(folder: str | Path, out: str | Path, *, compact: bool = False) 
         raise FileExistsError(f"{out} holds a model already; name another folder, or remove it.")
     student = read_student(folder)
     stock = to_stock(student, compact=compact)
-    tokenizer = load_tokenizer(folder)
+    tokenizer, probe = load_tokenizer(folder), probe_of(folder, student)
     with written_whole(out) as unfinished:
         stock.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
+        write_probe(unfinished, probe)
     return stock
 
 
@@ -195,7 +214,7 @@ def stock_class_name(config: CABMambaConfig) -> str | None:
 
 def _stock_kind(config: CABMambaConfig) -> str:
     if config.intermediate_size:
-        return "bamba"
+        return "granite"
     return "mamba" if config.layer_mixer_types[:1] == ["mamba"] else "mamba2"
 
 
@@ -214,7 +233,7 @@ def _obstacles(config: CABMambaConfig, kind: str, dtype: torch.dtype) -> list[st
         reasons.append("its head has a bias (lm_head_bias)")
     if config.post_norms:
         reasons.append("norms stand behind its mixers, too (post_norms)")
-    if config.embedding_multiplier != 1.0:
+    if config.embedding_multiplier != 1.0 and kind != "granite":
         reasons.append(f"its embeddings are multiplied by {config.embedding_multiplier:g} (embedding_multiplier)")
     if config.expand != int(config.expand):
         reasons.append(
@@ -223,7 +242,9 @@ def _obstacles(config: CABMambaConfig, kind: str, dtype: torch.dtype) -> list[st
         )
     if dtype == torch.float16 and config.conv_activation is None:
         reasons.append("conv_activation=None needs factors that float16 can't hold (load it in bfloat16 or float32)")
-    if kind == "bamba":
+    if kind == "granite":
+        if config.mlp_bias:
+            reasons.append("its MLP has biases (mlp_bias)")
         if config.parallel_residual:
             reasons.append("mixer and MLP run side by side (parallel_residual)")
         if not config.gated_mlp:
@@ -241,7 +262,8 @@ def _linearise(weights: dict[str, Tensor], config: CABMambaConfig, compact: bool
     S6 makes B and C of x, so that two later projections undo the factor.
 
     SSD multiplies x, B and C: y is `s` times itself, `s` being all factors together. The norm behind it undoes that if
-    epsilon is `s^2` times itself. Epsilon is every norm's, so that the residual stream must be `s` times itself too.
+    epsilon is `s^2` times itself. Epsilon is every norm's, so that the residual stream must be `s` times itself too:
+    by a GraniteMoeHybrid's multipliers, or in a Mamba-2 by its weights (`_scale_residual`).
     The error of x costs nothing, as its taps may be tiny; that of B and C goes when each state has a twin of opposite
     sign: SiLU is half its argument plus an even function, which cancels in `silu(b) silu(c) + silu(-b) silu(-c)`.
 
@@ -267,11 +289,14 @@ def _linearise(weights: dict[str, Tensor], config: CABMambaConfig, compact: bool
             gate, x, B, C, dt = weights[name].split([width, width, states, states, config.num_heads])
             B, C = (_twins(tensor, config.n_groups, sign=1) for tensor in (B, C))
             weights[name] = torch.cat((gate, x, B, C, dt))
-    residual = ("embeddings.weight", "out_proj.weight", "out_proj.bias", "down_proj.weight", "down_proj.bias")
-    _scale(weights, dict.fromkeys(residual, scale) | {"mixer.D": state_gain})
+    _scale(weights, {"mixer.D": state_gain})
+    return scale
+
+
+def _scale_residual(weights: dict[str, Tensor], config: CABMambaConfig, scale: float) -> None:
+    _scale(weights, dict.fromkeys(("embeddings.weight", "out_proj.weight", "out_proj.bias"), scale))
     if config.tie_word_embeddings:
         _scale(weights, {"lm_head.weight": scale, "norm_f.weight": 1 / scale})
-    return scale
 
 
 def _scale(weights: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
@@ -287,10 +312,16 @@ def _twins(rows: Tensor, groups: int, sign: int) -> Tensor:
     return torch.cat((rows, sign * rows), dim=1).flatten(0, 1)
 
 
-def _to_bamba(name: str) -> str:
-    for ours, theirs in _BAMBA_NAMES:
-        name = name.replace(ours, theirs)
-    parts = name.split(".")
-    if parts[:2] == ["model", "layers"] and parts[3] == "norm":
-        parts[3] = "input_layernorm"
-    return ".".join(parts)
+def _to_granite(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by a GraniteMoeHybrid's names; the MLP's gate and its other half are one matrix there."""
+    renamed = {}
+    for name, tensor in weights.items():
+        if ".mlp.up_proj." in name:
+            continue
+        if ".mlp.gate_proj." in name:
+            tensor = torch.cat((tensor, weights[name.replace("gate_proj", "up_proj")]))
+            name = name.replace(".mlp.gate_proj.", ".shared_mlp.input_linear.")
+        for ours, theirs in _GRANITE_NAMES:
+            name = name.replace(ours, theirs)
+        renamed[re.sub(r"(layers\.\d+)\.norm\.", r"\1.input_layernorm.", name)] = tensor
+    return renamed

@@ -49,7 +49,8 @@ class MixerConfig(PreTrainedConfig):
             `transition_init="moving_average"`.
         conv_init, gate_init, skip_init (`"usual"` or `"transparent"`, default `"usual"`):
             Whether convolution, gate and skip (D) start as in Mamba, or as if absent: taps (0, .., 0, 1), a gate of
-            constant one, D = 0.
+            constant one, D = 0. The constant gate is a bias; with `gate_init="fitted"` a student of a language teacher
+            has a nearly constant one without, by weights that `student_from_teacher` fits to the teacher's states.
         intermediate_size (`int`, *optional*): width of the MLP after each mixer; no MLP when not given.
         gated_mlp (`bool`, defaults to `True`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
         mlp_bias (`bool`, defaults to `False`): biases of the MLP.
@@ -89,7 +90,7 @@ class MixerConfig(PreTrainedConfig):
     transition_init: Literal["identity", "s4d", "moving_average"] = "identity"
     memory_range: list[int | float] | tuple[int | float, ...] = (8.0, 512.0)
     conv_init: Literal["usual", "transparent"] = "usual"
-    gate_init: Literal["usual", "transparent"] = "usual"
+    gate_init: Literal["usual", "transparent", "fitted"] = "usual"
     skip_init: Literal["usual", "transparent"] = "usual"
 
     intermediate_size: int | None = None
@@ -161,7 +162,7 @@ class MixerConfig(PreTrainedConfig):
         if self.gate_init == "transparent" and not self.use_bias:
             raise ValueError(
                 "`gate_init='transparent'` needs `use_bias=True`: the constant gate is the gate's bias "
-                f"(silu of zero is zero). Got `use_bias={self.use_bias}`."
+                f"(silu of zero is zero). Got `use_bias={self.use_bias}`. Without, `gate_init='fitted'` is the choice."
             )
         for name in ("time_step_limit", "memory_range"):
             limits = getattr(self, name)

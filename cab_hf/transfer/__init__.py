@@ -4,6 +4,7 @@ from cab_hf.transfer.calibration import calibrate_output_norm
 from cab_hf.transfer.families import FAMILIES, Affine, Family, TeacherLayer, family_of
 from cab_hf.transfer.fit import fit_output_projection
 from cab_hf.transfer.from_teacher import copy_teacher_weights, student_config
+from cab_hf.transfer.gate import fit_gate
 from cab_hf.transfer.student import student_from_teacher
 from cab_hf.transfer.vim import convert_vim_checkpoint, vim_from_state_dict
 from cab_hf.transfer.vision import (
@@ -27,6 +28,7 @@ __all__ = [
     "copy_teacher_weights",
     "copy_vision_teacher_weights",
     "family_of",
+    "fit_gate",
     "fit_output_projection",
     "student_config",
     "student_from_teacher",

@@ -4,13 +4,14 @@ Shapes: `h` head, `p` head_dim, `n` state, `d` width.
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from cab_hf.models.mixers import S6Mixer, SSDMixer
+from cab_hf.models.mixers import BidirectionalSSDMixer, S6Mixer, SSDMixer, inverse_softplus
 from cab_hf.transfer.families import Affine, TeacherLayer
 
 
@@ -22,6 +23,12 @@ _START = {
     "gate_init": "transparent",
     "skip_init": "transparent",
 }
+
+# What stock classes and llama.cpp hold, too: no biases around the mixer, and SiLU after the convolution.
+STOCK_START = {"conv_activation": "silu", "use_bias": False, "gate_init": "fitted"}
+
+VALUE_TAPS = 1 / 8
+"""Taps of the values in front of a SiLU, which is half its argument near zero: a tenth of a value is 2.5 % off."""
 
 
 def check_fields(config_class: type[PreTrainedConfig], fields: Iterable[str]) -> None:
@@ -173,15 +180,38 @@ def _copy_attention_to_ssd(name: str, mixer: SSDMixer, layer: TeacherLayer) -> N
     width, states = config.mixer_width, mixer.state_width
     sizes = [width, width, states, states, config.num_heads]
     weights = mixer.in_proj.weight.split(sizes)
+    is_causal = not isinstance(mixer, BidirectionalSSDMixer)
+    has_silu = is_causal and config.conv_activation == "silu"
+    # The convolution's bias stands right behind the projection's and does the same.
+    in_convolution = is_causal and mixer.in_proj.bias is None and mixer.conv1d.bias is not None
     biases = (None,) * 5 if mixer.in_proj.bias is None else mixer.in_proj.bias.split(sizes)
+    if in_convolution:
+        biases = (None, *mixer.conv1d.bias.split(sizes[1:4]), None)
     # Wider states than keys: B = 0 leaves the output as it is, and a random C lets B learn.
     weights[2].zero_()
     if biases[2] is not None:
         biases[2].zero_()
-    for part, source, scale in ((1, layer.value, 1.0), (2, layer.key, 1.0), (3, layer.query, layer.scaling)):
+    # Where a SiLU follows, keys and queries are of about one size; without, only their product counts.
+    of_keys = math.sqrt(layer.scaling) if has_silu else 1.0
+    of_queries = layer.scaling / of_keys
+    for part, source, scale in ((1, layer.value, 1.0), (2, layer.key, of_keys), (3, layer.query, of_queries)):
         bias = None if biases[part] is None else biases[part].unflatten(0, (heads, -1))
         _copy_rows(f"{name}.in_proj", weights[part].unflatten(0, (heads, -1)), bias, source, head_dim, scale)
+    if in_convolution:
+        mixer.conv1d.bias.mul_(mixer.conv1d.weight.sum(dim=(1, 2)))
     copy_affine(f"{name}.out_proj", mixer.out_proj, layer.output)
+    if has_silu and (config.conv_init, config.transition_init) == ("transparent", "moving_average"):
+        _keep_values_linear(mixer)
+
+
+def _keep_values_linear(mixer: SSDMixer) -> None:
+    """Takes the values to where SiLU is nearly linear; longer time steps of slower decays undo the factor."""
+    width, gain = mixer.config.mixer_width, 2 / VALUE_TAPS
+    mixer.conv1d.weight[:width] *= VALUE_TAPS
+    if mixer.conv1d.bias is not None:
+        mixer.conv1d.bias[:width] *= VALUE_TAPS
+    mixer.A_log -= math.log(gain)
+    mixer.dt_bias.copy_(inverse_softplus(gain * mixer.averaging_time_steps(mixer.config.num_heads)))
 
 
 def _copy_attention_to_s6(name: str, mixer: S6Mixer, layer: TeacherLayer) -> None:

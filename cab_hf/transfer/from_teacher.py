@@ -21,7 +21,15 @@ from cab_hf.models.modeling_cab_mamba import (
     CABMambaForSequenceClassification,
     CABMambaPreTrainedModel,
 )
-from cab_hf.transfer.copying import check_fields, copy_bias, copy_block, copy_norm, copy_tensor, mixer_fields
+from cab_hf.transfer.copying import (
+    STOCK_START,
+    check_fields,
+    copy_bias,
+    copy_block,
+    copy_norm,
+    copy_tensor,
+    mixer_fields,
+)
 from cab_hf.transfer.families import family_of
 
 
@@ -44,6 +52,12 @@ def with_labels(teacher: PreTrainedModel, overrides: dict[str, Any]) -> dict[str
     return {**labels, "problem_type": config.problem_type, **others}
 
 
+def has_output_bias(teacher: PreTrainedModel) -> bool:
+    family = family_of(teacher.config)
+    bias = family.read_layer(teacher.base_model.get_submodule(family.layers)[0]).output.bias
+    return bias is not None and bool(bias.any())
+
+
 def _score(teacher: PreTrainedModel) -> nn.Linear | None:
     """The head of a decoder that classifies texts, under the name of every family; one for tokens has a bias."""
     head = dict(teacher.named_children()).get("score")
@@ -60,8 +74,11 @@ def student_config(
     """The config of a student of a teacher's shape.
 
     One mixer head for each attention head, with its own B and C as wide as a key, and the teacher's norms, MLPs,
-    residuals and vocabulary. The mixers start transparent: a moving average of the values, without convolution, gate
-    or skip. With `mixer_type="mamba"` the state size is S6's usual one.
+    residuals and vocabulary. The mixers start transparent: a moving average of the values, as if without convolution,
+    gate or skip. With `mixer_type="mamba2"` that takes no biases around the mixer (of an attention with an output bias
+    `student_from_teacher` keeps it, by `use_bias=True`) and leaves the usual SiLU after the convolution, so that stock
+    classes hold the student as it is; before, it was `conv_activation=None, use_bias=True, gate_init="transparent"`,
+    as it still is with `mixer_type="mamba"`, whose state size is S6's usual one.
 
     Args:
         teacher_config: config of a teacher of a known family.
@@ -76,6 +93,7 @@ def student_config(
     family, values = family_of(teacher_config), teacher_config.to_dict()
     fields = {
         **mixer_fields(teacher_config, num_hidden_layers, mixer_type),
+        **(STOCK_START if mixer_type == "mamba2" else {}),
         "vocab_size": teacher_config.vocab_size,
         "tie_word_embeddings": teacher_config.tie_word_embeddings,
         **{name: values.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
@@ -94,8 +112,10 @@ def copy_teacher_weights(
     """Copies a teacher's weights into a student, in place.
 
     In an SSD mixer with one group a head, x <- V, B <- K, C <- Q times the attention's scaling (grouped keys and
-    values are repeated), and the output projection <- O, biases included. States wider than a key keep their random C
-    and get B = 0, silent until they learn.
+    values are repeated), and the output projection <- O, biases included: without `use_bias` those of Q, K and V stand
+    in the convolution. States wider than a key keep their random C and get B = 0, silent until they learn. With a SiLU
+    after the convolution keys and queries share the scaling, and values are made small (`VALUE_TAPS`), for the time
+    step to undo.
 
     An S6 mixer computes B and C from x, so there is no slot for K and Q: x <- V and the output projection <- O are
     copied, and the bridge is what teaches B and C.

@@ -18,7 +18,8 @@ from cab_hf.models import (
 from cab_hf.models.students import cast
 from cab_hf.teachers.alignment import layer_map as map_layers
 from cab_hf.transfer.calibration import calibrate_output_norm
-from cab_hf.transfer.from_teacher import copy_teacher_weights, student_config, with_labels
+from cab_hf.transfer.from_teacher import copy_teacher_weights, has_output_bias, student_config, with_labels
+from cab_hf.transfer.gate import fit_gate
 from cab_hf.transfer.vision import copy_vision_teacher_weights, vision_student_config
 
 
@@ -52,7 +53,8 @@ def student_from_teacher(
         copy_attention: copy attention's projections into the mixers.
         copy_weights: copy anything at all; without, the student is random in the teacher's shape.
         calibration_inputs: one batch (`input_ids`, and `attention_mask` if padded; or `pixel_values`) on which the
-            mixers' outputs are scaled to those of the teacher's attention.
+            mixers' outputs are scaled to those of the teacher's attention, and gates are fitted; without it they are
+            fitted on random tokens.
         dtype: of the student's weights; those that must be float32 stay so.
         **config_overrides: fields of the student's config that are to differ from the choice of `student_config` or
             `vision_student_config`; of an image student also `class_token`, `image_size` and `num_labels`.
@@ -80,12 +82,16 @@ def student_from_teacher(
         student_class = student_class or CABMambaForCausalLM
         if issubclass(student_class, CABMambaForSequenceClassification):
             config_overrides = with_labels(teacher, config_overrides)
+        if copy_weights and copy_attention and has_output_bias(teacher):
+            config_overrides = {"use_bias": True} | config_overrides
         config = student_config(teacher.config, **options, **config_overrides)
         copy_weights_of = copy_teacher_weights
     layers = map_layers(layer_map, config.num_hidden_layers, teacher.config.num_hidden_layers)
     student = student_class(config).to(teacher.device)
     if copy_weights:
         copy_weights_of(student, teacher, layers, copy_attention)
+        if config.gate_init == "fitted":
+            fit_gate(student, teacher, calibration_inputs, layers)
     if calibration_inputs is not None:
         calibrate_output_norm(student, teacher, calibration_inputs, layers)
     if student.can_generate():

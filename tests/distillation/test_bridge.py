@@ -357,7 +357,7 @@ def make_step(tmp_path, **weights: float) -> tuple[DistillationModel, dict]:
     inputs = {"input_ids": torch.arange(12).view(2, 6)}
     active = frozenset(name.removesuffix("_weight") for name in weights)
     return model, {
-        "targets": teacher(inputs, attentions=True, hidden_states="hidden" in active),
+        "targets": teacher(inputs, attentions=True, maps="attention" in active, hidden_states="hidden" in active),
         "teacher_head": teacher.head,
         "weights": torch.tensor([float(name in active) for name in LOSSES]),
         "active": active,

@@ -19,6 +19,7 @@ from tiny_distillation import (
     ragged_rows,
     tiny_student,
 )
+from tiny_images import image_rows, make_image_trainer, tiny_image_student, tiny_image_teacher
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
 from cab_hf import DistillationTrainer
+from cab_hf.data.augmentation import two_sizes
 from cab_hf.distillation.training_args import LOSSES
 
 
@@ -52,6 +54,24 @@ SHARDED = {
 EVALUATIONS = {"even": 8, "three of four": 7, "one of four": 5, "one alone": 1}
 METRICS = [f"eval_{name}" for name in (*LOSSES, "loss", "agreement", "tokens", "perplexity", "teacher_perplexity")]
 
+IMAGE_ROWS = image_rows(8)
+for index in (0, 1, 2, 5):  # the processes see different numbers of labels
+    IMAGE_ROWS[index]["labels"] = -100
+IMAGE_TRAININGS = {
+    "six, averaged": {**SIX_LOSSES, "max_steps": 3, "ema_decay": 0.7},
+    "images, bridge only": {**NO_LOSS, "bridge_weight": 1.0, "max_steps": 2, "mixer": "mamba"},
+    "unlabelled": {"rows": image_rows(8, labelled=False)},
+    "two sizes, accumulated": {
+        **SIX_LOSSES,
+        "attention_weight": 0.0,  # maps of equal grids only
+        "rows": image_rows(8, size=12),
+        "large": True,
+        "gradient_accumulation_steps": 2,
+    },
+}
+EVALUATED = 7
+IMAGE_METRICS = [*LOSSES, "loss", "agreement", "accuracy", "top5_accuracy", "teacher_accuracy", "images"]
+
 
 class Stream(torch.utils.data.IterableDataset):
     def __init__(self, rows: list[dict[str, Tensor]]):
@@ -76,6 +96,29 @@ def train(folder: Path, processes: int, options: dict[str, Any], **more: Any) ->
         assert isinstance(trainer.model_wrapped, DistributedDataParallel)
         assert not trainer.model_wrapped.find_unused_parameters
     return {"gradients": recorder.gradients, "logs": recorder.logs, "state": dict(trainer.model.state_dict())}
+
+
+def small_and_large(batch: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
+    ours, theirs = two_sizes(batch["pixel_values"], 8, 12)
+    return {**batch, "pixel_values": ours, "teacher_pixel_values": theirs}
+
+
+def train_on_images(folder: Path, processes: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Trains on batches of 8 images in all, and returns what is to be compared."""
+    options = {"rows": IMAGE_ROWS, **options}
+    batch = 8 // processes // options.get("gradient_accumulation_steps", 1)
+    if options.pop("large", False):
+        options |= {"teacher": tiny_image_teacher(image_size=12), "batch_transform": small_and_large}
+    student = tiny_image_student(options.pop("mixer", "mamba2"))
+    trainer, recorder = make_image_trainer(
+        folder, student=student, per_device_train_batch_size=batch, per_device_eval_batch_size=2, **options
+    )
+    trainer.train()
+    if processes > 1:
+        assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    metrics = trainer.evaluate(options["rows"][:EVALUATED])
+    results = {"gradients": recorder.gradients, "logs": recorder.logs, "metrics": metrics}
+    return {**results, "average": {} if trainer._ema is None else trainer._ema.state_dict()}
 
 
 def evaluate(folder: Path, rows: Any) -> dict[str, float]:
@@ -114,6 +157,7 @@ def shard(folder: Path, options: dict[str, Any]) -> float:
 
 def everything(folder: Path, processes: int) -> dict[str, Any]:
     results = {name: train(folder / "plain", processes, options) for name, options in TRAININGS.items()}
+    results |= {name: train_on_images(folder / "plain", processes, rest) for name, rest in IMAGE_TRAININGS.items()}
     results |= {name: evaluate(folder / "plain", ROWS[:count]) for name, count in EVALUATIONS.items()}
     results["stream"] = evaluate(folder / "plain", Stream(ROWS[:8]))
     results["run out"] = run_out(folder / "plain", processes)
@@ -156,6 +200,27 @@ def test_two_processes_train_as_one(results, name):
             if key in right:
                 assert left[key] == pytest.approx(right[key], rel=1e-5 if step == 0 else 2e-4, abs=1e-7), (key, step)
     torch.testing.assert_close(together["state"]["target_scales"], alone["state"]["target_scales"])
+
+
+@pytest.mark.parametrize("name", IMAGE_TRAININGS)
+def test_two_processes_do_on_images_what_one_does(results, name):
+    alone, together = (result[name] for result in results)
+    assert len(together["gradients"]) == len(alone["gradients"]) == IMAGE_TRAININGS[name].get("max_steps", 1)
+    for step, (left, right) in enumerate(zip(together["gradients"], alone["gradients"])):
+        assert_gradients_close(left, right, 2e-5 if step == 0 else 2e-3)
+        for key in (key for key in (*LOSSES, "loss") if key in alone["logs"][step]):
+            expected = alone["logs"][step][key]
+            assert together["logs"][step][key] == pytest.approx(expected, rel=1e-5 if step == 0 else 5e-4), (key, step)
+    averages = ("", "ema_") if alone["average"] else ("",)
+    compared = [f"eval_{prefix}{metric}" for prefix in averages for metric in IMAGE_METRICS]
+    compared = [metric for metric in compared if metric in alone["metrics"]]
+    assert {"eval_kl", "eval_bridge", "eval_agreement"} & set(compared)
+    assert alone["metrics"]["eval_images"] == EVALUATED
+    for metric in compared:
+        assert together["metrics"][metric] == pytest.approx(alone["metrics"][metric], rel=1e-3), metric
+    assert together["average"].keys() == alone["average"].keys()
+    for parameter, value in alone["average"].items():
+        torch.testing.assert_close(together["average"][parameter], value, rtol=1e-3, atol=1e-4, msg=parameter)
 
 
 @pytest.mark.parametrize("name", [*EVALUATIONS, "stream"])

@@ -385,6 +385,17 @@ def test_a_teacher_of_another_size_and_grid(tmp_path, mixer, family):
     assert_gradients_close(recorder.gradients[0], gradients_of(model, bridge + 0.5 * output), 3e-4)
 
 
+def test_maps_of_unequal_grids_are_refused(tmp_path):
+    rows = [
+        {**small, "teacher_pixel_values": large["pixel_values"]}
+        for small, large in zip(image_rows(4), image_rows(4, size=12))
+    ]
+    teacher = tiny_image_teacher(image_size=12)
+    trainer, _ = make_image_trainer(tmp_path, rows=rows, teacher=teacher, **{**NO_LOSS, "attention_weight": 1.0})
+    with pytest.raises(ValueError, match=r"\(3, 3\) patches.*\(2, 2\).*attention_weight=0.0"):
+        trainer.train()
+
+
 def test_a_column_of_the_teachers_images_is_used(tmp_path):
     rows = [{**row, "teacher_pixel_values": row["pixel_values"].flip(-1)} for row in image_rows(4)]
     images, teacher = stacked(rows)[0], tiny_image_teacher()

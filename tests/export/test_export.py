@@ -1,5 +1,6 @@
 """Students as stock models and back, and as ONNX: equal logits, equal texts, and a reason wherever it can't be."""
 
+import copy
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from tiny_distillation import tiny_teacher
 from tiny_models import VARIANTS, largest_difference, random_ids, random_images, shake, tiny_model, tiny_vision_model
 from transformers import (
     AutoModelForCausalLM,
-    BambaForCausalLM,
+    GraniteMoeHybridForCausalLM,
     Mamba2ForCausalLM,
     MambaForCausalLM,
 )
@@ -28,11 +29,11 @@ CASES = {
     "s6, linear": (MambaForCausalLM, {"mixer_type": "mamba", **LINEAR, "tie_word_embeddings": False}),
     "ssd": (Mamba2ForCausalLM, SSD),
     "ssd, linear": (Mamba2ForCausalLM, {**SSD, **LINEAR}),
-    "bamba": (BambaForCausalLM, {**SSD, **MLP, "expand": 2.0, "use_conv_bias": False}),
-    "bamba, one head a group": (BambaForCausalLM, {**SSD, **MLP, "n_groups": 8, "use_bias": True, "mlp_bias": True}),
-    "bamba, linear": (BambaForCausalLM, {**SSD, **MLP, **LINEAR, "mlp_bias": True}),
-    "bamba, linear, untied, large epsilon": (
-        BambaForCausalLM,
+    "granite": (GraniteMoeHybridForCausalLM, {**SSD, **MLP, "expand": 2.0, "use_conv_bias": False}),
+    "granite, one head a group": (GraniteMoeHybridForCausalLM, {**SSD, **MLP, "n_groups": 8, "use_bias": True}),
+    "granite, linear": (GraniteMoeHybridForCausalLM, {**SSD, **MLP, **LINEAR}),
+    "granite, linear, untied, large epsilon": (
+        GraniteMoeHybridForCausalLM,
         {**SSD, **MLP, **LINEAR, "tie_word_embeddings": False, "layer_norm_epsilon": 0.1},
     ),
 }
@@ -66,7 +67,7 @@ def test_left_padded_rows_are_equal(case):
 
 
 def test_the_export_leaves_the_student_as_it_was_and_copies_its_generation_config():
-    student = tiny_model(**CASES["bamba, linear"][1])
+    student = tiny_model(**CASES["granite, linear"][1])
     student.generation_config.max_new_tokens = 7
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     stock = to_stock(student)
@@ -86,7 +87,7 @@ def test_compact_states_keep_their_width_and_lose_little():
 
 
 def test_bfloat16_stock_is_as_near_as_the_student_in_bfloat16():
-    student, ids = tiny_model(**CASES["bamba, linear"][1]), random_ids(2, 11)
+    student, ids = tiny_model(**CASES["granite, linear"][1]), random_ids(2, 11)
     expected = logits(student, ids)
     stock = to_stock(student).to(torch.bfloat16)
     errors = [float((logits(model, ids).float() - expected).std()) for model in (stock, student.to(torch.bfloat16))]
@@ -99,7 +100,7 @@ REFUSED = {
     "s6 positions, plain mlp": ["S6", "norm_type", "40 learned positions", "gated_mlp", "'gelu'"],
     "ssd 2 groups, gated mlp": ["'gelu'"],
     "ssd parallel, shared norm": ["parallel_residual", "norm_type", "learned positions"],
-    "ssd post norms, scaled embeddings": ["post_norms", "embedding_multiplier", "5.7"],
+    "ssd post norms, scaled embeddings": ["post_norms"],
     "mixed": ["layers [1]", "S6"],
 }
 
@@ -120,25 +121,35 @@ def test_odd_widths_float16_and_image_students_are_refused():
         to_stock(tiny_vision_model())
 
 
-def test_the_default_student_of_a_llama_is_a_bamba(tmp_path):
+def test_the_default_student_of_a_llama_is_a_granite_hybrid(tmp_path):
     student = student_from_teacher(tiny_teacher(), calibration_inputs={"input_ids": random_ids(2, 9, vocab_size=61)})
-    assert student.config.conv_activation is None  # transparent, and still stock
+    assert (student.config.conv_activation, student.config.use_bias) == ("silu", False)  # transparent, and still stock
     shake(student)
     student.save_pretrained(tmp_path / "student")
     export_stock(tmp_path / "student", tmp_path / "stock")
     stock, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "stock"), random_ids(2, 13, vocab_size=61)
-    assert type(stock) is BambaForCausalLM
+    assert type(stock) is GraniteMoeHybridForCausalLM
     assert "auto_map" not in json.loads((tmp_path / "stock/config.json").read_text())
     assert largest_difference(logits(stock, ids), logits(student, ids)) < 1e-4
     with pytest.raises(FileExistsError, match="holds a model already"):
         export_stock(tmp_path / "student", tmp_path / "stock")
 
 
-def test_a_silu_start_exports_without_wider_states():
-    student = shake(student_from_teacher(tiny_teacher(), conv_activation="silu"))
+def test_a_linear_start_is_still_a_granite_hybrid():
+    student = shake(student_from_teacher(tiny_teacher(), **LINEAR, gate_init="transparent"))
+    ids = random_ids(2, 9, vocab_size=61)
+    assert largest_difference(logits(to_stock(student), ids), logits(student, ids)) < 1e-4
+
+
+def test_the_default_start_exports_without_wider_states_and_in_half_precision():
+    student = shake(student_from_teacher(tiny_teacher()))
+    half = to_stock(copy.deepcopy(student).half()).state_dict()
+    assert all(torch.equal(half[name], weight.half()) for name, weight in to_stock(student).state_dict().items())
     stock, ids = to_stock(student), random_ids(2, 13, vocab_size=61)
     assert stock.config.mamba_d_state == student.config.state_size
-    assert largest_difference(logits(stock, ids), logits(student, ids)) < 2e-5
+    assert (
+        largest_difference(logits(stock, ids), logits(student, ids)) < 3e-4
+    )  # of 2.5; slow decays with long steps round more
 
 
 def saved(folder, **settings) -> dict:

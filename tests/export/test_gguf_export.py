@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_distillation import tiny_teacher
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 gguf = pytest.importorskip("gguf")
 
 from cab_hf.export.gguf import export_gguf  # noqa: E402
+from cab_hf.transfer import student_from_teacher  # noqa: E402
 
 
 SSD = {"mixer_type": "mamba2", "n_groups": 2}
@@ -17,6 +19,7 @@ CASES = {
     "mamba": {"mixer_type": "mamba"},
     "mamba2": {**SSD, "use_conv_bias": False},
     "granitehybrid": {**SSD, "n_groups": 4, "intermediate_size": 96, "tie_word_embeddings": False},
+    "granitehybrid, as wide as the model": {**SSD, "n_groups": 2, "intermediate_size": 96, "expand": 1.0},
     "granitehybrid, linear": {**SSD, "n_groups": 4, "intermediate_size": 96, "conv_activation": None},
 }
 
@@ -92,6 +95,17 @@ def test_biases_that_are_zero_are_left_out_and_others_refused(tmp_path):
     student.save_pretrained(tmp_path / "student")
     names = {tensor.name for tensor in gguf.GGUFReader(export_gguf(tmp_path / "student", tmp_path / "gguf")).tensors}
     assert "blk.0.ssm_in.weight" in names and "blk.0.ssm_in.bias" not in names
+
+
+def test_the_default_student_of_a_llama_can_be_written(tmp_path):
+    student = student_from_teacher(tiny_teacher())
+    student.save_pretrained(tmp_path / "student")
+    reader = gguf.GGUFReader(export_gguf(tmp_path / "student", tmp_path / "gguf"))
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    assert torch.equal(tensors["token_embd.weight"], student.backbone.embeddings.weight)  # of size one, no factor
+    written, own = tensors["blk.0.ssm_out.weight"], student.backbone.layers[0].mixer.out_proj.weight
+    heads = written.unflatten(1, (-1, 2, student.config.head_dim))  # each head twice, the second time without output
+    assert torch.equal(heads[:, :, 0].flatten(1), own) and not heads[:, :, 1].any()
 
 
 def test_tokenizers_of_other_kinds_are_refused(tmp_path):

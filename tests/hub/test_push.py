@@ -1,8 +1,6 @@
 """Publishing and loading over real HTTP: each process here knows only the address of a Hub, which is on loopback."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import yaml
 from hub_server import Fault, HubServer, Repository
 from huggingface_hub import ModelCard
 from PIL import Image
-from processes import Worker, environment
+from processes import Worker
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_vision_model
 
@@ -45,9 +43,9 @@ LEFT_BEHIND = [
 
 
 LOAD = """
-import json, sys
+import sys
 
-if sys.argv[1] == "without":
+if package == "without":
     sys.modules["cab_hf"] = None
     trust = {"trust_remote_code": True}
 else:
@@ -58,7 +56,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
-language, vision, prompt, picture, out = sys.argv[2:]
+language, vision, prompt, picture = argv
 tokenizer = AutoTokenizer.from_pretrained(language, **trust)
 student = AutoModelForCausalLM.from_pretrained(language, **trust)
 ids = tokenizer(prompt, return_tensors="pt")
@@ -68,14 +66,12 @@ classifier = AutoModelForImageClassification.from_pretrained(vision, **trust)
 pixels = processor(Image.open(picture), return_tensors="pt")["pixel_values"]
 with torch.no_grad():
     scores = classifier(pixels).logits
-found = {
+result = {
     "words": words[0].tolist(),
     "scores": scores[0].tolist(),
     "modules": [type(student).__module__, type(classifier).__module__],
     "eos": student.generation_config.eos_token_id,
 }
-with open(out, "w") as file:
-    json.dump(found, file)
 """
 
 
@@ -84,8 +80,7 @@ def worker(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     worker = Worker(hub.endpoint, tmp_path_factory.mktemp("worker"))
     worker.run("from cab_hf.hub.publish import check_access, publish_folder")
     yield worker
-    worker.process.stdin.close()
-    worker.process.wait(timeout=60)
+    worker.close()
 
 
 @pytest.fixture(autouse=True)
@@ -233,24 +228,23 @@ class TestPublishing:
 
 class TestLoading:
     @pytest.mark.parametrize("package", ["with", "without"])
-    def test_a_fresh_process_generates_and_classifies(self, package, hub, worker, language, vision, tmp_path):
+    def test_another_process_generates_and_classifies(self, package, hub, worker, language, vision, tmp_path):
         if VISION not in hub.repositories:
             worker.run(worker.publish(language, LANGUAGE))
             worker.run(worker.publish(vision, VISION))
         picture = tmp_path / "picture.png"
         pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(picture)
-        out = tmp_path / "found.json"
-        process = subprocess.run(
-            [sys.executable, "-c", LOAD, package, LANGUAGE, VISION, PROMPT, str(picture), str(out)],
-            env=environment(hub.endpoint, tmp_path / "home"),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert process.returncode == 0, process.stderr[-3000:]
-        found = json.loads(out.read_text())
+        before = len(hub.requests)
+        if package == "with":
+            reader = worker
+        else:
+            (tmp_path / "reader").mkdir()
+            reader = Worker(hub.endpoint, tmp_path / "reader")
+        found = reader.run(f"package = {package!r}\nargv = {[LANGUAGE, VISION, PROMPT, str(picture)]}\n" + LOAD)
+        if package == "without":
+            reader.close()
+        assert any(line.endswith("model.safetensors") for line in hub.requests[before:])
         root = "cab_hf.models" if package == "with" else "transformers_modules"
         assert all(module.startswith(root) for module in found["modules"])
         assert found["eos"] == 7

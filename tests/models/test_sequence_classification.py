@@ -5,9 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import BLOCKED, run_apart
-from safetensors.torch import load_file, save_file
-from tiny_models import MIXER_TYPES, VARIANTS, largest_difference, random_ids, shake, tiny_config, tiny_model
+from tiny_models import VARIANTS, largest_difference, random_ids, shake, tiny_config, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -28,29 +26,6 @@ from cab_hf.models import modeling_cab_mamba
 
 PAD = 98
 LENGTHS = (6, 9, 1, 4)
-
-WITHOUT_PACKAGE = (
-    BLOCKED
-    + """
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-for folder in sys.argv[2:]:
-    inputs, trust = load_file(f"{folder}/inputs.safetensors"), {"trust_remote_code": True}
-    model = AutoModelForSequenceClassification.from_pretrained(folder, **trust)
-    assert type(model).__name__ == "CABMambaForSequenceClassification"
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    model.save_pretrained(f"{folder}/saved")
-    again = AutoModelForSequenceClassification.from_pretrained(f"{folder}/saved", **trust)
-    causal = AutoModelForCausalLM.from_pretrained(f"{folder}/saved", **trust)
-    assert type(causal).__name__ == "CABMambaForCausalLM"
-    with torch.no_grad():
-        assert torch.allclose(again(**inputs).logits, logits, atol=1e-6)
-    model.train()(**inputs, labels=torch.zeros(len(logits), dtype=torch.long)).loss.backward()
-    save_file({"logits": logits, "gradient": model.score.weight.grad}, f"{folder}/out.safetensors")
-assert not any(name.partition(".")[0] in BLOCKED for name in sys.modules)
-"""
-)
 
 
 def classifier(**overrides) -> CABMambaForSequenceClassification:
@@ -218,22 +193,6 @@ def test_a_causal_student_becomes_a_classifier_and_back(tied, tmp_path):
         if tied:
             assert largest_difference(back(ids).logits, causal(ids).logits) < 1e-5
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "classifier")) is CABMambaForCausalLM
-
-
-def test_a_process_without_the_package_classifies(tmp_path):
-    folders, models = [], [classifier(mixer_type=kind, intermediate_size=24) for kind in MIXER_TYPES]
-    ids, mask, _ = ragged("left")
-    for model, kind in zip(models, MIXER_TYPES):
-        folders.append(tmp_path / kind)
-        model.save_pretrained(folders[-1])
-        save_file({"input_ids": ids, "attention_mask": mask}, folders[-1] / "inputs.safetensors")
-    run_apart(WITHOUT_PACKAGE, "cab_hf,mamba_ssm,causal_conv1d,triton,fla", folders, tmp_path)
-    for model, folder in zip(models, folders):
-        found = load_file(folder / "out.safetensors")
-        output = model.train()(ids, attention_mask=mask, labels=torch.zeros(len(ids), dtype=torch.long))
-        output.loss.backward()
-        torch.testing.assert_close(found["logits"], output.logits.detach(), rtol=0, atol=1e-5)
-        torch.testing.assert_close(found["gradient"], model.score.weight.grad, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

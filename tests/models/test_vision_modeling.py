@@ -1,10 +1,6 @@
 """Vision students: tokens, positions, pooling, labels, weights, training, and a folder that is enough."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,7 +19,7 @@ from transformers import (
 
 from cab_hf.models import CABVisionMambaConfig, CABVisionMambaForImageClassification, CABVisionMambaModel, mixers
 from cab_hf.models.mixers import BidirectionalProjections, SSMProjections
-from cab_hf.models.modeling_cab_vision_mamba import AUTO_MAP, drop_path
+from cab_hf.models.modeling_cab_vision_mamba import drop_path
 
 
 LABELS = torch.tensor([1, 4])
@@ -334,73 +330,6 @@ def test_half_precision_keeps_what_decides_the_transition(mixer_type, tmp_path):
     logits = loaded(images).logits  # from float32 images
     assert logits.dtype == torch.bfloat16
     assert float((logits.float() - model(images).logits).std() / model(images).logits.std()) < 0.05
-
-
-WITHOUT_PACKAGE = """
-import socket, sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
-
-def refuse(*args, **kwargs):
-    raise OSError("the network is blocked")
-
-BLOCKED = {"cab_hf", "mamba_ssm", "causal_conv1d", "triton", "fla"}
-sys.meta_path.insert(0, Blocker())
-socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
-
-for folder in sys.argv[1:]:
-    trust, images = {"trust_remote_code": True}, load_file(f"{folder}/images.safetensors")["images"]
-    config = AutoConfig.from_pretrained(folder, **trust)
-    model = AutoModelForImageClassification.from_pretrained(folder, **trust)
-    base = AutoModel.from_pretrained(folder, **trust)
-    for thing, name in ((config, "Config"), (model, "ForImageClassification"), (base, "Model")):
-        assert type(thing).__name__ == f"CABVisionMamba{name}" and "transformers_modules" in type(thing).__module__
-    with torch.no_grad():
-        logits, hidden = model(images).logits, base(images).last_hidden_state
-    loss = model.train()(images, labels=torch.tensor([1, 4])).loss
-    loss.backward()
-    model.save_pretrained(f"{folder}/again")
-    save_file({"logits": logits, "hidden": hidden, "loss": loss.detach()}, f"{folder}/out.safetensors")
-    again = AutoModelForImageClassification.from_pretrained(f"{folder}/again", **trust)
-    assert torch.equal(again(images).logits, logits)
-assert not any(name.partition(".")[0] in BLOCKED for name in sys.modules)
-"""
-
-
-def test_a_process_without_the_package_loads_trains_and_saves(tmp_path):
-    images, saved = random_images(2), {}
-    for name in ("s6, middle", "ssd, first, layer scale, plain mlp"):
-        folder = tmp_path / str(len(saved))
-        saved[folder] = tiny_vision_model(**VISION_VARIANTS[name])
-        saved[folder].save_pretrained(folder)
-        save_file({"images": images}, folder / "images.safetensors")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment.pop("HF_MODULES_CACHE", None)
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_PACKAGE, *map(str, saved)],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    for folder, model in saved.items():
-        found = load_file(folder / "out.safetensors")
-        with torch.no_grad():
-            assert largest_difference(found["logits"], model(images).logits) < 1e-6
-            assert largest_difference(found["hidden"], model.backbone(images).last_hidden_state) < 1e-6
-            assert largest_difference(found["loss"], model(images, labels=LABELS).loss) < 1e-6
-        for checkpoint in (folder, folder / "again"):
-            assert json.loads((checkpoint / "config.json").read_text())["auto_map"] == AUTO_MAP
-            for reference in AUTO_MAP.values():
-                module, name = reference.split(".")
-                assert f"class {name}(" in (checkpoint / f"{module}.py").read_text()
-        # the language model's modelling code does not travel with images
-        assert not (folder / "modeling_cab_mamba.py").exists()
 
 
 # Training

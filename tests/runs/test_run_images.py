@@ -1,7 +1,7 @@
 """Whole runs of image recipes: a teacher finetuned, a student distilled, compared, carded, loaded elsewhere."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -206,10 +206,11 @@ def test_a_processor_of_no_square_is_refused():
 
 
 @pytest.mark.slow
-def test_command_line(folder, tmp_path):
-    """As a user runs it, with the student reloaded in a process without cab_hf; a language teacher is refused."""
-    command = [sys.executable, str(ROOT / "train_cab.py"), str(folder / "student.yaml"), *QUIET]
+def test_command_line(folder, tmp_path, monkeypatch, capfd):
+    """The script that a user runs, with the student reloaded in a process without cab_hf."""
     options = ["--output_dir", str(tmp_path / "student"), "--verify_reload", "true", "--max_steps", "2"]
-    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "soft KD" in done.stdout and "the student says of a test image" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["train_cab.py", str(folder / "student.yaml"), *QUIET, *options])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "train_cab.py"), run_name="__main__")
+    printed = capfd.readouterr().out
+    assert "soft KD" in printed and "the student says of a test image" in printed

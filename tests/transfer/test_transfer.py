@@ -27,11 +27,13 @@ from transformers import (
 )
 
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaForSequenceClassification
+from cab_hf.models.mixers import UNIT_GATE
 from cab_hf.teachers.teacher import Teacher
 from cab_hf.transfer import (
     FAMILIES,
     calibrate_output_norm,
     copy_teacher_weights,
+    fit_gate,
     fit_output_projection,
     student_config,
     student_from_teacher,
@@ -42,6 +44,8 @@ IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {"hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 101, **IDS}
 PLAIN = {**SIZES, "intermediate_size": 52}
 GQA = {**PLAIN, "num_key_value_heads": 2}
+
+LINEAR = {"conv_activation": None, "use_bias": True, "gate_init": "transparent"}
 
 TEACHERS = {
     "llama": LlamaConfig(**GQA, attention_bias=True, mlp_bias=True),
@@ -244,7 +248,7 @@ def values(attention, x, kind, head_dim):
 def test_mixers_start_from_the_teachers_projections(name):
     teacher = make(name)
     kind, inputs = teacher.config.model_type, batch(seed=2)
-    student = student_from_teacher(teacher)
+    student = student_from_teacher(teacher, **LINEAR)
     head_dim, heads = student.config.head_dim, student.config.num_heads
     normed, projections, scalings = hidden_and_attention(teacher, inputs)
     assert len(normed) == 3
@@ -274,6 +278,50 @@ def test_mixers_start_from_the_teachers_projections(name):
     torch.testing.assert_close(first.C, block_c(student, normed[0]), rtol=1e-4, atol=1e-5)
     if kind == "gpt2" and teacher.config.scale_attn_by_inverse_layer_idx:
         assert scalings == pytest.approx([6**-0.5, 6**-0.5 / 2, 6**-0.5 / 3])
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama-tied", "gpt2"])
+@torch.no_grad()
+def test_a_silu_start_keeps_values_nearly_linear_and_the_biases_of_query_key_and_value(name):
+    teacher, inputs = make(name), batch(seed=2)
+    for _, attention in zip(range(3), blocks_and_attention(teacher)[1], strict=True):
+        for parameter in attention.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(std=0.1)
+    student, linear = student_from_teacher(teacher), student_from_teacher(teacher, **LINEAR)
+    assert (student.config.conv_activation, student.config.use_bias) == ("silu", name == "gpt2")
+    for block, plain, x in zip(
+        student.backbone.layers, linear.backbone.layers, hidden_and_attention(teacher, inputs)[0], strict=True
+    ):
+        ours, theirs = block.mixer(x)[1], plain.mixer(x)[1]
+        scale = plain.mixer.config.head_dim**-0.5
+        torch.testing.assert_close(ours.B, F.silu(theirs.B * scale**0.5), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.C, F.silu(theirs.C / scale**0.5), rtol=1e-4, atol=1e-5)
+        # Without its SiLU, which halves what is small, a mixer is the linear one's double.
+        block.mixer.config = copy.deepcopy(block.mixer.config)
+        block.mixer.config.conv_activation = None
+        scans = [mixer.scan(mixer.stream_and_gate(x)[0])[0] for mixer in (block.mixer, plain.mixer)]
+        torch.testing.assert_close(scans[0], 2 * scans[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [True, False])
+@torch.no_grad()
+def test_a_fitted_gate_is_one_sign_and_has_no_effect(given):
+    teacher = make("llama-tied")
+    teacher.get_input_embeddings().weight.add_(1.0)  # what states have in common
+    inputs = left_padded(batch(seed=4)) if given else None
+    student = student_from_teacher(teacher, num_hidden_layers=2, layer_map=[0, 1], conv_activation=None)
+    fit_gate(student, teacher, inputs, [0, 1])
+    other = batch(seed=5)
+    states = teacher(**other, output_hidden_states=True).hidden_states
+    for block, hidden in zip(student.backbone.layers, states, strict=False):
+        x, width = block.norm(hidden), student.config.mixer_width
+        gate = block.mixer.stream_and_gate(x)[1]
+        assert (gate == gate[..., :1]).all() and gate.min() > 0 and (gate / UNIT_GATE - 1).abs().mean() < 0.3
+        with_gate = block.mixer(x)[1].output
+        block.mixer.in_proj.bias = nn.Parameter(torch.zeros(len(block.mixer.in_proj.weight)))
+        block.mixer.in_proj.bias[:width], block.mixer.in_proj.weight[:width] = UNIT_GATE, 0.0
+        torch.testing.assert_close(with_gate, block.mixer(x)[1].output, rtol=0.1, atol=0.02)
 
 
 def block_c(student, normed):
@@ -432,7 +480,8 @@ def test_config_follows_the_teacher_and_overrides():
     config = student_config(TEACHERS["gpt2"])
     assert (config.max_position_embeddings, config.norm_type, config.hidden_act) == (40, "layer_norm", "gelu_new")
     assert (config.intermediate_size, config.gated_mlp, config.tie_word_embeddings) == (144, False, True)
-    assert (config.n_groups, config.state_size, config.head_dim, config.conv_activation) == (6, 6, 6, None)
+    assert (config.n_groups, config.state_size, config.head_dim, config.conv_activation) == (6, 6, 6, "silu")
+    assert student_config(TEACHERS["gpt2"], mixer_type="mamba").conv_activation is None
     config = student_config(TEACHERS["phi"], transition_init="identity", conv_activation="silu")
     assert (config.parallel_residual, config.shared_norm, config.lm_head_bias) == (True, True, True)
     assert (config.transition_init, config.conv_activation) == ("identity", "silu")
@@ -480,8 +529,8 @@ def test_errors_teach():
         student_from_teacher(teacher, gated_mlp=False)
     with pytest.raises(ValueError, match="tie_word_embeddings=False"):
         student_from_teacher(teacher, tie_word_embeddings=True)
-    with pytest.raises(ValueError, match="in_proj.bias, but the student has none.*use_bias"):
-        student_from_teacher(teacher, use_bias=False, gate_init="usual")
+    with pytest.raises(ValueError, match="out_proj.bias, but the student has none.*use_bias"):
+        student_from_teacher(teacher, use_bias=False)
     with pytest.raises(ValueError, match="CABMambaConfig has no field 'stat_size'. Did you mean 'state_size'?"):
         student_from_teacher(teacher, stat_size=8)
     with pytest.raises(ValueError, match="lists 1 teacher layers for 3"):
@@ -552,8 +601,9 @@ def test_fit_adds_up_batches_and_ignores_padding():
 
 def test_steps_work_alone():
     teacher = make("gpt_neox")
-    student = CABMambaForCausalLM(student_config(teacher.config))
+    student = CABMambaForCausalLM(student_config(teacher.config, use_bias=True))  # GPT-NeoX's attention has them
     copy_teacher_weights(student, teacher, [0, 1, 2])
+    fit_gate(student, teacher, batch())
     calibrate_output_norm(student, teacher, batch())
     whole = student_from_teacher(teacher, calibration_inputs=batch())
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in student.state_dict().items())
