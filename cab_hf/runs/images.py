@@ -153,7 +153,6 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
             num_channels=teacher_model.config.num_channels,
             labels=None if teacher_model.base_model is teacher_model else teacher_model.config.id2label,
         )
-    check_inputs(recipe.output_dir / "stages", sets.digests, recipe.is_main_process)
     transform = make_transform(recipe.augmentation, teacher_processor, sets.names, size, teacher_size)
     teacher = make_teacher(teacher_model, args)
     set_seed(args.seed)  # the start does not depend on what was read before it
@@ -171,6 +170,7 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             return {test_name: compare_images(student, teacher, _batches(sets.test, transform, args))}
 
+    check_inputs(recipe.output_dir / "stages", sets.digests, recipe.is_main_process)
     before = evaluate(start)
     crop_pct = recipe.images.crop_pct if recipe.images.test_crop == "center_crop" else None
     processor = make_image_processor(teacher_processor, size, crop_pct=crop_pct)
@@ -233,9 +233,9 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     with args.main_process_first(desc="data"):
         channels = recipe.model.teacher_config.get("num_channels", 3)
         sets = load_sets(recipe.data, recipe.images, recipe.images.load_size or size, args.seed, num_channels=channels)
-    check_inputs(recipe.output_dir / "stages", sets.digests, recipe.is_main_process)
     model, processor = new_image_teacher(recipe.model, size, sets.names)
     transform = make_transform(recipe.augmentation, processor, sets.names, size, size)
+    check_inputs(recipe.output_dir / "stages", sets.digests, recipe.is_main_process)
     model, history = finetune_stage(
         stage,
         model,

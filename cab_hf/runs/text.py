@@ -62,6 +62,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
     ).to(args.device)
     teacher = make_teacher(teacher_model, args)
 
+    check_data(recipe, train_blocks, heldout)
     before = _evaluate(recipe.data, args, student, teacher.model, tokenizer, heldout)
     histories = []
     for stage in recipe.stages:
@@ -126,6 +127,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
             f"`teacher` {recipe.model.teacher!r} loads with all its weights frozen, as an adapter's folder does. "
             "Merge the adapter (merge_and_unload) and save the model, or name its base model."
         )
+    check_data(recipe, train_blocks, heldout)
     model, history = finetune_stage(
         stage,
         original,
@@ -152,6 +154,12 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         model.save_pretrained(recipe.output_dir)
         tokenizer.save_pretrained(recipe.output_dir)
     return report
+
+
+def check_data(recipe: Recipe, blocks: Dataset, heldout: dict[str, Dataset]) -> None:
+    """Refuses blocks other than those that the run began with. Called last before training, which makes the folder."""
+    digests = {"training text": blocks_digest(blocks)} | {name: blocks_digest(one) for name, one in heldout.items()}
+    check_inputs(recipe.output_dir / "stages", digests, recipe.is_main_process)
 
 
 def _collator(tokenizer: PreTrainedTokenizerBase) -> LanguageCollator:
@@ -205,10 +213,7 @@ def load_blocks(
         tokenizer: the teacher's.
         teacher: writes text, where `data` asks for it.
         args: whose seed picks and places, and whose `torch_compile` is for the writing teacher.
-        folder: where the teacher's text is kept, and digests of all blocks.
-
-    Raises:
-        ValueError: options that do not fit, or data other than the folder's run began with.
+        folder: where the teacher's text is kept.
     """
     _check_teacher_text(data, teacher)
 
@@ -240,8 +245,6 @@ def load_blocks(
             written = _teacher_text(data, teacher, tokenizer, option, prompts, args, folder)
             blocks = concatenate_datasets([blocks, pack(load_documents(written))])
     blocks = insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed)
-    digests = {"training text": blocks_digest(blocks)} | {name: blocks_digest(one) for name, one in heldout.items()}
-    check_inputs(folder, digests, args.process_index == 0)
     return blocks, heldout, copies
 
 

@@ -29,7 +29,7 @@ from cab_hf.evaluation.language import compare
 from cab_hf.recipes import Recipe, build_recipe, load_recipe, parse_recipe
 from cab_hf.runs import run as run_module
 from cab_hf.runs.run import run_recipe, summary
-from cab_hf.runs.text import load_blocks
+from cab_hf.runs.text import check_data, load_blocks
 from cab_hf.teachers.demo import random_llama
 
 
@@ -427,7 +427,8 @@ class TestRun:
 
         def blocks():
             options = ["--dataset", str(tmp_path / "texts"), "--eval_dataset", f"new={tmp_path}/new"]
-            return blocks_of(smoke(tmp_path, *options), tokenizer, model)
+            recipe = smoke(tmp_path, *options)
+            check_data(recipe, *blocks_of(recipe, tokenizer, model))
 
         texts("texts", "One text. ", "Another text. ")
         texts("new", "Something else. ")
