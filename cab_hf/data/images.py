@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import datasets
 import numpy as np
 import torch
 from datasets import Dataset
 from transformers import BaseImageProcessor
+from transformers.utils import logging
 
 from cab_hf.data.image_sources import require_pillow
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import ViTImageProcessorPil
 
+
+logger = logging.get_logger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -42,13 +46,15 @@ class ImageDataset(torch.utils.data.Dataset):
         num_channels: 3, where grey images become colour, or 1, where colour ones become grey.
         keep_in_memory: Hold all images, `n * c * size * size` bytes. By default where the first image has sides of
             at most 96 pixels and the transform is not random.
+        skip_broken: Leave out images that can't be read, with a warning that names them; all are read once for it.
 
-    Each item is {"pixel_values": uint8 (c, size, size), "labels": int}. Pixels are resized by pillow (bicubic), as
-    the processor of `make_image_processor` does it.
+    Pixels of 16 bits, or floats of [0, 1], become 8 bits; what is transparent is laid on white. Each item is
+    {"pixel_values": uint8 (c, size, size), "labels": int}. Pixels are resized by pillow (bicubic), as the processor of
+    `make_image_processor` does it.
 
     Raises:
         ImportError: pillow is missing.
-        ValueError: Rows without the two columns, or an argument that is out of range.
+        ValueError: Rows without the two columns, an argument that is out of range, or an image that can't be read.
 
     Source: crops and their ranges are those of DeiT (arXiv 2012.12877), which arXiv 2510.19266 trains with.
     """
@@ -62,6 +68,7 @@ class ImageDataset(torch.utils.data.Dataset):
         crop_pct: float = 0.875,
         num_channels: int = 3,
         keep_in_memory: bool | None = None,
+        skip_broken: bool = False,
     ) -> None:
         if transform not in TRANSFORMS:
             raise ValueError(f"transform is {transform!r}. Use one of {', '.join(TRANSFORMS)}.")
@@ -72,11 +79,16 @@ class ImageDataset(torch.utils.data.Dataset):
         if keep_in_memory and transform == "random_resized_crop":
             raise ValueError("keep_in_memory can't hold random crops. Leave it out, or use transform='resize'.")
         require_pillow()
-        self.rows = rows.select_columns(["image", "label"])
+        self.rows = rows.select_columns(["image", "label"]).cast_column("image", datasets.Image(decode=False))
         self.size, self.transform, self.crop_pct, self.num_channels = size, transform, crop_pct, num_channels
+        if skip_broken:
+            broken = {index: error for index in range(len(self.rows)) if (error := self._error(index))}
+            for error in broken.values():
+                logger.warning(f"{error} It is left out.")
+            self.rows = self.rows.select([index for index in range(len(self.rows)) if index not in broken])
         self.labels: list[int] = self.rows["label"][:]
         if keep_in_memory is None:
-            small = len(rows) > 0 and max(self.rows[0]["image"].size) <= _SMALL_SIDE
+            small = len(self.rows) > 0 and max(self._image(0).size) <= _SMALL_SIDE
             keep_in_memory = small and transform != "random_resized_crop"
         self.pixel_values = self._read_all() if keep_in_memory else None
 
@@ -87,21 +99,39 @@ class ImageDataset(torch.utils.data.Dataset):
         if self.pixel_values is not None:
             pixel_values = self.pixel_values[index]
         else:
-            pixel_values = torch.from_numpy(self._transform(self.rows[int(index)]["image"]))
+            pixel_values = torch.from_numpy(self._transform(self._image(int(index))))
         return {"pixel_values": pixel_values, "labels": self.labels[index]}
 
     def _read_all(self) -> torch.Tensor:
         pixels = np.empty((len(self), self.num_channels, self.size, self.size), dtype=np.uint8)
-        for start in range(0, len(self), 1000):
-            for offset, image in enumerate(self.rows[start : start + 1000]["image"]):
-                pixels[start + offset] = self._transform(image)
+        for index in range(len(self)):
+            pixels[index] = self._transform(self._image(index))
         return torch.from_numpy(pixels)
+
+    def _image(self, index: int) -> "Image":
+        """An image of 8 bits a channel, none of them transparency."""
+        from PIL.Image import DecompressionBombError
+
+        row = self.rows[index]["image"]
+        try:
+            return _eight_bits(datasets.Image().decode_example(row)).convert("RGB" if self.num_channels == 3 else "L")
+        except (OSError, ValueError, SyntaxError, DecompressionBombError) as error:
+            raise ValueError(
+                f"The image {row['path'] or f'number {index}'} can't be read ({error}). Replace it, or leave such "
+                "images out by skip_broken."
+            ) from error
+
+    def _error(self, index: int) -> str | None:
+        try:
+            self._image(index)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def _transform(self, image: "Image") -> np.ndarray:
         """uint8 (c, size, size)."""
         from PIL.Image import Resampling
 
-        image = image.convert("RGB" if self.num_channels == 3 else "L")
         size = (self.size, self.size)
         if self.transform == "center_crop":
             image = _resize_short_side(image, _short_side(self.size, self.crop_pct))
@@ -113,6 +143,24 @@ class ImageDataset(torch.utils.data.Dataset):
             image = image.resize(size, Resampling.BICUBIC)
         pixels = np.array(image)
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _eight_bits(image: "Image") -> "Image":
+    """Wider pixels at 8 bits, transparent ones on white; other images as they are."""
+    from PIL import Image
+
+    if image.mode == "F" or image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        low, high = float(pixels.min()), float(pixels.max())
+        # The mode alone does not say the range: 8 bits are also kept in wider pixels.
+        top = next((top for top in ((1.0, 255.0) if image.mode == "F" else (255.0, 65535.0)) if high <= top), None)
+        if low < 0 or top is None:
+            raise ValueError(f"its pixels reach from {low:g} to {high:g}, and neither mode nor values say the range")
+        return Image.fromarray(np.round(pixels * (255.0 / top)).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image
 
 
 class RepeatedSampler(torch.utils.data.Sampler[int]):

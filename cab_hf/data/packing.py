@@ -52,7 +52,7 @@ def pack_documents(
 
     Args:
         documents: Rows of {"text"}, or {"input_ids", "vocabulary"} from a file of `save_tokens`.
-        tokenizer: Its special tokens are added the way it does it by itself.
+        tokenizer: Its special tokens are added the way it does it by itself, but not to text that has them already.
         block_size: Tokens a block.
         isolate_documents: Also give `seq_idx`, which numbers the documents inside a block, so that a student's state
             is reset, and `position_ids`, which restart at 0, from which Transformers models (called without an
@@ -282,7 +282,7 @@ def save_tokens(path: str | os.PathLike, documents: Dataset, tokenizer: PreTrain
     arrays, names = [np.zeros(0, dtype=dtype)], []
     for index, document in enumerate(tqdm(documents, desc=f"Writing {path.name}")):
         if "text" in columns:
-            rows = _tokenize_batch({"text": [document["text"]]}, tokenizer, eos_token_id=None)["input_ids"]
+            rows = _token_rows({"text": [document["text"]]}, tokenizer, eos_token_id=None)["input_ids"]
         else:
             batch = {"input_ids": [document["input_ids"]], "vocabulary": [document["vocabulary"]]}
             rows = _checked_tokens(batch, vocabulary=digest, eos_token_id=None)["input_ids"]
@@ -328,7 +328,7 @@ def _tokenize(
     columns = columns_of(documents)
     eos_token_id = tokenizer.eos_token_id if append_eos else None
     if "text" in columns:
-        function = functools.partial(_tokenize_batch, tokenizer=tokenizer, eos_token_id=eos_token_id)
+        function = functools.partial(_token_rows, tokenizer=tokenizer, eos_token_id=eos_token_id)
     elif "input_ids" in columns and "vocabulary" in columns:
         function = functools.partial(
             _checked_tokens, vocabulary=vocabulary_digest(tokenizer), eos_token_id=eos_token_id
@@ -344,14 +344,39 @@ def _tokenize(
     )
 
 
-def _tokenize_batch(
+def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each text, with the special tokens that the tokenizer adds by itself.
+
+    Those that stand in the text already, as a chat template writes them, are not added a second time.
+    """
+    if not texts:
+        return []
+    rows = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    bare, whole = (tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (False, True))
+    begin = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+    first, last = whole[:begin], whole[begin + len(bare) :]
+    for index, row in enumerate(rows):
+        if first and row[len(first) : 2 * len(first)] == first:
+            row = row[len(first) :]
+        if last and _is_ended(row[: -len(last)], last[-1], tokenizer):
+            row = row[: -len(last)]
+        rows[index] = row
+    return rows
+
+
+def _is_ended(row: Sequence[int], token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether nothing but white space, which chat templates write there, follows the last of these tokens."""
+    tail = list(row[-8:])[::-1]
+    return token in tail and not tokenizer.decode(tail[: tail.index(token)][::-1]).strip()
+
+
+def _token_rows(
     batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, eos_token_id: int | None
 ) -> dict[str, list]:
-    texts = [text for text in batch["text"] if text is not None and text.strip()]
-    if not texts:
-        return {"input_ids": []}
-    encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    return {"input_ids": [_with_eos(row, eos_token_id) for row in encoded["input_ids"] if len(row)]}
+    rows = encode([text for text in batch["text"] if text is not None and text.strip()], tokenizer)
+    if eos_token_id is not None:
+        rows = [row if _is_ended(row, eos_token_id, tokenizer) else [*row, eos_token_id] for row in rows if len(row)]
+    return {"input_ids": [row for row in rows if len(row)]}
 
 
 def _checked_tokens(batch: dict[str, list], vocabulary: str, eos_token_id: int | None) -> dict[str, list]:

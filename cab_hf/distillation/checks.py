@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import validate_quantization_for_training
 from transformers.utils import logging
 
@@ -49,7 +49,9 @@ def check_run(
 ) -> None:
     """That student, teacher and arguments fit each other; what the teacher shows at all, its examination has said."""
     _check_causality(teacher, args)
-    _check_outputs(student, teacher, args.kl_weight)
+    tokenizer = trainer_kwargs.get("processing_class")
+    tokenizer = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+    _check_outputs(student, teacher, args.kl_weight, tokenizer)
     _check_widths(student.config, teacher, args)
     if args.cuda_graph and isinstance(teacher, RecordedTeacher):
         raise ValueError(
@@ -99,7 +101,12 @@ def _check_widths(
         )
 
 
-def _check_outputs(student: PreTrainedModel, teacher: Teacher | RecordedTeacher, kl_weight: float) -> None:
+def _check_outputs(
+    student: PreTrainedModel,
+    teacher: Teacher | RecordedTeacher,
+    kl_weight: float,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
     """That student and teacher read the same kind of input and predict the same things."""
     reads_images = student.main_input_name == "pixel_values"
     if reads_images != teacher.reads_images:
@@ -123,7 +130,7 @@ def _check_outputs(student: PreTrainedModel, teacher: Teacher | RecordedTeacher,
                 "Load it with AutoModelForCausalLM, or set `kl_weight=0.0`."
             )
         if teacher.vocab_size is not None:
-            check_vocabularies(student.config.vocab_size, teacher.vocab_size)
+            check_vocabularies(student.config.vocab_size, teacher.vocab_size, tokenizer, tokenizer)
     elif kl_weight > 0:
         if not teacher.has_logits:
             raise ValueError(

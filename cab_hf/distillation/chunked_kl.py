@@ -156,7 +156,16 @@ class _Targets:
                 f"vocab_size is {self.vocab_size}, but the heads have only {width} logits in common: "
                 f"leave vocab_size out or use at most {width}."
             )
-        return width if self.vocab_size is None else self.vocab_size
+        width = width if self.vocab_size is None else self.vocab_size
+        # Elsewhere than on a CPU the look would wait for the device, whose own error stops the run.
+        if self.labels is not None and self.labels.device.type == "cpu" and self.labels.numel():
+            largest = int(self.labels.max())
+            if largest >= width:
+                raise ValueError(
+                    f"labels hold {largest}, but student and teacher have only {width} logits in common "
+                    f"(the student has {student_width}): it is no token of the teacher's. Use the teacher's tokenizer."
+                )
+        return width
 
 
 class _LinearHeadLoss(torch.autograd.Function):

@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cab_hf.data.packing import encode
 from cab_hf.evaluation.metrics import distinct_n, repetition_rate
 from cab_hf.inference import check_causal, generating
 
@@ -79,12 +80,12 @@ def sample(
         The new text, without the prompt.
     """
     check_causal(model)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    input_ids = torch.tensor(encode([prompt], tokenizer), device=model.device)
     settings = {
         "max_new_tokens": max_new_tokens,
         "eos_token_id": model.generation_config.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     }
     with generating(model, seed, temperature, **settings):
-        output = model.generate(**inputs)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids))
+    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from cab_hf.data.documents import load_documents
 from cab_hf.data.image_sources import load_images, pick_test_split
 from cab_hf.data.images import ImageDataset, normalisation
+from cab_hf.data.packing import encode
 from cab_hf.export.loading import load_image_processor, load_tokenizer, read_student
 from cab_hf.models.mixers import StateSpaceBranch
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
@@ -338,7 +339,7 @@ def _text_batch(
     check_vocabularies(student.config.vocab_size, size, own, tokenizer if own else None)
     rows: list[list[int]] = []
     for document in load_documents(data):
-        ids = document["input_ids"] if "input_ids" in document else tokenizer(document["text"])["input_ids"]
+        ids = document["input_ids"] if "input_ids" in document else encode([document["text"]], tokenizer)[0]
         if len(ids) >= tokens:
             rows.append(list(ids[:tokens]))
         if len(rows) == examples:
@@ -355,7 +356,7 @@ def _image_batch(
     height, width = student.config.image_height_and_width
     if height != width:
         raise ValueError(f"The student's images are {height} x {width}; images of a data set are made square.")
-    _, rows = pick_test_split(load_images(data), None, data)
+    _, rows, _ = pick_test_split(load_images(data), None, None, data)
     rows = rows.select(range(min(examples, len(rows))))
     images = ImageDataset(rows, height, num_channels=student.config.num_channels)
     pixels = torch.stack([images[index]["pixel_values"] for index in range(len(images))]).float() / 255

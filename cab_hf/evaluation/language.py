@@ -49,7 +49,7 @@ def perplexity(
         blocks: Rows of `pack_documents` or `pad_documents`, or bare token ids. Rows with `seq_idx` or `position_ids`
             hold packed documents, which stay apart.
         batch_size: Rows a forward pass; its logits are held in the model's dtype.
-        max_tokens: Stop after the row with which that many predicted tokens are reached.
+        max_tokens: Stop after so many predicted tokens, within a row if need be.
         padding_side: Side on which ragged rows are padded.
         progress: Show a progress bar.
 
@@ -153,9 +153,11 @@ def batches_of(
     collate = LanguageCollator(pad_token_id=0, padding_side=padding_side)
     for one in (model, *others):
         check_causal(one)
-    total = None if max_tokens is not None or isinstance(blocks, datasets.IterableDataset) else len(blocks)
-    with tqdm(desc=description, total=total, unit="row", disable=not progress) as bar:
-        for rows in _grouped(_rows(blocks, max_tokens), batch_size):
+    if max_tokens is not None:
+        blocks = list(_first_tokens(blocks, max_tokens))
+    total = None if isinstance(blocks, datasets.IterableDataset) else len(blocks)
+    with tqdm(desc=description, total=total, unit=" rows", disable=not progress) as bar:
+        for rows in _grouped(map(_row, blocks), batch_size):
             batch = collate(rows)
             for one in (model, *others):
                 check_packing(one, batch)
@@ -164,15 +166,23 @@ def batches_of(
             bar.update(len(rows))
 
 
-def _rows(blocks: Blocks, max_tokens: int | None) -> Iterator[dict]:
-    found = 0
-    for block in blocks:
-        row = block if isinstance(block, dict) else {"input_ids": block}
-        yield row
-        labels = np.asarray(row.get("labels", row["input_ids"]))[1:]
-        seen = np.asarray(row["attention_mask"])[1:] if "attention_mask" in row else np.ones_like(labels)
-        found += int(np.count_nonzero((labels != IGNORE_INDEX) & (seen != 0)))
-        if max_tokens is not None and found >= max_tokens:
+def _row(block: dict | Sequence[int]) -> dict:
+    return block if isinstance(block, dict) else {"input_ids": block}
+
+
+def _first_tokens(blocks: Blocks, max_tokens: int) -> Iterator[dict]:
+    """Rows up to the one with the last predicted token that counts; what it predicts after that is not counted."""
+    for row in map(_row, blocks):
+        labels = np.asarray(row.get("labels", row["input_ids"])).copy()
+        if "attention_mask" in row:
+            labels[np.asarray(row["attention_mask"]) == 0] = IGNORE_INDEX
+            labels[np.flatnonzero(row["attention_mask"])[:1]] = IGNORE_INDEX
+        labels[:1] = IGNORE_INDEX
+        predicted = np.flatnonzero(labels != IGNORE_INDEX)
+        labels[predicted[max_tokens:]] = IGNORE_INDEX
+        yield row | {"labels": labels}
+        max_tokens -= len(predicted)
+        if max_tokens <= 0:
             return
 
 

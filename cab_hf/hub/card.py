@@ -129,6 +129,7 @@ def build_card(
         if base_model
         else sections.plain(source["name"]),
         results=sections.result_table(head, metrics) if metrics else None,
+        copies=sum(one.get("copies", 0) for one in metrics.values()),
         has_baselines=any(one.get("baselines") for one in metrics.values()),
         recall=sections.recall_table(recall) if recall else None,
         prompts=sections.plain(generation["prompts"]) if generation else None,

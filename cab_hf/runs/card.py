@@ -86,7 +86,12 @@ def write_model_card(
             if name in after and after[name][count] == one[count]
         }
         facts = {key: value for key, value in _run_facts(recipe, name).items() if key != "dataset" or value in on_hub}
-        metrics[name] = facts | one | ({"baselines": others} if others else {})
+        facts["copies"] = report.get("copies", {}).get(name, 0)
+        one = facts | one | ({"baselines": others} if others else {})
+        if one["copies"]:
+            name = name.replace("held-out part", "part")
+            one["split"] = None
+        metrics[name] = one
     for item in metrics.items():
         check_finite(*item)
     evaluation = report.get("evaluation", {})

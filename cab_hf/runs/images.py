@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -23,10 +24,15 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
-from transformers.utils import logging
 
 from cab_hf.data.augmentation import AugmentationArguments, ImageAugmentation, two_sizes
-from cab_hf.data.image_sources import class_balanced_fraction, load_images, pick_test_split, split_validation
+from cab_hf.data.image_sources import (
+    align_labels,
+    class_balanced_fraction,
+    load_images,
+    pick_test_split,
+    split_validation,
+)
 from cab_hf.data.images import (
     ImageDataset,
     RepeatedSampler,
@@ -41,12 +47,11 @@ from cab_hf.distillation.trainer import make_teacher
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.evaluation.images import compare_images
 from cab_hf.recipes import DataArguments, ImageArguments, ModelArguments, Recipe, Stage
+from cab_hf.runs.inputs import check_inputs, digest_of
 from cab_hf.runs.stages import finetune_stage, run_facts, run_stage
 from cab_hf.runs.student import build_student
 from cab_hf.teachers.loading import load_image_teacher
 
-
-logger = logging.get_logger(__name__)
 
 PIPELINE = """
 from transformers import pipeline
@@ -71,6 +76,16 @@ class ImageSets(NamedTuple):
     test: ImageDataset
     num_available: int
     names: list[str]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the labels, and of the pixels where they are in memory: others are too many to read for it."""
+        sets = {"training images": self.train, "validation images": self.validation, "test images": self.test}
+        return {
+            name: digest_of(np.array(one.labels), *([] if one.pixel_values is None else [one.pixel_values.numpy()]))
+            for name, one in sets.items()
+            if one is not None
+        }
 
 
 class BatchTransform:
@@ -130,8 +145,14 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
     teacher_size = processor_side(teacher_processor)
     size = recipe.images.image_size or teacher_size
     with args.main_process_first(desc="data"):
-        sets = load_sets(recipe.data, recipe.images, recipe.images.load_size or max(size, teacher_size), args.seed)
-    _check_labels(teacher_model, sets.names)
+        sets = load_sets(
+            recipe.data,
+            recipe.images,
+            recipe.images.load_size or max(size, teacher_size),
+            args.seed,
+            num_channels=teacher_model.config.num_channels,
+            labels=None if teacher_model.base_model is teacher_model else teacher_model.config.id2label,
+        )
     transform = make_transform(recipe.augmentation, teacher_processor, sets.names, size, teacher_size)
     teacher = make_teacher(teacher_model, args)
     set_seed(args.seed)  # the start does not depend on what was read before it
@@ -149,6 +170,7 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             return {test_name: compare_images(student, teacher, _batches(sets.test, transform, args))}
 
+    check_inputs(recipe.output_dir / "stages", sets.digests, recipe.is_main_process)
     before = evaluate(start)
     crop_pct = recipe.images.crop_pct if recipe.images.test_crop == "center_crop" else None
     processor = make_image_processor(teacher_processor, size, crop_pct=crop_pct)
@@ -209,9 +231,11 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     set_seed(args.seed)
     size = recipe.images.image_size or _side(recipe.model.teacher_config.get("image_size", 224))
     with args.main_process_first(desc="data"):
-        sets = load_sets(recipe.data, recipe.images, recipe.images.load_size or size, args.seed)
+        channels = recipe.model.teacher_config.get("num_channels", 3)
+        sets = load_sets(recipe.data, recipe.images, recipe.images.load_size or size, args.seed, num_channels=channels)
     model, processor = new_image_teacher(recipe.model, size, sets.names)
     transform = make_transform(recipe.augmentation, processor, sets.names, size, size)
+    check_inputs(recipe.output_dir / "stages", sets.digests, recipe.is_main_process)
     model, history = finetune_stage(
         stage,
         model,
@@ -250,7 +274,9 @@ def new_image_teacher(
     labels = _label_fields(names)
     if "model_type" in settings:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings, **labels)
-        return AutoModelForImageClassification.from_config(config), make_image_processor(size=size)
+        channels = config.num_channels
+        scale = {} if channels == 3 else {"mean": [0.5] * channels, "std": [0.5] * channels}
+        return AutoModelForImageClassification.from_config(config), make_image_processor(size=size, **scale)
     model = AutoModelForImageClassification.from_pretrained(
         arguments.teacher, **settings, **labels, dtype=torch.float32, ignore_mismatched_sizes=True
     )
@@ -263,19 +289,30 @@ def load_rows(data: DataArguments, images: ImageArguments) -> tuple[Dataset, Dat
         raise ValueError(f"`dataset` names {len(data.dataset)} sets of images, {data.dataset}; name one.")
     loaded = load_images(
         data.dataset[0],
+        config_name=data.dataset_config,
         data_dir=images.data_dir,
         image_column=images.image_column,
         label_column=images.label_column,
     )
-    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
-    train_name = data.dataset_split or "train"
-    if train_name not in splits:
-        raise ValueError(f"`dataset_split` is {train_name!r}, but {data.dataset[0]} has the splits {list(splits)}.")
-    return splits[train_name], pick_test_split(splits, images.test_split, data.dataset[0])[1]
+    train, test, _ = pick_test_split(loaded, data.dataset_split, images.test_split, data.dataset[0])
+    if train is None:
+        raise ValueError(
+            f"`dataset_split` is {data.dataset_split!r} ('train' if not given), but {data.dataset[0]} has the splits "
+            f"{list(loaded)}. Name one."
+        )
+    return train, test
 
 
-def load_sets(data: DataArguments, images: ImageArguments, size: int, seed: int) -> ImageSets:
-    """The images of a run at one size; the shares are drawn by the seed."""
+def load_sets(
+    data: DataArguments,
+    images: ImageArguments,
+    size: int,
+    seed: int,
+    *,
+    num_channels: int = 3,
+    labels: Mapping[int, str] | None = None,
+) -> ImageSets:
+    """The images of a run at one size, labelled in the order of a teacher's `labels`; shares are drawn by the seed."""
     rows, test_rows = load_rows(data, images)
     available, validation = rows, None
     if images.validation_fraction > 0:
@@ -284,16 +321,23 @@ def load_sets(data: DataArguments, images: ImageArguments, size: int, seed: int)
     chosen = class_balanced_fraction(available["label"], images.train_fraction, seed=seed)
     train = available if len(chosen) == len(available) else available.select(chosen)
 
-    def at_rest(rows: Any) -> ImageDataset:
-        return ImageDataset(rows, size, transform=images.test_crop, crop_pct=images.crop_pct)
+    names = list(rows.features["label"].names)
+    places = list(range(len(names)))
+    if labels is not None:
+        names, places = align_labels(names, [labels[index] for index in range(len(labels))], data.dataset[0])
 
-    label: ClassLabel = rows.features["label"]
+    def read(rows: Dataset, **options: Any) -> ImageDataset:
+        dataset = ImageDataset(rows, size, num_channels=num_channels, skip_broken=images.skip_broken, **options)
+        dataset.labels = [places[label] for label in dataset.labels]
+        return dataset
+
+    at_rest = {"transform": images.test_crop, "crop_pct": images.crop_pct}
     return ImageSets(
-        train=ImageDataset(train, size, transform=images.train_crop),
-        validation=None if validation is None else at_rest(validation),
-        test=at_rest(test_rows),
+        train=read(train, transform=images.train_crop),
+        validation=None if validation is None else read(validation, **at_rest),
+        test=read(test_rows, **at_rest),
         num_available=len(rows),
-        names=list(label.names),
+        names=names,
     )
 
 
@@ -337,24 +381,6 @@ def _test_name(data: DataArguments) -> str:
 
 def _sampler(repeats: int, dataset: ImageDataset, seed: int) -> RepeatedSampler | None:
     return RepeatedSampler(len(dataset), repeats, seed=seed) if repeats > 1 else None
-
-
-def _check_labels(teacher: PreTrainedModel, names: list[str]) -> None:
-    """That a teacher's classes are those of the data: the KL would teach others otherwise."""
-    if teacher.base_model is teacher:
-        return
-    labels = teacher.config.id2label
-    if len(labels) != len(names):
-        raise ValueError(
-            f"The teacher has {len(labels)} labels and the data {len(names)} ({names[:3]}, ...): finetune it on these "
-            "data first (`finetune: true`), or use data with its labels."
-        )
-    theirs = [labels[index] for index in range(len(names))]
-    generic = all(label.startswith("LABEL_") for label in theirs)
-    if not generic and theirs != names:
-        logger.warning(
-            f"The teacher calls its labels {theirs[:3]}, ..., the data {names[:3]}, ...: are they the same?"
-        )
 
 
 def _side(size: int | list[int] | tuple[int, ...]) -> int:

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.data.augmentation import two_sizes
-from cab_hf.data.documents import load_documents, parse_holdout, split_documents
-from cab_hf.data.image_sources import load_images, pick_test_split
+from cab_hf.data.documents import load_documents, split_documents
+from cab_hf.data.image_sources import align_labels, load_images, pick_test_split
 from cab_hf.data.images import ImageDataset, collate_images, normalisation, processor_side
 from cab_hf.data.packing import pack_documents
 from cab_hf.evaluation.generation import generate
@@ -132,7 +133,9 @@ def evaluate(
     if report["task"] == "image-classification":
         settings = replace(recipe.images if recipe else ImageArguments())
         settings.data_dir = settings.data_dir if data_dir is None else str(data_dir)
-        report |= _evaluate_images(student, folder, teacher, data, settings, batch_size, max_tokens, repeats)
+        report |= _evaluate_images(
+            student, folder, teacher, data, recipe.data if recipe else None, settings, batch_size, max_tokens, repeats
+        )
     else:
         own = load_tokenizer(folder)
         teacher_model, tokenizer = _load_teacher(load_teacher, teacher)
@@ -220,12 +223,16 @@ def _load_text(
         config_name=settings.dataset_config if is_of_training else None,
         split=settings.dataset_split if is_of_training else None,
         text_column=settings.text_column if is_of_training else None,
+        encoding=settings.encoding,
     )
     default, origin = public_name(source), dataset_facts([source], None)
     if is_of_training:
-        documents = split_documents(documents, parse_holdout(settings.holdout), seed=recipe.args.seed)[1]
+        documents = split_documents(documents, settings.holdout, seed=recipe.args.seed)[1]
         default = f"held-out part of {', '.join(map(public_name, settings.dataset))}"
         origin = dataset_facts(settings.dataset, "held-out")
+    elif recipe is not None and source in settings.dataset:
+        print(f"The student was trained on all of {source}: what is measured there is no held-out text.")
+        origin = origin | {"copies": len(documents)}
     blocks = pack_documents(
         documents, tokenizer, block_size or settings.block_size, isolate_documents=settings.isolate_documents
     )
@@ -276,6 +283,7 @@ def _evaluate_images(
     folder: str | Path,
     teacher: str,
     data: Sequence[str],
+    trained_on: DataArguments | None,
     settings: ImageArguments,
     batch_size: int,
     max_images: int | None,
@@ -296,19 +304,20 @@ def _evaluate_images(
     results = {}
     for source in data:
         name, source = _named(source)
+        is_of_training = trained_on is not None and source in trained_on.dataset
         loaded = load_images(
             source,
             data_dir=settings.data_dir,
             image_column=settings.image_column,
             label_column=settings.label_column,
+            config_name=trained_on.dataset_config if is_of_training else None,
         )
-        split, rows = pick_test_split(loaded, settings.test_split, source)
-        labels = rows.features["label"].num_classes
-        if labels != student.config.num_labels:
-            raise ValueError(
-                f"The student has {student.config.num_labels} labels and {source} has {labels}. Use the data that it "
-                "was trained for."
-            )
+        split, rows = None, loaded
+        if is_of_training or not isinstance(loaded, Dataset):
+            train_split = trained_on.dataset_split if is_of_training else None
+            _, rows, split = pick_test_split(loaded, train_split, settings.test_split, source)
+        ours = [student.config.id2label[index] for index in range(student.config.num_labels)]
+        places = align_labels(rows.features["label"].names, ours, source)[1]
         if max_images is not None and max_images < len(rows):
             # Sets are often sorted by class.
             rows = rows.select(np.linspace(0, len(rows) - 1, max_images).round().astype(int))
@@ -318,7 +327,9 @@ def _evaluate_images(
             transform=settings.test_crop,
             crop_pct=settings.crop_pct,
             num_channels=student.config.num_channels,
+            skip_broken=settings.skip_broken,
         )
+        images.labels = [places[label] for label in images.labels]
         batches = _image_batches(images, batch_size, (height, teacher_size), (mean, std), student)
         compared = compare_images(student, borrowed, batches)
         name = name or f"{Path(source).name} test images"

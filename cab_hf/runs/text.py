@@ -13,7 +13,7 @@ from transformers import (
     set_seed,
 )
 
-from cab_hf.data.documents import load_documents, parse_holdout, split_documents
+from cab_hf.data.documents import load_documents, split_documents, tell_copies
 from cab_hf.data.packing import LanguageCollator, pack_documents, save_tokens
 from cab_hf.data.repeats import insert_repeats
 from cab_hf.distillation.trainer import make_teacher
@@ -24,6 +24,7 @@ from cab_hf.evaluation.recall import copying_recall
 from cab_hf.hub.sources import public_name
 from cab_hf.inference import check_positions, num_positions
 from cab_hf.recipes import DataArguments, Recipe
+from cab_hf.runs.inputs import blocks_digest, check_inputs
 from cab_hf.runs.stages import finetune_stage, run_facts, run_stage
 from cab_hf.runs.student import build_student
 from cab_hf.teachers.loading import load_teacher
@@ -47,7 +48,9 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
         teacher_model, tokenizer = load_teacher(recipe.model.teacher)
     teacher_model.to(args.teacher_device or args.device)
     with args.main_process_first(desc="data"):
-        train_blocks, heldout = load_blocks(recipe.data, tokenizer, teacher_model, args, recipe.output_dir / "stages")
+        train_blocks, heldout, copies = load_blocks(
+            recipe.data, tokenizer, teacher_model, args, recipe.output_dir / "stages"
+        )
     collator = _collator(tokenizer)
     batches = []
     if recipe.model.calibrates:
@@ -60,6 +63,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
     ).to(args.device)
     teacher = make_teacher(teacher_model, args)
 
+    check_data(recipe, train_blocks, heldout)
     before = _evaluate(recipe.data, args, student, teacher.model, tokenizer, heldout)
     histories = []
     for stage in recipe.stages:
@@ -76,6 +80,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
     report = {
         "teacher": recipe.model.teacher,
         "dataset": recipe.data.dataset,
+        "copies": copies,
         "student_parameters": student.num_parameters(),
         "teacher_parameters": teacher_model.num_parameters(),
         "train_tokens": sum(history["tokens"] for history in histories),
@@ -113,7 +118,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         original, tokenizer = load_teacher(recipe.model.teacher)
     with args.main_process_first(desc="data"):
         model = original.to(args.device)
-        train_blocks, heldout = load_blocks(recipe.data, tokenizer, model, args, recipe.output_dir / "stages")
+        train_blocks, heldout, copies = load_blocks(recipe.data, tokenizer, model, args, recipe.output_dir / "stages")
     collator = _collator(tokenizer)
     check_packing(original, collator([train_blocks[0]]))
     if recipe.data.recall_gaps:  # whether the model has positions enough, before a long training
@@ -123,6 +128,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
             f"`teacher` {recipe.model.teacher!r} loads with all its weights frozen, as an adapter's folder does. "
             "Merge the adapter (merge_and_unload) and save the model, or name its base model."
         )
+    check_data(recipe, train_blocks, heldout)
     model, history = finetune_stage(
         stage,
         original,
@@ -136,6 +142,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     report = {
         "teacher": recipe.model.teacher,
         "dataset": recipe.data.dataset,
+        "copies": copies,
         "teacher_parameters": model.num_parameters(),
         "train_tokens": tokens,
         "after": _evaluate(recipe.data, stage.args, model, original, tokenizer, heldout),
@@ -148,6 +155,12 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         model.save_pretrained(recipe.output_dir)
         tokenizer.save_pretrained(recipe.output_dir)
     return report
+
+
+def check_data(recipe: Recipe, blocks: Dataset, heldout: dict[str, Dataset]) -> None:
+    """Refuses blocks other than those that the run began with. Called last before training, which makes the folder."""
+    digests = {"training text": blocks_digest(blocks)} | {name: blocks_digest(one) for name, one in heldout.items()}
+    check_inputs(recipe.output_dir / "stages", digests, recipe.is_main_process)
 
 
 def _collator(tokenizer: PreTrainedTokenizerBase) -> LanguageCollator:
@@ -192,8 +205,9 @@ def load_blocks(
     teacher: PreTrainedModel,
     args: DistillationTrainingArguments,
     folder: Path,
-) -> tuple[Dataset, dict[str, Dataset]]:
-    """Training blocks, those of the teacher's own text among them, and the blocks of each evaluated text, by name.
+) -> tuple[Dataset, dict[str, Dataset], dict[str, int]]:
+    """Training blocks, those of the teacher's own text among them; by name, the blocks of each evaluated text, and
+    how many of its documents are trained on, too.
 
     Args:
         data: of the recipe.
@@ -210,6 +224,7 @@ def load_blocks(
             config_name=data.dataset_config,
             split=data.dataset_split,
             text_column=data.text_column,
+            encoding=data.encoding,
         )
 
     def pack(documents: Dataset) -> Dataset:
@@ -217,13 +232,14 @@ def load_blocks(
             documents, tokenizer, data.block_size, isolate_documents=data.isolate_documents, num_proc=data.num_proc
         )
 
-    documents = load(data.dataset)
+    training = load(data.dataset)
     if data.eval_dataset:
-        texts = dict(_named_source(text) for text in data.eval_dataset)
-        training, heldout = documents, {name: pack(load([source])) for name, source in texts.items()}
+        texts = {name: load([source]) for name, source in map(_named_source, data.eval_dataset)}
     else:
-        training, kept = split_documents(documents, parse_holdout(data.holdout), seed=args.seed)
-        heldout = {f"held-out part of {', '.join(map(public_name, data.dataset))}": pack(kept)}
+        training, kept = split_documents(training, data.holdout, seed=args.seed)
+        texts = {f"held-out part of {', '.join(map(public_name, data.dataset))}": kept}
+    copies = {name: tell_copies(training, text, name) for name, text in texts.items()}
+    heldout = {name: pack(text) for name, text in texts.items()}
     blocks = pack(training)
     for option, prompts in (("teacher_tokens", None), ("teacher_continuation_tokens", training)):
         if getattr(data, option):
@@ -232,7 +248,8 @@ def load_blocks(
     if data.block_size > (num_positions(teacher) or data.block_size):
         for row in blocks.with_format("torch"):
             check_positions(teacher, {name: value[None] for name, value in row.items()})
-    return insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed), heldout
+    blocks = insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed)
+    return blocks, heldout, copies
 
 
 def _teacher_text(

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cab_hf.data.documents import load_documents, split_documents
 from cab_hf.data.packing import (
     LanguageCollator,
+    encode,
     pack_documents,
     pad_documents,
     save_tokens,
@@ -109,10 +110,11 @@ class TestLoadDocuments:
         (tmp_path / "b.csv").write_text("body,year\nx,1\n")
         with pytest.raises(ValueError, match=r"no column 'text'.*text_column as one of \['body', 'year'\]"):
             load_documents(tmp_path / "b.csv", cache_dir=tmp_path / "cache")
-        with pytest.raises(ValueError, match="holds int, not text"):
-            load_documents(tmp_path / "b.csv", text_column="year", cache_dir=tmp_path / "cache")
         with pytest.raises(ValueError, match="mixes files"):
             load_documents(tmp_path)
+        (tmp_path / "c.jsonl").write_text('{"text": 3}')
+        with pytest.raises(ValueError, match="holds int, not text"):
+            load_documents(tmp_path / "c.jsonl", cache_dir=tmp_path / "cache")
         with pytest.raises(FileNotFoundError, match="is no file and no folder"):
             load_documents(tmp_path / "absent")
         with pytest.raises(FileNotFoundError, match="matches no file"):
@@ -164,6 +166,7 @@ class TestSplitDocuments:
             ("nothing", "holds out 0 of 3"),
             ("doc", "holds out 3 of 3"),
             ("(", "no valid regular expression"),
+            ("other*", "holds out 0 of 3"),
         ],
     )
     def test_errors(self, holdout, message):
@@ -175,6 +178,50 @@ class TestSplitDocuments:
             split_documents(documents_of(1, 2).to_iterable_dataset(), 1)
         with pytest.raises(ValueError, match="have no name"):
             split_documents(documents_of(1, 2).remove_columns("name"), "doc")
+
+
+LLAMA = (
+    "{% for m in messages %}{{ bos_token if loop.first }}[{{ m.role }}] {{ m.content }} {{ eos_token }}{% endfor %}"
+)
+CHATML = "{% for m in messages %}<im> {{ m.role }} {{ m.content }} {{ eos_token }}\n{% endfor %}"
+
+
+class TestSpecialTokensOnce:
+    """Text of a chat template keeps the template's own special tokens; plain text has the tokenizer's, as ever."""
+
+    @staticmethod
+    def make(adds: str, template: str):
+        words = ["<s>", "</s>", "<im>", "\n", "Ċ", *"abcdefgh", "[user]", "[bot]", "user", "bot", "a</s>"]
+        backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="Ċ"))
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+        backend.post_processor = processors.TemplateProcessing(single=adds, special_tokens=[("<s>", 0), ("</s>", 1)])
+        special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "Ċ"}
+        made = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)
+        made.add_tokens(["\n"])
+        return made
+
+    @pytest.mark.parametrize("template", [LLAMA, CHATML])
+    @pytest.mark.parametrize("adds", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
+    @pytest.mark.parametrize("turns", [1, 2, 3])
+    def test_a_rendered_chat(self, adds, template, turns, tmp_path):
+        tokenizer = self.make(adds, template)
+        chat = [{"role": ("user", "bot")[turn % 2], "content": "a b c"} for turn in range(turns)]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        right = tokenizer.apply_chat_template(chat, return_dict=False)
+        if "<s> $A" in adds and template is CHATML:
+            right = [0, *right]  # which its template does not write
+        (row,) = pack_documents(
+            Dataset.from_dict({"text": [text]}), tokenizer, len(right), drop_last=False, cache_dir=tmp_path
+        )["input_ids"]
+        assert list(row) == right
+        save_tokens(tmp_path / "a.npz", Dataset.from_dict({"text": [text]}), tokenizer)
+        assert load_documents(tmp_path / "a.npz", cache_dir=tmp_path)["input_ids"][:] == [right]
+
+    @pytest.mark.parametrize("adds", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
+    @pytest.mark.parametrize("text", ["a b c", "a </s> b", "b <s> a", "\n", "a"])
+    def test_plain_text_is_as_the_tokenizer_has_it(self, adds, text):
+        tokenizer = self.make(adds, LLAMA)
+        assert encode([text, "a b"], tokenizer) == tokenizer([text, "a b"])["input_ids"]
 
 
 class TestPackDocuments:

@@ -27,7 +27,14 @@ from transformers import (
 from cab_hf.data import image_sources as image_data
 from cab_hf.data import images
 from cab_hf.data.augmentation import normalise
-from cab_hf.data.image_sources import class_balanced_fraction, images_to_dataset, load_images, split_validation
+from cab_hf.data.image_sources import (
+    align_labels,
+    class_balanced_fraction,
+    images_to_dataset,
+    load_images,
+    pick_test_split,
+    split_validation,
+)
 from cab_hf.data.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -179,8 +186,8 @@ def test_a_folder_of_images(tmp_path):
     }
     with pytest.raises(FileNotFoundError, match="data_dir None"):
         load_images("imagefolder")
-    with pytest.raises(ValueError, match="was not written by save_to_disk.*imagefolder"):
-        load_images(tmp_path / "pictures")
+    found = load_images(tmp_path / "pictures", cache_dir=tmp_path / "cache")
+    assert {name: len(rows) for name, rows in found.items()} == {"train": 2, "test": 2}
     with pytest.raises(FileNotFoundError, match="is no folder"):
         load_images(tmp_path / "nothing")
 
@@ -483,3 +490,133 @@ def test_the_saved_processor_serves_a_pipeline_offline_without_this_package(tmp_
         with torch.no_grad():
             expected = model(pixel_values=pixel_values).logits.softmax(-1)[0]
         assert [answer[f"LABEL_{index}"] for index in range(4)] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+RAMP = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("num_channels", [1, 3])
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        RAMP,
+        RAMP.astype(np.uint16) * 257,
+        RAMP.astype(np.uint16),
+        RAMP.astype(np.int32),
+        RAMP.astype(np.int32) * 257,
+        RAMP.astype(np.float32),
+        (RAMP / 255).astype(np.float32),
+    ],
+    ids=["uint8", "uint16", "8 bits in uint16", "8 bits in int32", "16 bits in int32", "float to 255", "float to 1"],
+)
+def test_wider_pixels_are_as_their_8_bit_twin(tmp_path, suffix, num_channels, pixels):
+    if suffix == "png" and pixels.dtype in (np.int32, np.float32):
+        pytest.skip("a PNG holds no such pixels")
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
+    found = ImageDataset(files(tmp_path / f"a.{suffix}"), 32, num_channels=num_channels)[0]["pixel_values"]
+    assert np.array_equal(found, np.stack([RAMP] * num_channels))
+
+
+def files(*paths):
+    rows = Dataset.from_dict({"image": list(map(str, paths)), "label": [0] * len(paths)})
+    return rows.cast_column("image", datasets.Image())
+
+
+@pytest.mark.parametrize("low, high", [(-1.0, 1.0), (0.0, 4000.0)])
+def test_pixels_of_no_known_range_are_refused(tmp_path, low, high):
+    Image.fromarray(np.linspace(low, high, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=rf"a.tif can't be read \(its pixels reach from {low:g} to {high:g}"):
+        ImageDataset(files(tmp_path / "a.tif"), 8)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L", "1"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    """A black square on a transparent ground, whichever way the file says it, and half-transparent black."""
+    alpha = np.zeros((32, 32), np.uint8)
+    alpha[8:24, 8:24] = 255
+    if mode in ("RGBA", "LA"):
+        alpha[0] = 128
+        image = Image.fromarray(np.dstack([np.zeros_like(alpha)] * (len(mode) - 1) + [alpha]))
+        image.save(tmp_path / "a.png")
+    else:
+        image = Image.fromarray(255 - alpha).convert(mode)
+        ground = {"P": image.getpixel((0, 0)), "RGB": (255, 255, 255)}.get(mode, 255)
+        image.save(tmp_path / "a.png", transparency=ground)
+    for num_channels in (1, 3):
+        found = ImageDataset(files(tmp_path / "a.png"), 32, num_channels=num_channels)[0]["pixel_values"]
+        expected = np.where(alpha == 128, 127, 255 - alpha)
+        assert np.array_equal(found, np.stack([expected] * num_channels))
+
+
+@pytest.mark.parametrize("side", [32, 128])
+def test_a_broken_image_is_named_or_left_out(tmp_path, side, caplog):
+    for name in "abc":
+        Image.fromarray(noise(1, side, side)[0]).save(tmp_path / f"{name}.png")
+    content = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "c.png").write_bytes(b"<html>not found</html>")
+    rows = files(*(tmp_path / f"{name}.png" for name in "abca"))
+    with pytest.raises(ValueError, match="b.png can't be read.*skip_broken"):
+        [ImageDataset(rows, 8)[index] for index in range(4)]
+    kept = ImageDataset(rows, 8, skip_broken=True)
+    assert len(kept) == len(kept.labels) == 2 and torch.equal(kept[0]["pixel_values"], kept[1]["pixel_values"])
+    assert all(f"{name}.png can't be read" in caplog.text for name in "bc")
+
+
+def labelled(labels):
+    return images_to_dataset(np.zeros((len(labels), 2, 2), np.uint8), labels, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "splits, asked, found",
+    [
+        ({"train": [0, 1], "test": [0, 1], "validation": [0]}, None, "test"),
+        ({"train": [0, 1], "test": [-1, -1], "validation": [0]}, None, "validation"),
+        ({"train": [0, 1], "test": [-1, 0], "dev": [0]}, None, "dev"),
+        ({"train": [0, 1], "test": [0], "validation": [0, 1]}, "validation", "validation"),
+        ({"train": [0, 1] * 10}, None, "held-out"),
+        ({"train": [0, 1] * 10, "test": [-1]}, None, "held-out"),
+        ([0, 1] * 10, None, "held-out"),
+    ],
+)
+def test_the_split_to_report_on_has_labels(splits, asked, found, caplog):
+    if isinstance(splits, dict):
+        loaded = DatasetDict({name: labelled(labels) for name, labels in splits.items()})
+    else:
+        loaded = labelled(splits)
+    train, test, name = pick_test_split(loaded, None, asked, "pets")
+    assert name == found and min(test["label"]) >= 0
+    if found == "held-out":
+        assert (len(train), len(test)) == (16, 4) and sorted(test["label"]) == [0, 0, 1, 1]
+        assert "pets has no split for a test" in caplog.text and "4 of its 20" in caplog.text
+        assert pick_test_split(loaded, None, asked, "pets")[1]["label"] == test["label"]
+    else:
+        assert test["label"][:] == splits[found]
+
+
+def test_a_split_that_is_asked_for_without_labels_is_refused():
+    loaded = DatasetDict({"train": labelled([0, 1]), "test": labelled([-1])})
+    with pytest.raises(ValueError, match="'test' of pets has images without a label"):
+        pick_test_split(loaded, None, "test", "pets")
+
+
+@pytest.mark.parametrize(
+    "names, model_names, order, places",
+    [
+        (["cat", "dog", "eel"], ["eel", "cat", "dog"], ["eel", "cat", "dog"], [1, 2, 0]),
+        (["cat", "dog", "eel"], ["Cat", " dog", "EEL"], ["Cat", " dog", "EEL"], [0, 1, 2]),
+        (["cat", "dog", "eel"], ["LABEL_0", "LABEL_1", "LABEL_2"], ["cat", "dog", "eel"], [0, 1, 2]),
+        (["0", "1", "2"], ["eel", "cat", "dog"], ["eel", "cat", "dog"], [0, 1, 2]),
+        (["0", "1", "2"], ["2", "1", "0"], ["2", "1", "0"], [2, 1, 0]),
+        (["n01", "n02", "eel"], ["cat", "dog", "eel"], ["n01", "n02", "eel"], [0, 1, 2]),
+    ],
+)
+def test_labels_go_by_name(names, model_names, order, places):
+    assert align_labels(names, model_names, "pets") == (order, places)
+
+
+@pytest.mark.parametrize("model_names", [["dog", "cat", "ant"], ["cat", "dog"], ["cat", "dog", "eel", "ant"]])
+def test_other_labels_are_refused(model_names):
+    with pytest.raises(ValueError, match=rf"{len(model_names)} labels .* the data 3 .*finetune"):
+        align_labels(["cat", "dog", "eel"], model_names, "pets")

@@ -98,7 +98,9 @@ def test_bad_arguments(length, fraction, tokens, message):
 def test_a_recipe_repeats_spans_in_training_rows_alone(tmp_path):
     model, tokenizer = random_llama()
     recipes = [parse_recipe([str(SMOKE), "--repeat_fraction", fraction]) for fraction in ("0", "0.5")]
-    plain, repeating = (load_blocks(one.data, tokenizer, model, one.args, tmp_path) for one in recipes)
+    plain, repeating = (
+        load_blocks(one.data, tokenizer, model, one.args, tmp_path / str(index)) for index, one in enumerate(recipes)
+    )
     changed = [before != after for before, after in zip(plain[0], repeating[0])]
     assert 0.3 < sum(changed) / len(changed) < 0.7
     for name, blocks in plain[1].items():

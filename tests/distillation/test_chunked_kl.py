@@ -480,3 +480,17 @@ def test_losses_run_in_a_cuda_graph(autocast):
         weights[0] = 0.2
     graph.replay()
     torch.testing.assert_close(captured, step())
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("kl_weight, agreement", [(1.0, False), (0.0, True)])
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_label_that_the_teacher_lacks_is_named(plain, kl_weight, agreement, trains):
+    """Among the student's further rows; alone, cross-entropy is over all of them."""
+    hidden, head, teacher_hidden, teacher_head, _, labels = make_logits_problem(vocabularies=(40, 37))
+    head = head if plain else nn.Sequential(head)
+    labels[1, 2] = 38
+    chunked_kl_ce(hidden, head, labels=labels, kl_weight=0.0, ce_weight=1.0)
+    options = {"labels": labels, "kl_weight": kl_weight, "agreement": agreement, "ce_weight": 1.0}
+    with torch.set_grad_enabled(trains), pytest.raises(ValueError, match="labels hold 38.*37 logits.*student has 40"):
+        chunked_kl_ce(hidden, head, teacher_hidden, teacher_head, **options)

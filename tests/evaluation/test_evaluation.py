@@ -143,10 +143,29 @@ class TestPerplexity:
         blocks = packed_rows()[1]
         assert perplexity(model, blocks, progress=False) == perplexity(llama(), blocks, progress=False)
 
+    @pytest.mark.parametrize("max_tokens", [1, 8, 9, 17, 26])
+    @pytest.mark.parametrize("kind", ["ids", "labels", "right", "left"])
+    def test_max_tokens_are_the_tokens_counted(self, max_tokens, kind):
+        """The first so many predicted ones, wherever in a row they end."""
+        model, tokens = student(), rows_of(9, 9, 9, 9)
+        mask = [[0] * 3 * (kind == "left") + [1] * 6 + [0] * 3 * (kind == "right")] * 4
+        rows = {
+            "ids": tokens,
+            "labels": [{"input_ids": row, "labels": [-100, -100, *row[2:]]} for row in tokens],
+        }.get(kind) or [{"input_ids": row, "attention_mask": seen} for row, seen in zip(tokens, mask)]
+        found = perplexity(model, rows, 3, max_tokens=max_tokens, padding_side=kind if "t" in kind[-2:] else "right",
+                           progress=False)  # fmt: skip
+        available = {"ids": 32, "labels": 28}.get(kind, 20)
+        assert found["n_tokens"] == min(max_tokens, available)
+
+    def test_the_progress_has_a_total(self, capsys):
+        perplexity(student(), rows_of(9, 9, 9, 9), 1, max_tokens=20)
+        assert "3/3" in capsys.readouterr().err
+
     def test_max_tokens_does_not_depend_on_the_batch(self):
         model, tokens = llama(), torch.tensor(rows_of(*[8] * 10))
         reports = [perplexity(model, tokens, size, max_tokens=20, progress=False) for size in (1, 4)]
-        assert [report["n_tokens"] for report in reports] == [21, 21]
+        assert [report["n_tokens"] for report in reports] == [20, 20]
         assert reports[0]["nll"] == pytest.approx(reports[1]["nll"], rel=1e-5)
 
     def test_uniform_model(self):

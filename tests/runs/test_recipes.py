@@ -29,7 +29,7 @@ from cab_hf.evaluation.language import compare
 from cab_hf.recipes import Recipe, build_recipe, load_recipe, parse_recipe
 from cab_hf.runs import run as run_module
 from cab_hf.runs.run import run_recipe, summary
-from cab_hf.runs.text import load_blocks
+from cab_hf.runs.text import check_data, load_blocks
 from cab_hf.teachers.demo import random_llama
 
 
@@ -44,7 +44,7 @@ def smoke(tmp_path: Path, *options: str):
 
 
 def blocks_of(recipe: Recipe, tokenizer, model):
-    return load_blocks(recipe.data, tokenizer, model, recipe.args, recipe.output_dir / "stages")
+    return load_blocks(recipe.data, tokenizer, model, recipe.args, recipe.output_dir / "stages")[:2]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -392,6 +392,63 @@ class TestRun:
                     ["--output_dir", str(tmp_path / "x"), "--finetune", "true", "--teacher_config", "{a: 1}", *ON_CPU]
                 )
             )
+
+    def test_text_that_is_trained_on_is_not_called_held_out(self, tmp_path, caplog):
+        """Files that are trained on, another file with copies, and a pattern whose names divide copies."""
+        (tmp_path / "texts").mkdir()
+        for name in "abcd":
+            (tmp_path / f"texts/{name}.txt").write_text(f"The text of {name}. " * 90)
+        (tmp_path / "copy.txt").write_text("The text of b. " * 90)
+        (tmp_path / "new.txt").write_text("Something else. " * 90)
+        data = ["--dataset", f"{tmp_path}/texts", "--license", "mit"]
+        evaluated = [f"{name}={tmp_path}/{name}.txt" for name in ("copy", "new")]
+        for run, options, copies in (
+            ("one", ["--eval_dataset", *evaluated, f"all={tmp_path}/texts"], {"copy": 1, "new": 0, "all": 4}),
+            ("two", ["--eval_dataset", evaluated[1]], {"new": 0}),
+        ):
+            report = run_recipe(smoke(tmp_path / run, *data, *options))
+            assert report["copies"] == copies
+            card = (tmp_path / run / "student/README.md").read_text()
+            assert ("held-out" in card) == (run == "two")
+            assert ("5 of the evaluated documents were also trained on" in card) == (run == "one")
+        assert "1 of the 1 evaluated documents (copy) are also trained on" in caplog.text
+        (tmp_path / "texts/copy of b.txt").write_text("The text of b. " * 90)
+        assert run_recipe(smoke(tmp_path / "three", *data, "--holdout", "b.txt"))["copies"].popitem()[1] == 1
+        card = (tmp_path / "three/student/README.md").read_text()
+        assert "held-out" not in card and "held_out" not in card
+
+    def test_text_that_changed_since_a_run_began_is_told(self, tmp_path):
+        """Whether it is trained on or evaluated on; the same text, or a run without digests, goes on."""
+        model, tokenizer = random_llama()
+
+        def texts(folder: str, *contents: str) -> Path:
+            (tmp_path / folder).mkdir(exist_ok=True)
+            for index, content in enumerate(contents):
+                (tmp_path / folder / f"{index}.txt").write_text(content * 90)
+            return tmp_path / folder
+
+        def blocks():
+            options = ["--dataset", str(tmp_path / "texts"), "--eval_dataset", f"new={tmp_path}/new"]
+            recipe = smoke(tmp_path, *options)
+            check_data(recipe, *blocks_of(recipe, tokenizer, model))
+
+        texts("texts", "One text. ", "Another text. ")
+        texts("new", "Something else. ")
+        blocks()
+        for file in (tmp_path / "texts").iterdir():
+            file.touch()
+        blocks()
+        kept = tmp_path / "student/stages/inputs.json"
+        for folder, contents, changed in (
+            ("texts", ("One text, ", "Another text. "), "training text"), ("new", ("Something new. ",), "new")
+        ):  # fmt: skip
+            texts(folder, *contents)
+            with pytest.raises(
+                ValueError, match=rf"changed since it began \({changed}\).*--output_dir.*remove {kept}"
+            ):
+                blocks()
+            kept.unlink()
+            blocks()
 
     def test_several_texts(self, tmp_path):
         for name in ("a", "b"):

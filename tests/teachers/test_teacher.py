@@ -485,6 +485,10 @@ def test_vocabularies(caplog):
     assert check_vocabularies(151936, 151665 + 400) == 151936
     with pytest.raises(ValueError, match="student_vocab_size=32000 and teacher_vocab_size=50257 differ by 18257"):
         check_vocabularies(32000, 50257)
+    for one, other in ((50, 1000), (1000, 50), (99, 99 + 128), (5000, 5128), (32000, 33000)):
+        with pytest.raises(ValueError, match="more than padding explains"):
+            check_vocabularies(one, other)
+    assert check_vocabularies(99, 128) == 99
     assert check_vocabularies(3000, 100, Tokenizer(99), Tokenizer(99)) == 100
     with pytest.raises(ValueError, match="different tokenizers: 99 and 99 tokens, 198 entries"):
         check_vocabularies(99, 99, Tokenizer(99), Tokenizer(99, offset=1))
