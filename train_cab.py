@@ -4,16 +4,15 @@ import sys
 
 from accelerate import PartialState
 
-from cab_hf.recipes import fail_in_one_line, parse_recipe
+from cab_hf.recipes import errors_in_one_line, parse_recipe
 from cab_hf.runs.run import run_recipe
 
 
 def main() -> None:
-    try:
+    way_out = "Set a smaller per_device_train_batch_size (with more gradient_accumulation_steps) or block_size."
+    with errors_in_one_line(way_out):
         run_recipe(parse_recipe(sys.argv[1:]))
         PartialState().destroy_process_group()
-    except (ValueError, OSError, ImportError) as error:
-        fail_in_one_line(error)
 
 
 if __name__ == "__main__":

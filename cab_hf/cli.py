@@ -7,9 +7,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-import torch
-
-from cab_hf.recipes import fail_in_one_line
+from cab_hf.hub.sources import check_source
+from cab_hf.recipes import errors_in_one_line
 
 
 class Command:
@@ -279,20 +278,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a subcommand; an error is one line on stderr and exit code 1.
+    """Runs a subcommand; an error is one line on stderr and exit code 1, ctrl-C 130.
 
     Args:
         arguments: of the command line, without the program's name; those of the process when None.
     """
-    try:
+    way_out = "Give a smaller --batch_size, --tokens or --lengths, or --device cpu."
+    with errors_in_one_line(way_out, RuntimeError):
         parsed = make_parser().parse_args(arguments)
+        if getattr(parsed, "teacher", None) is not None:
+            check_source("teacher", parsed.teacher, "model")
         COMMANDS[parsed.command].run(parsed)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        fail_in_one_line(
-            f"Out of memory ({error}). Give a smaller --batch_size, --tokens or --lengths, or --device cpu."
-        )
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        fail_in_one_line(error)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """Models in use: where and how they run, in evaluation mode, and what they generate."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging
 
 from cab_hf.lora import core_of
 
+
+logger = logging.get_logger(__name__)
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -55,6 +58,32 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def check_causal(model: PreTrainedModel) -> None:
+    """That a language model predicts next tokens, by what it does: BERT's kin are made for it, too.
+
+    Raises:
+        ValueError: its first logits change with later tokens.
+    """
+    vocab_size = core_of(model).config.get_text_config().vocab_size
+    with evaluating(model):
+        ahead = reads_ahead(lambda ids: model(input_ids=ids).logits, vocab_size, model.device)
+    if ahead:
+        raise ValueError(
+            f"{type(core_of(model)).__name__} reads the tokens behind the one that it stands at, so it predicts no "
+            "next tokens. Use a causal language model; BERT and its kin are such only with is_decoder=True."
+        )
+
+
+def reads_ahead(run: Callable[[Tensor], Tensor], vocab_size: int, device: torch.device) -> bool:
+    """Whether the first output of a row depends on its other tokens; `run` maps tokens `(b, t)` to `(b, t, d)`."""
+    tokens = torch.arange(3, 13, device=device).view(2, 5) % vocab_size
+    changed = torch.cat((tokens[:, :1], (tokens[:, 1:] + 1) % vocab_size), dim=1)
+    first, second = (run(ids)[:, 0] for ids in (tokens, changed))
+    # Rounding may depend on other tokens, where experts or codes share a product; fresh weights move by 1e-3 and more.
+    rounding = 5e-4 if first.dtype in (torch.float32, torch.float64) else 2e-3
+    return bool((first.float() - second.float()).norm() > rounding * first.float().norm())
+
+
 def accepted_arguments(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(core_of(model).forward).parameters
 
@@ -62,6 +91,34 @@ def accepted_arguments(model: PreTrainedModel) -> Mapping[str, inspect.Parameter
 def num_positions(model: PreTrainedModel) -> int | None:
     """Tokens of a row that a language model has positions for; None: any number. Rotary positions go on beyond it."""
     return getattr(core_of(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """That a language model has learned positions for a batch; beyond those of a rotary one it only warns.
+
+    Raises:
+        ValueError: a row of more tokens than the table has.
+    """
+    limit, length = num_positions(model), inputs["input_ids"].shape[1]
+    if limit is None or length <= limit or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
+    mask = inputs.get("attention_mask")
+    if "position_ids" in inputs:
+        length = int(inputs["position_ids"].max()) + 1
+    elif mask is not None:
+        length = int((mask != 0).sum(dim=-1).max())
+    if length <= limit:
+        return
+    name = type(core_of(model)).__name__
+    if getattr(core_of(model).config.get_text_config(), "rope_parameters", None) is None:
+        raise ValueError(
+            f"A row has {length} tokens, but {name} has positions for {limit} (`max_position_embeddings`). Give "
+            "shorter rows (`block_size`), or another model."
+        )
+    logger.warning_once(
+        f"A row has {length} tokens, more than the {limit} (`max_position_embeddings`) that {name} was trained on: "
+        "what it says beyond them may be worth little. Shorter rows (`block_size`) avoid that."
+    )
 
 
 def synchronise(device: torch.device) -> None:

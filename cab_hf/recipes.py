@@ -4,13 +4,18 @@ import difflib
 import functools
 import sys
 from argparse import SUPPRESS
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from zipfile import BadZipFile
 
 import torch
 import yaml
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
@@ -228,6 +233,18 @@ ARGUMENT_CLASSES = (
     DistillationTrainingArguments,
 )
 LISTS = {"stages", "baselines"}
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    ImportError,
+    EOFError,
+    ArithmeticError,
+    HTTPError,
+    StrictDataclassError,
+    SafetensorError,
+    yaml.YAMLError,
+    BadZipFile,
+)
 STUDENTS_ALONE = ("trainable", "ema_decay", "cuda_graph", "student")
 STAGE_FIELDS = {field.name for field in fields(DistillationTrainingArguments) if field.init} - {"output_dir"}
 
@@ -319,7 +336,7 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
 def _overridden(stage: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """What a stage sets beside the options of the command line, which hold in all stages."""
     for name in stage.keys() & options.keys():
-        was, now = stage[name], options[name]
+        was, now = ("...", "...") if name == "hub_token" else (stage[name], options[name])
         logger.warning(f"--{name} {now} holds in stage {stage.get('name')!r}, too, in place of {was!r}.")
     return {name: value for name, value in stage.items() if name not in options}
 
@@ -372,6 +389,8 @@ def _training_runs(whole: dict[str, Any], runs: list[dict[str, Any]], kind: str)
     for number, run in enumerate(runs, start=1):
         run = dict(run)
         name = str(run.pop("name", f"{kind}{number}"))
+        if not name.isprintable() or {"/", "\\"} & set(name):
+            raise ValueError(f"A {kind} is named {name!r}, and its folder, too: leave out slashes and line breaks.")
         _check_keys(run, STAGE_FIELDS, f"key in {kind} {name!r} (a {kind} sets training options only)")
         training = {name: value for name, value in whole.items() if name in STAGE_FIELDS}
         training |= {name: _typed(name, value) for name, value in run.items()}
@@ -476,10 +495,38 @@ def _typed(name: str, value: Any) -> Any:
         ) from error
 
 
-def fail_in_one_line(error: Exception | str) -> None:
-    """Ends the process with the error's message, on one line, and exit code 1, without a traceback."""
+def without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """A recipe's values without some options, in its stages and baselines, too."""
+    kept = {name: value for name, value in values.items() if name not in names}
+    return kept | {name: [without(run, names) for run in kept[name]] for name in LISTS if kept.get(name)}
+
+
+@contextmanager
+def errors_in_one_line(out_of_memory: str, *others: type[Exception]) -> Iterator[None]:
+    """Ends the process with an error's message on one line, without a traceback, and exit code 1; 130 after ctrl-C.
+
+    Args:
+        out_of_memory: the way out where memory does not suffice.
+        others: kinds of errors beside those that inputs, files, disks, networks and their libraries raise.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end(
+            "interrupted. Run the same command again to go on: what is finished, and the newest checkpoint, is kept.",
+            130,
+        )
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _end(f"Out of memory ({error}). {out_of_memory}", 1)
+    except DatasetsError as error:
+        _end(f"{error} {error.__cause__ or ''}", 1)
+    except (*USER_ERRORS, *others) as error:
+        _end(error, 1)
+
+
+def _end(error: Exception | str, code: int) -> None:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    raise SystemExit(1)
+    raise SystemExit(code)
 
 
 def read_recipe(folder: Path) -> Recipe | None:
@@ -496,10 +543,4 @@ def read_recipe(folder: Path) -> Recipe | None:
         return None
     values = _read_mapping(path)
 
-    def anywhere(options: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in options.items() if name not in _HARDWARE_OPTIONS}
-        return kept | {
-            name: [anywhere(run) for run in kept[name]] for name in ("stages", "baselines") if kept.get(name)
-        }
-
-    return replace(build_recipe(anywhere(values) | {"use_cpu": True}), values=values)
+    return replace(build_recipe(without(values, _HARDWARE_OPTIONS) | {"use_cpu": True}), values=values)

@@ -123,7 +123,7 @@ def test_errors_of_evaluate_and_card_are_one_line(student, tmp_path, capsys):
     data = ["--data", "builtin"]
     assert "--teacher" in error_of(capsys, "evaluate", student, *data)
     nobody = ["--teacher", tmp_path / "nobody", *data]
-    assert "nobody' can't be loaded" in error_of(capsys, "evaluate", student, *nobody)
+    assert "nobody' is no file and no folder" in error_of(capsys, "evaluate", student, *nobody)
     tiny_teacher().save_pretrained(tmp_path / "llama")
     teacher = ["--teacher", "random-llama"]
     assert "no student" in error_of(capsys, "evaluate", tmp_path / "llama", *teacher, *data)

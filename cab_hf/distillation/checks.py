@@ -9,17 +9,24 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import validate_quantization_for_training
+from transformers.utils import logging
 
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.lora import core_of
 from cab_hf.teachers.alignment import layer_map, parse_layer_map
+from cab_hf.teachers.examination import check_whole
 from cab_hf.teachers.recorded_teacher import RecordedTeacher
 from cab_hf.teachers.teacher import Teacher, check_vocabularies
+
+
+logger = logging.get_logger(__name__)
 
 
 def check_student(student: nn.Module) -> None:
     """That the student is whole, and that its layers show what a distillation compares."""
     check_whole("student", student)
+    validate_quantization_for_training(student)
     if hasattr(student, "_orig_mod"):
         raise ValueError(
             "The student is a torch.compile of a model, which hides the weights' own names. Pass the model itself and "
@@ -41,6 +48,7 @@ def check_run(
     trainer_kwargs: Mapping[str, Any],
 ) -> None:
     """That student, teacher and arguments fit each other; what the teacher shows at all, its examination has said."""
+    _check_causality(teacher, args)
     tokenizer = trainer_kwargs.get("processing_class")
     tokenizer = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
     _check_outputs(student, teacher, args.kl_weight, tokenizer)
@@ -60,7 +68,12 @@ def check_run(
             f"`remove_rotary` is {args.remove_rotary} in the arguments, but the given Teacher was made with "
             f"{teacher.removes_rotary}. Use the same value for both, or pass the model instead of a Teacher."
         )
-    for name in ("compute_metrics", "compute_loss_func", "model_init"):
+    if args.neftune_noise_alpha is not None and teacher.reads_images:
+        raise ValueError(
+            f"`neftune_noise_alpha` is {args.neftune_noise_alpha}, but its noise is for the embeddings of tokens. "
+            "Leave it out for images."
+        )
+    for name in ("compute_metrics", "compute_loss_func", "model_init", "preprocess_logits_for_metrics"):
         if trainer_kwargs.get(name) is not None:
             raise ValueError(
                 f"`{name}` is not used here: evaluation keeps no logits, the losses are the arguments' weights, and "
@@ -111,7 +124,7 @@ def _check_outputs(
                 "compares. Distil a CABMambaForCausalLM; a CABMambaForSequenceClassification then starts from its "
                 "folder (from_pretrained), for a plain Trainer."
             )
-        if kl_weight > 0 and not teacher.predicts_tokens:
+        if kl_weight > 0 and teacher.is_causal and not teacher.predicts_tokens:
             raise ValueError(
                 f"`kl_weight` is {kl_weight}, but the teacher {type(teacher.model).__name__} predicts no tokens. "
                 "Load it with AutoModelForCausalLM, or set `kl_weight=0.0`."
@@ -131,6 +144,24 @@ def _check_outputs(
                 f"The student has num_labels={ours} and the teacher num_labels={theirs}, which the KL compares. "
                 "Give the student the teacher's labels, or set `kl_weight=0.0`."
             )
+
+
+def _check_causality(teacher: Teacher | RecordedTeacher, args: DistillationTrainingArguments) -> None:
+    """What a language student sees, its teacher must not see more of: it can't learn to know the future."""
+    if teacher.reads_images or teacher.is_causal:
+        return
+    name = type(teacher.model).__name__
+    for option in ("kl_weight", "ce_weight"):
+        if getattr(args, option) > 0:
+            raise ValueError(
+                f"`{option}` is {getattr(args, option)}, but the teacher {name} is bidirectional: its outputs have "
+                "seen the tokens that a causal student should predict. Use a causal language model (BERT and its kin: "
+                f"with is_decoder=True), or set `{option}=0.0` and train the mixers alone."
+            )
+    logger.warning(
+        f"The teacher {name} is bidirectional: beyond its first layer, what {args.used_losses} compare has seen "
+        "tokens that a causal student has not, and can't be learnt wholly."
+    )
 
 
 def check_sharding(args: DistillationTrainingArguments, state: Any, is_zero3: bool) -> None:
@@ -169,16 +200,4 @@ def check_sharding(args: DistillationTrainingArguments, state: Any, is_zero3: bo
         raise ValueError(
             f"`fsdp_state_dict_type` is {state.fsdp_plugin.state_dict_type}, which saves no whole student. Set "
             "`fsdp_state_dict_type: FULL_STATE_DICT` in accelerate's config."
-        )
-
-
-def check_whole(name: str, model: nn.Module) -> None:
-    """That this process has all weights of a model: a teacher answers on every process, a student is sharded later."""
-    empty = [key for key, parameter in model.named_parameters() if parameter.is_meta or parameter.numel() == 0]
-    if empty:
-        raise ValueError(
-            f"The {name}'s weights, such as {empty[0]!r}, are not on this process: ZeRO-3, or FSDP's "
-            "`cpu_ram_efficient_loading`, took them away as it was loaded. Load it after the "
-            "DistillationTrainingArguments are made, and set `fsdp_cpu_ram_efficient_loading: false` in accelerate's "
-            "config."
         )

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import Trainer, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from cab_hf.data.packing import IGNORE_INDEX, shift_labels
 from cab_hf.distillation.chunked_kl import chunked_kl_ce
 from cab_hf.distillation.ema import MovingAverage
 from cab_hf.distillation.modeling_distillation import ALIGNMENT_LOSSES, DistillationModel, DistillationOutput
+from cab_hf.distillation.stage_trainer import StageTrainer
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
 from cab_hf.teachers.alignment import align_with_student
 from cab_hf.teachers.recorded_teacher import RecordedTeacher
@@ -29,7 +30,7 @@ CALIBRATION_EXAMPLES = 8
 """Examples that the scales of relative losses are measured on: a fixed number, whatever the batch size."""
 
 
-class EvaluatedTrainer(Trainer):
+class EvaluatedTrainer(StageTrainer):
     """What [`DistillationTrainer`] does with one batch, and how it evaluates student and teacher side by side.
 
     Args:

@@ -118,6 +118,15 @@ class DistillationModel(nn.Module):
         """The student without an adapter around it."""
         return core_of(self.student)
 
+    @property
+    def main_input_name(self) -> str:
+        """By which the Trainer counts what was read."""
+        return self.core.main_input_name
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The Trainer asks the model for NEFTune's noise, which is the student's."""
+        return self.core.get_input_embeddings()
+
     def activation_checkpointing_enable(self, **kwargs) -> None:
         """The Trainer asks the model for activation checkpointing; the student's blocks have it."""
         self.student.activation_checkpointing_enable(**kwargs)

@@ -21,11 +21,10 @@ from cab_hf.data.packing import IGNORE_INDEX, Documents
 from cab_hf.distillation.checkpoints import (
     check_written_by,
     fill_everywhere,
-    last_whole_checkpoint,
     load_student,
     student_weights,
 )
-from cab_hf.distillation.checks import check_run, check_sharding, check_student, check_whole
+from cab_hf.distillation.checks import check_run, check_sharding, check_student
 from cab_hf.distillation.cuda_graph import GraphedStep
 from cab_hf.distillation.ema import MovingAverage
 from cab_hf.distillation.evaluated_trainer import BatchTransform, EvaluatedTrainer
@@ -36,6 +35,7 @@ from cab_hf.distillation.modeling_distillation import (
 from cab_hf.distillation.pushing import push_trainer
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
 from cab_hf.lora import core_of
+from cab_hf.teachers.examination import check_whole
 from cab_hf.teachers.recorded_teacher import RecordedTeacher
 from cab_hf.teachers.teacher import Teacher
 
@@ -125,14 +125,7 @@ class DistillationTrainer(EvaluatedTrainer):
             unset_hf_deepspeed_config()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint=True`, but {self.args.output_dir} holds no complete checkpoint. Start "
-                    "without it, or name the folder of a checkpoint."
-                )
+        """As [`~cab_hf.distillation.stage_trainer.StageTrainer.train`]."""
         if resume_from_checkpoint:
             self._is_calibrated = True  # the scales are loaded
         else:
@@ -302,6 +295,12 @@ class DistillationTrainer(EvaluatedTrainer):
         teacher = teacher or self.teacher.model.name_or_path
         student = self.accelerator.unwrap_model(self.student)
         return push_trainer(self, student, teacher, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "`create_model_card` would write transformers' card of what is trained, which is no model of the Hub. Use "
+            f"`push_to_hub`, or `cab-hf card {self.args.output_dir}`, whose card names teacher, data and metrics."
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

@@ -179,6 +179,23 @@ class DistillationTrainingArguments(TrainingArguments):
                 f"`teacher_dtype` must be float32, float16 or bfloat16, got {self.teacher_dtype!r}. Leave it out for "
                 "the teacher's own."
             )
+        if self.bf16_full_eval or self.fp16_full_eval:
+            logger.warning(
+                "`bf16_full_eval` and `fp16_full_eval` are left out: they would round the student's weights for good, "
+                "those that must be float32 too. `bf16=True` evaluates under autocast."
+            )
+            self.bf16_full_eval = self.fp16_full_eval = False
+        if self.use_liger_kernel:
+            raise ValueError(
+                f"`use_liger_kernel` is {self.use_liger_kernel}, but Liger has no kernels for a student's layers, and "
+                "the KL is chunked already (`logits_chunk_size`). Leave it out."
+            )
+        parallel = self.parallelism_config
+        if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
+            raise ValueError(
+                f"`parallelism_config` is {parallel}, but a state runs through all tokens of a row, and a teacher is "
+                "asked by every process. Use DDP, FSDP or ZeRO (`dp_replicate_size`, `dp_shard_size`)."
+            )
         if self.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor` is {self.label_smoothing_factor}, but no loss here smooths labels: set it "

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.data.packing import encode
 from cab_hf.evaluation.metrics import distinct_n, repetition_rate
-from cab_hf.inference import generating
+from cab_hf.inference import check_causal, generating
 
 
 def generate(
@@ -28,6 +28,7 @@ def generate(
         Under `greedy` and `sampled`: `repetition_rate` of 4-grams, `distinct_1`, `distinct_2`, `distinct_3`,
         `n_tokens` made and `n_texts`.
     """
+    check_causal(model)
     end = model.generation_config.eos_token_id
     ends = np.atleast_1d([] if end is None else end).astype(int)
     settings = {
@@ -78,6 +79,7 @@ def sample(
     Returns:
         The new text, without the prompt.
     """
+    check_causal(model)
     input_ids = torch.tensor(encode([prompt], tokenizer), device=model.device)
     settings = {
         "max_new_tokens": max_new_tokens,

@@ -154,7 +154,8 @@ def attention_similarity(
 
     Source: arXiv 2510.19266, figure 3 (the maps side by side).
     """
-    layers = map_layers(layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    depth = teacher.config.get_text_config().num_hidden_layers
+    layers = map_layers(layer_map, student.config.num_hidden_layers, depth)
     images = isinstance(student, CABVisionMambaPreTrainedModel)
     with borrowed_teacher(teacher) as borrowed:
         seen = borrowed(inputs, attentions=True, maps=True)
@@ -334,7 +335,8 @@ def _text_batch(
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     model, tokenizer = load_teacher(teacher)
     own = load_tokenizer(folder)
-    check_vocabularies(student.config.vocab_size, model.config.vocab_size, own, tokenizer if own else None)
+    size = model.config.get_text_config().vocab_size
+    check_vocabularies(student.config.vocab_size, size, own, tokenizer if own else None)
     rows: list[list[int]] = []
     for document in load_documents(data):
         ids = document["input_ids"] if "input_ids" in document else encode([document["text"]], tokenizer)[0]

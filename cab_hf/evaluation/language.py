@@ -20,7 +20,7 @@ from cab_hf.evaluation.metrics import (
     ratio_interval,
     safe_exp,
 )
-from cab_hf.inference import accepted_arguments, evaluating
+from cab_hf.inference import accepted_arguments, check_causal, check_positions, evaluating
 from cab_hf.lora import core_of
 from cab_hf.teachers.teacher import check_vocabularies
 
@@ -151,6 +151,8 @@ def batches_of(
 ) -> Iterator[dict[str, torch.Tensor]]:
     # Padding is masked, so any token serves.
     collate = LanguageCollator(pad_token_id=0, padding_side=padding_side)
+    for one in (model, *others):
+        check_causal(one)
     if max_tokens is not None:
         blocks = list(_first_tokens(blocks, max_tokens))
     total = None if isinstance(blocks, datasets.IterableDataset) else len(blocks)
@@ -159,6 +161,7 @@ def batches_of(
             batch = collate(rows)
             for one in (model, *others):
                 check_packing(one, batch)
+                check_positions(one, batch)
             yield batch
             bar.update(len(rows))
 

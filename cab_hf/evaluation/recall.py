@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 
 from cab_hf.evaluation.language import batches_of, logits_of
 from cab_hf.evaluation.metrics import recall_of_counts
-from cab_hf.inference import evaluating, num_positions
-from cab_hf.lora import core_of
+from cab_hf.inference import evaluating
 
 
 def copying_recall(
@@ -126,13 +125,6 @@ def _recall(
 ) -> dict[str, float | int | list[float]]:
     """How often the likeliest token after those at `asked` is the one at `answers`, in sequences of one length."""
     tokens = torch.from_numpy(np.stack(sequences))
-    positions = num_positions(model)
-    is_table = getattr(core_of(model).config.get_text_config(), "rope_parameters", None) is None
-    if positions and is_table and tokens.shape[1] > positions:
-        raise ValueError(
-            f"{title}: a row has {tokens.shape[1]} tokens, but {type(core_of(model)).__name__} has positions for "
-            f"{positions}. Use a smaller gap."
-        )
     right = []
     with evaluating(model):
         for batch in batches_of(model, tokens, batch_size, None, "right", progress, title):

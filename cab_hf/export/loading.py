@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from cab_hf.files import weight_files
 from cab_hf.models import (
     CABMambaConfig,
     CABMambaForCausalLM,
@@ -88,9 +89,12 @@ def _check_fields(source: str, config: PreTrainedConfig, values: Mapping[str, An
         )
 
 
-def load_whole(model_class: Any, source: str) -> PreTrainedModel:
+def load_whole(model_class: Any, source: str, dtype: Any = "auto", **options: Any) -> PreTrainedModel:
+    """A saved model, by its class or an Auto class, that lacks none of its weights."""
+    if Path(source).is_dir():
+        weight_files(Path(source))
     try:
-        model, notes = model_class.from_pretrained(source, dtype="auto", output_loading_info=True)
+        model, notes = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     except SafetensorError as error:
         raise ValueError(
             f"The weights in {source} are damaged or incomplete ({error}): copy or download the folder again."

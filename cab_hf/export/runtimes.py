@@ -2,9 +2,10 @@
 
     python runtimes.py EXPORT PROBE.json ANSWERS.json
 
-It writes, for each runtime that is installed and that the export has files for, its version and, for each prompt,
-the log-probabilities of the prompt's own tokens (from the second on; None where the runtime does not tell them), the greedy
-continuation without `banned` tokens, and its log-probabilities. `skipped` says why a runtime was not asked.
+It writes, for each runtime that is installed and that the export has files for, its version and what it says of each
+prompt: the log-probabilities of the prompt's own tokens (from the second on; None where the runtime does not tell
+them), the greedy continuation without `banned` tokens, and its log-probabilities. `skipped` says why a runtime was not
+asked.
 """
 
 import importlib.metadata

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
 from cab_hf.hub.card import write_card
+from cab_hf.hub.card_sections import plain
 from cab_hf.hub.sources import describe_teacher, is_repo_id
 from cab_hf.models.students import UNFILLED
 
@@ -100,12 +101,11 @@ def adapter_card(
         "Targets": targets,
         "Trained whole": ", ".join(f"`{one}`" for one in sorted(whole)),
         "Numbers stored": f"{sum(map(math.prod, shapes.values())):,}",
-        **(training or {}),
+        **{key: plain(value) for key, value in (training or {}).items() if value is not None},
     }
-    cells = {key: str(value).replace("|", "\\|") for key, value in rows.items() if value not in (None, "")}
-    table = [f"| {key} | {value} |" for key, value in cells.items()]
+    table = [f"| {key} | {value} |" for key, value in rows.items() if value not in (None, "")]
     parts = [
-        f"# {name}",
+        f"# {plain(name)}",
         f"A LoRA adapter for {link}, a Mamba student of cab-hf, which implements the "
         "[attention bridge (CAB)](https://arxiv.org/abs/2510.19266). It holds changes of that model's weights, and is "
         "of no use without it.",

@@ -1,6 +1,7 @@
 """The model card of a student: metadata that the Hub can read, and only what is known to be true."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -116,7 +117,7 @@ def build_card(
     return ModelCard.from_template(
         data,
         template_str=_template(),
-        name=name,
+        name=sections.plain(name),
         head=head,
         labels=config.num_labels,
         parameters=short_count(_count_parameters(folder)),
@@ -124,20 +125,23 @@ def build_card(
         width=config.hidden_size,
         mixers=_mixers(config),
         state_size=config.state_size,
-        teacher=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{source['name']}`",
+        teacher=f"[{base_model}](https://huggingface.co/{base_model})"
+        if base_model
+        else sections.plain(source["name"]),
         results=sections.result_table(head, metrics) if metrics else None,
         copies=sum(one.get("copies", 0) for one in metrics.values()),
         has_baselines=any(one.get("baselines") for one in metrics.values()),
         recall=sections.recall_table(recall) if recall else None,
-        prompts=generation["prompts"] if generation else None,
+        prompts=sections.plain(generation["prompts"]) if generation else None,
         generation=sections.generation_table(generation) if generation else None,
         speed=sections.speed_table(speed) if speed else None,
         measured_on=sections.measured_on(evaluation) if speed else None,
         crossings=sections.crossings(speed) if speed else [],
         limits=sections.limits(head, metrics, evaluation),
         uses=sections.ways_to_load(folder, head, repo_id, stock),
-        training={key: str(value).replace("|", "\\|") for key, value in training.items() if value not in (None, "")},
+        training={key: sections.plain(value) for key, value in training.items() if value not in (None, "")},
         recipe=recipe.strip() if recipe else None,
+        fence="`" * (1 + max(map(len, re.findall("`{2,}", recipe or "``")), default=2)),
         plots=list(plots),
     )
 

@@ -68,6 +68,11 @@ EXPORTED = "stock"
 """The folder that the card's line exports to."""
 
 
+def plain(text: Any) -> str:
+    """A name that others chose, as one line that Markdown and HTML show as it is."""
+    return re.sub(r"[\\`\[\]<>|*]|^[#+-]", r"\\\g<0>", " ".join(str(text).split()))
+
+
 def eval_results(head: Head, metrics: Mapping[str, Mapping[str, Any]]) -> list[EvalResult]:
     """The results of the metadata: metric, interval, data set, split where it is known, and n.
 
@@ -86,7 +91,7 @@ def eval_results(head: Head, metrics: Mapping[str, Mapping[str, Any]]) -> list[E
                 task_type=head.task,
                 task_name=head.task.replace("-", " ").capitalize(),
                 dataset_type=report.get("dataset") or re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
-                dataset_name=name,
+                dataset_name=" ".join(name.split()),
                 dataset_split=report.get("split"),
                 metric_type=kind,
                 metric_name=f"{title} (n = {count:,} {head.unit})",
@@ -175,7 +180,8 @@ def measured_on(evaluation: Mapping[str, Any]) -> str:
 
 def aligned(table: str) -> str:
     """The same table with cells of one width a column, for the terminal."""
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if not line.startswith("| ---")]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if not line.startswith("| ---")]
+    rows = [[re.sub(r"\\(\W)", r"\1", cell) for cell in line] for line in lines]
     rows = [row + [""] * (len(rows[0]) - len(row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -238,7 +244,7 @@ def ways_to_load(
 
 def _quality_limits(head: Head, name: str, report: Mapping[str, Any]) -> list[str]:
     _, title, key, _ = head.metric
-    ours, theirs = report[f"student_{key}"], report.get(f"teacher_{key}")
+    ours, theirs, name = report[f"student_{key}"], report.get(f"teacher_{key}"), plain(name)
     if theirs is None:
         return []
     if key == "perplexity":
@@ -283,8 +289,12 @@ def _interval(report: Mapping[str, Any], name: str, digits: int, bounds_name: st
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], names: int) -> str:
     """A table in Markdown, its first `names` columns to the left, without the columns in which nothing stands."""
     kept = [index for index in range(len(header)) if any(row[index] for row in rows)]
-    lines = [header, ["---" if index < names else "---:" for index in range(len(header))], *rows]
-    return "\n".join("| " + " | ".join(line[index].replace("|", "\\|") for index in kept) + " |" for line in lines)
+    lines = [
+        header,
+        ["---" if index < names else "---:" for index in range(len(header))],
+        *([plain(cell) for cell in row] for row in rows),
+    ]
+    return "\n".join("| " + " | ".join(line[index] for index in kept) + " |" for line in lines)
 
 
 def _rounded(bound: float) -> float | str:

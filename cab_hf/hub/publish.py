@@ -17,9 +17,10 @@ from huggingface_hub import (
     get_token,
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
+
+from cab_hf.files import open_weights, read_json, weight_files
 
 
 logger = logging.get_logger(__name__)
@@ -161,13 +162,16 @@ def student_files(folder: str | Path) -> list[str]:
             f"{folder} has no model.safetensors, so it is no saved student. Save it there by `save_pretrained` first."
         )
     for name in names:
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{path} is a link out of {folder}, to {path.resolve()}, which is not published. Put a copy of that "
+                "file in its place, or remove the link."
+            )
         if name.endswith(".safetensors"):
-            _check_weights(folder / name)
+            open_weights(path)
         elif name.endswith(".safetensors.index.json"):
-            shards = set(_read_json(folder / name)["weight_map"].values())
-            missing = sorted(shard for shard in shards if not (folder / name).with_name(shard).is_file())
-            if missing:
-                raise ValueError(f"{folder / name} names {missing[0]}, which is not there. Save the student again.")
+            weight_files(path.parent)
     return names
 
 
@@ -220,7 +224,7 @@ def _check_config(folder: Path) -> None:
         raise ValueError(
             f"{folder} has no config.json, so it is no saved student. Save it by `save_pretrained` first."
         )
-    config = _read_json(path)
+    config = read_json(path)
     model_type, auto_map = config["model_type"], config.get("auto_map", {})
     if model_type.startswith("cab_") and not auto_map:
         raise ValueError(
@@ -238,30 +242,12 @@ def _check_config(folder: Path) -> None:
 
 
 def _check_base(path: Path) -> None:
-    base = _read_json(path).get("base_model_name_or_path") or ""
+    base = read_json(path).get("base_model_name_or_path") or ""
     if base and (Path(base).is_absolute() or Path(base).is_dir()):
         raise ValueError(
             f"{path} names the folder {base!r} as its base model, where nobody else finds it. Publish the base, and "
             "write its Hub id there (cab_hf.hub.write_adapter_card does)."
         )
-
-
-def _check_weights(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is cut off or no safetensors file ({_one_line(error)}). Save the "
-            "student again; a full disk may be the reason."
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}). Save the student again.") from error
 
 
 def _content(folder: Path, name: str) -> Path | bytes:

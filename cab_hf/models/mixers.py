@@ -362,7 +362,7 @@ class S6Branch(StateSpaceBranch):
         x = self.convolve(x, cache, attention_mask, seq_idx)
         steps, B, C = self.x_proj(x).split([config.time_step_rank, config.state_size, config.state_size], dim=-1)
         with torch.autocast(x.device.type, enabled=False):
-            dt = F.softplus(self.dt_proj(steps.to(self.dt_proj.weight.dtype)).float())  # (b, t, d)
+            dt = F.softplus(self.dt_proj(fitted(steps, self.dt_proj)).float())  # (b, t, d)
         if padding is not None:
             dt = dt.masked_fill(padding, 0.0)
         A = -torch.exp(self.A_log.float())  # (d, n)
@@ -524,6 +524,12 @@ BIDIRECTIONAL_MIXERS = {"mamba": BidirectionalS6Mixer, "mamba2": BidirectionalSS
 def init_output_projection(projection: nn.Linear, config: MixerConfig) -> None:
     if config.rescale_prenorm_residual:
         init.normal_(projection.weight, mean=0.0, std=config.initializer_range / math.sqrt(config.num_hidden_layers))
+
+
+def fitted(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """`x` in the dtype of a module's weight, where one can compute in it: quantised modules hold codes, or none."""
+    weight = getattr(module, "weight", x)
+    return x.to(weight.dtype) if weight.is_floating_point() and weight.element_size() > 1 else x
 
 
 def recurrent_state(cache: Cache | None, layer_idx: int) -> torch.Tensor | None:

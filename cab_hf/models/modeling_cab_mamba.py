@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.versions import require_version
 
 from .configuration_cab_mamba import CABMambaConfig
-from .mixers import MIXERS, SSMProjections
+from .mixers import MIXERS, SSMProjections, fitted
 from .students import CABMambaMLP, MixerPreTrainedModel, make_norm
 
 
@@ -32,6 +32,12 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_cab_mamba.CABMambaForCausalLM",
     "AutoModelForSequenceClassification": "modeling_cab_mamba.CABMambaForSequenceClassification",
 }
+
+
+UNKNOWN_POSITIONS = (
+    "A student with learned positions that continues from a cache needs `position_ids` (b, t) or the `attention_mask` "
+    "(b, past + t) of the whole sequence; got neither."
+)
 
 
 @dataclass
@@ -75,6 +81,16 @@ class CABMambaSequenceClassifierOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     projections: tuple[SSMProjections, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def tokens_read(cache: Cache, *noted: str) -> tuple[int, torch.LongTensor | None]:
+    """How many tokens a cache has read, and the last of them `(b, 1)`; None of embeddings.
+
+    A forward pass notes them as `read`. A compiled one can't, so that `generate` notes as `reading` what it will read.
+    """
+    if not cache.has_previous_state():
+        return 0, None
+    return max((vars(cache).get(name, (0, None)) for name in noted or ("read", "reading")), key=lambda one: one[0])
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -219,10 +235,13 @@ class CABMambaModel(CABMambaPreTrainedModel):
         packed = seq_idx is not None
         if not packed and position_ids is not None and length > 1:
             packed = cache is None and not use_cache
+        if not packed and length > 1 and (cache is not None or use_cache):
+            packed = self._restarts(position_ids, attention_mask)
         if packed and (cache is not None or use_cache):
             raise ValueError(
-                "Packed sequences (`seq_idx`) can't be combined with a cache: a row has one state, but several "
-                "documents. Pass `use_cache=False`, or one sequence a row with an `attention_mask`."
+                "Packed sequences (`seq_idx`, or `position_ids` that restart) can't be combined with a cache: a row "
+                "has one state, but several documents. Pass `use_cache=False`, or one sequence a row with an "
+                "`attention_mask`."
             )
         if packed and seq_idx is None:
             seq_idx = (position_ids == 0).cumsum(dim=-1)
@@ -242,10 +261,19 @@ class CABMambaModel(CABMambaPreTrainedModel):
                 "recurrent state can't be rolled back. Pass a cache that does not; a student can't draft for a model."
             )
 
+        if cache is not None and not torch.compiler.is_compiling():
+            count = tokens_read(cache, "read")[0] + length
+            cache.read = (count, None if input_ids is None else input_ids[:, -1:])
         hidden_states = inputs_embeds
         if self.position_embeddings is not None:
             if position_ids is None:
                 position_ids = self._position_ids(inputs_embeds, attention_mask, seq_idx, continues)
+            elif (position_ids.is_cpu or length > 1 and not self.training) and not torch.compiler.is_compiling():
+                if int(position_ids.max()) >= config.max_position_embeddings:
+                    raise ValueError(
+                        f"`position_ids` go up to {int(position_ids.max())}, but `max_position_embeddings` is "
+                        f"{config.max_position_embeddings}. Count them from 0 in each document, or shorten the input."
+                    )
             hidden_states = hidden_states + self.position_embeddings(position_ids)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -length:]
@@ -280,6 +308,17 @@ class CABMambaModel(CABMambaPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
+    @staticmethod
+    def _restarts(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> bool:
+        """Whether positions of two neighbouring real tokens do not rise."""
+        if position_ids is None or torch.compiler.is_compiling():
+            return False
+        falls = position_ids[:, 1:] <= position_ids[:, :-1]
+        if attention_mask is not None:
+            real = attention_mask[:, -position_ids.shape[1] :] != 0
+            falls = falls & real[:, 1:] & real[:, :-1]
+        return bool(falls.any())
+
     def _position_ids(
         self,
         inputs_embeds: torch.Tensor,
@@ -289,10 +328,7 @@ class CABMambaModel(CABMambaPreTrainedModel):
     ) -> torch.LongTensor:
         length, table = inputs_embeds.shape[1], self.config.max_position_embeddings
         if attention_mask is None and continues:
-            raise ValueError(
-                "A student with learned positions that continues from a cache needs `position_ids` (b, t) or the "
-                "`attention_mask` (b, past + t) of the whole sequence; got neither."
-            )
+            raise ValueError(UNKNOWN_POSITIONS)
         if attention_mask is None:
             real = torch.ones(1, length, dtype=torch.long, device=inputs_embeds.device)
         else:
@@ -330,21 +366,98 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
         cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> dict:
+        if cache is not None:
+            cache.read = tokens_read(cache)
+            cache.reading = (cache.read[0] + (next_sequence_length or input_ids.shape[1]), input_ids[:, -1:])
         # Positions follow from the mask, on whichever side of the prompt its padding is.
         return super().prepare_inputs_for_generation(
             input_ids,
+            next_sequence_length=next_sequence_length,
             cache=cache,
             attention_mask=attention_mask,
             position_ids=None if attention_mask is not None else position_ids,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+
+    def _prefill(
+        self,
+        input_ids: torch.LongTensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        is_first_iteration: bool = True,
+    ) -> CABMambaCausalLMOutput:
+        """As in transformers, which counts a cache's tokens by its keys; here the mask says how many there are.
+
+        Raises:
+            ValueError: no token that the cache has not read, or more tokens than there are positions.
+        """
+        cache, mask, embeds = (model_kwargs.get(name) for name in ("cache", "attention_mask", "inputs_embeds"))
+        length = (input_ids if embeds is None else embeds).shape[1]
+        given = input_ids.shape[1]
+        # Masks of ones are dropped by `generate`, which notes their length.
+        total = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
+        past = 0 if cache is None else self._read_before(cache, input_ids if embeds is None else None, length, total)
+        if past:
+            input_ids, length = input_ids[:, past:], length - past
+            mask = input_ids.new_ones(len(input_ids), total) if mask is None else mask
+            model_kwargs = model_kwargs | {"attention_mask": mask}
+            if embeds is not None:
+                model_kwargs["inputs_embeds"] = embeds[:, past:]
+        elif (
+            total == length
+            and self.config.max_position_embeddings
+            and cache is not None
+            and cache.has_previous_state()
+        ):
+            raise ValueError(UNKNOWN_POSITIONS)
+        table, new = self.config.max_position_embeddings, max(generation_config.max_length - given, 0)
+        real = total if mask is None else int((mask != 0).sum(dim=-1).max())
+        if table is not None and real + new - 1 > table:
+            raise ValueError(
+                f"{real} tokens and {new} new ones (`max_new_tokens`, `max_length`) need more positions than the "
+                f"`max_position_embeddings` of {table}. Ask for at most {max(table - real + 1, 0)} new tokens, or "
+                "shorten the prompt."
+            )
+        size = generation_config.prefill_chunk_size
+        if size is None or cache is None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        mask = input_ids.new_ones(len(input_ids), total) if mask is None else mask
+        for start in range(0, length, size if embeds is None else length):
+            end = start + size if embeds is None else length
+            seen = {"attention_mask": mask[:, : total - length + end], "position_ids": None}
+            inputs = self.prepare_inputs_for_generation(
+                input_ids[:, start:end], is_first_iteration=is_first_iteration, **(model_kwargs | seen)
+            )
+            output = self(**inputs, return_dict=True)
+        return output
+
+    @staticmethod
+    def _read_before(cache: Cache, input_ids: torch.LongTensor | None, length: int, total: int) -> int:
+        """How many of the given tokens the cache has read: those of a whole text, none where only new ones are given.
+
+        Args:
+            input_ids: `(b, length)`; None where embeddings are given.
+            total: length of the mask; where it is longer than the tokens, these are new.
+        """
+        count, last = tokens_read(cache)
+        if total != length or not 0 < count <= length:
+            return 0
+        if last is not None and input_ids is not None and not torch.equal(input_ids[:, count - 1 : count], last):
+            return 0
+        if count == length:
+            raise ValueError(
+                f"`cache` has read all {length} tokens of `input_ids`. Pass at least one that it has not, alone or "
+                "behind the others."
+            )
+        return count
 
     @deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
     def forward(
@@ -386,7 +499,7 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept].to(self.lm_head.weight.dtype))
+        logits = self.lm_head(fitted(outputs.last_hidden_state[:, kept], self.lm_head))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -471,7 +584,7 @@ class CABMambaForSequenceClassification(CABMambaPreTrainedModel):
         hidden_states = outputs.last_hidden_state
         rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
         last = self._last_tokens(hidden_states, input_ids, attention_mask)
-        logits = self.score(hidden_states[rows, last].to(self.score.weight.dtype))
+        logits = self.score(fitted(hidden_states[rows, last], self.score))
         output = CABMambaSequenceClassifierOutput(
             loss=None if labels is None else self._loss(logits, labels, **kwargs),
             logits=logits,

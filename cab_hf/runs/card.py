@@ -1,6 +1,6 @@
 """The card of a finished run."""
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from cab_hf.data.image_sources import BUILTIN
 from cab_hf.distillation.training_args import DistillationTrainingArguments
+from cab_hf.files import read_json
 from cab_hf.hub.card import build_card, head_of, read_config, short_count, write_card
 from cab_hf.hub.card_sections import percent
 from cab_hf.hub.publish import shareable
@@ -91,6 +92,8 @@ def write_model_card(
             name = name.replace("held-out part", "part")
             one["split"] = None
         metrics[name] = one
+    for item in metrics.items():
+        check_finite(*item)
     evaluation = report.get("evaluation", {})
     training = {} if is_own else {"What follows": "the distillation of the student under this classifier"}
     card = build_card(
@@ -110,6 +113,21 @@ def write_model_card(
         evaluation=evaluation if evaluation.get("task") == head.task else None,
     )
     return write_card(folder, card, overwrite=overwrite)
+
+
+def check_finite(name: str, report: Mapping[str, Any]) -> None:
+    """That a student's numbers on a text or set are some.
+
+    Raises:
+        FloatingPointError: KL or perplexity are not finite.
+    """
+    for key in ("kl", "student_perplexity"):
+        if not math.isfinite(report.get(key, 0.0)):
+            raise FloatingPointError(
+                f"{key} on {name} is {report[key]}: student or teacher hold NaN, infinite or far too large weights, "
+                "or numbers too large for the dtype. Try float32 (--dtype); if they stay so, the training diverged: "
+                "train again with a lower `learning_rate`, in another `output_dir`."
+            )
 
 
 def hub_ids(recipe: Recipe) -> list[str]:
@@ -196,7 +214,7 @@ def write_card_of(folder: str | Path, *, license: str | None = None, overwrite: 
             )
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists and is left as it is. Pass overwrite (--overwrite) to replace it.")
-    recipe, report = read_recipe(folder), _read_json(folder / REPORT_NAME)
+    recipe, report = read_recipe(folder), read_json(folder / REPORT_NAME)
     if recipe.model.finetune:
         raise ValueError(f"{folder} holds a teacher that was finetuned; a card describes a student.")
     if license is not None:
@@ -208,7 +226,7 @@ def write_card_of(folder: str | Path, *, license: str | None = None, overwrite: 
         )
     try:
         if (folder / EVALUATION_NAME).is_file():
-            evaluation = _read_json(folder / EVALUATION_NAME)
+            evaluation = read_json(folder / EVALUATION_NAME)
             # The later numbers are the newer ones.
             newer = evaluation.get("images" if recipe.model.reads_images else "texts", {})
             report |= {"after": report["after"] | newer, "evaluation": evaluation}
@@ -216,16 +234,6 @@ def write_card_of(folder: str | Path, *, license: str | None = None, overwrite: 
     except KeyError as error:
         raise ValueError(f"The files {REPORT_NAME} and {EVALUATION_NAME} of {folder} lack {error}.") from error
     return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged and can't be read ({error}). Make it again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__} and no mapping of results. Make it again.")
-    return values
 
 
 def describe_losses(args: DistillationTrainingArguments) -> str:

@@ -22,7 +22,6 @@ from transformers import (
     AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedModel,
-    Trainer,
     set_seed,
 )
 
@@ -43,6 +42,7 @@ from cab_hf.data.images import (
     processor_side,
 )
 from cab_hf.distillation.checkpoints import load_student
+from cab_hf.distillation.stage_trainer import StageTrainer
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.evaluation.images import compare_images
@@ -117,7 +117,7 @@ def make_transform(
     return BatchTransform(augments, student_size, teacher_size)
 
 
-class ImageTrainer(Trainer):
+class ImageTrainer(StageTrainer):
     """The Trainer of a teacher: batches are augmented on their device, labels may be probabilities."""
 
     def __init__(self, *args, batch_transform: BatchTransform, **kwargs):

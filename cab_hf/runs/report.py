@@ -4,7 +4,6 @@ Shape legend: `b` batch, `c` channel, `t` token, `n` rows, `V` label.
 """
 
 import json
-import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -45,6 +44,7 @@ from cab_hf.recipes import (
     Recipe,
     read_recipe,
 )
+from cab_hf.runs.card import check_finite
 from cab_hf.teachers.loading import load_image_teacher, load_teacher
 from cab_hf.teachers.teacher import Teacher, check_vocabularies
 
@@ -103,6 +103,7 @@ def evaluate(
     Raises:
         ValueError: a folder without a student, a teacher of other tokens or labels, an option that can't be.
         OSError: a teacher or data that are not there.
+        FloatingPointError: a result that is not finite.
     """
     sizes = {"batch_size": batch_size, "max_tokens": max_tokens, "block_size": block_size, "new_tokens": new_tokens}
     _check_options(data, lengths, gaps, prompts, **sizes, repeats=repeats)
@@ -150,7 +151,7 @@ def evaluate(
         report["texts"] = {}
         for name, blocks in texts.items():
             compared = compare(student, teacher_model, blocks, batch_size, max_tokens=max_tokens)
-            _check_finite(name, compared)
+            check_finite(name, compared)
             report["texts"][name] = compared | origins[name]
         if prompts:
             starts = _prompts(next(iter(texts.values())), prompts)
@@ -194,15 +195,6 @@ def _check_options(
         raise ValueError(f"{name} is {value}; it must be at least {1 if name in at_least_one else 0}.")
     if max(lengths, default=1) > LONGEST:
         raise ValueError(f"lengths has {max(lengths):,}; the longest prompt is {LONGEST:,} tokens. Leave it out.")
-
-
-def _check_finite(name: str, results: Mapping[str, Any]) -> None:
-    if math.isnan(results.get("kl", 0.0)):
-        raise ValueError(
-            f"Logits on {name} are not finite: the student or the teacher holds NaN or infinite weights, or numbers "
-            "too large for its dtype. Try --dtype float32; if they stay so, the weights are broken: go back to an "
-            "earlier checkpoint."
-        )
 
 
 def _load_teacher(load: Callable[[str], tuple[PreTrainedModel, Any]], name: str) -> tuple[PreTrainedModel, Any]:
@@ -341,7 +333,7 @@ def _evaluate_images(
         batches = _image_batches(images, batch_size, (height, teacher_size), (mean, std), student)
         compared = compare_images(student, borrowed, batches)
         name = name or f"{Path(source).name} test images"
-        _check_finite(name, compared)
+        check_finite(name, compared)
         results[name] = compared | dataset_facts([source], split)
     teacher_model = borrowed.restore()
     rows = [

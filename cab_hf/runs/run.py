@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 import yaml
+from transformers.integrations import get_available_reporting_integrations
 
 from cab_hf.evaluation.plots import learning_curves
 from cab_hf.files import write_whole
 from cab_hf.hub.publish import CARD_NAME, check_access, publish_folder
-from cab_hf.hub.sources import is_repo_id
-from cab_hf.recipes import RECIPE_NAME, REPORT_NAME, Recipe, default_of, parse_recipe
+from cab_hf.hub.sources import check_source
+from cab_hf.recipes import RECIPE_NAME, REPORT_NAME, Recipe, default_of, parse_recipe, without
 from cab_hf.runs import images as run_images
 from cab_hf.runs import text as run_text
-from cab_hf.runs.card import hub_ids, license_of, write_model_card
+from cab_hf.runs.card import check_finite, hub_ids, license_of, write_model_card
 
 
 # Options that do not change what a run computes: a finished run may be asked for again with others.
@@ -76,10 +77,12 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
                 "published. Say it by `--license`, for instance `--license apache-2.0`."
             )
         check_access(args.hub_model_id or folder.name, token=args.hub_token, private=args.hub_private_repo)
-    _check_teacher(recipe)
+    _check_sources(recipe)
     report = _claim(folder, recipe)
     if report is None:
         report = _run(recipe)
+        for name, one in (report["after"] or {}).items():
+            check_finite(name, one)
         if recipe.is_main_process:
             report["hub_ids"] = hub_ids(recipe)
             if not recipe.model.finetune:
@@ -112,14 +115,26 @@ def _run(recipe: Recipe) -> dict[str, Any]:
     return run_text.finetune(recipe) if recipe.model.finetune else run_text.distil_text(recipe)
 
 
-def _check_teacher(recipe: Recipe) -> None:
-    """That a teacher which can only be a folder is one, before `output_dir` is this recipe's."""
-    teacher = recipe.model.teacher
-    if recipe.model.teacher_recipe is None and not Path(teacher).expanduser().is_dir() and not is_repo_id(teacher):
-        raise FileNotFoundError(
-            f"`teacher` {teacher!r} is no folder (seen from {Path.cwd()}) and no Hub id, such as "
-            "HuggingFaceTB/SmolLM2-135M. Name a folder of save_pretrained, or a `teacher_recipe` that makes it."
+def _check_sources(recipe: Recipe) -> None:
+    """That trackers, models and data are there, before `output_dir` is this recipe's and anything is read."""
+    known = get_available_reporting_integrations()
+    missing = [
+        name for stage in (*recipe.stages, *recipe.baselines) for name in stage.args.report_to if name not in known
+    ]
+    if missing:
+        raise ImportError(
+            f"`report_to` is {missing[0]!r}, but that tracker is not installed or not known; installed are {known}. "
+            "Install its package, or set `report_to: none`."
         )
+    model, data = recipe.model, recipe.data
+    if model.teacher_recipe is None and "model_type" not in model.teacher_config:
+        check_source("teacher", model.teacher, "model")
+    if model.student is not None and not model.finetune:
+        check_source("student", model.student, "model")
+    for source in data.dataset:
+        check_source("dataset", source, "dataset")
+    for source in data.eval_dataset:
+        check_source("eval_dataset", source.partition("=")[2] or source, "dataset")
 
 
 def _make_teacher(recipe: Recipe) -> None:
@@ -181,7 +196,8 @@ def reload_in_fresh_process(recipe: Recipe) -> str:
 
 def differences(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """What two recipes' results can differ by, as texts; an option that is not there has its default."""
-    names = sorted((found.keys() | asked.keys()) - FREE_OPTIONS)
+    found, asked = without(found, FREE_OPTIONS), without(asked, FREE_OPTIONS)
+    names = sorted(found.keys() | asked.keys())
     pairs = [(name, *(values.get(name, default_of(name)) for values in (found, asked))) for name in names]
     return [f"{name}: {there!r} there, {now!r} now" for name, there, now in pairs if there != now]
 
@@ -201,5 +217,5 @@ def _claim(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     if recipe.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         # Sorted keys and plain types only, so that a run reads what another one wrote.
-        write_whole(path, yaml.safe_dump({name: one for name, one in recipe.values.items() if name != "hub_token"}))
+        write_whole(path, yaml.safe_dump(without(recipe.values, {"hub_token"})))
     return None

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from cab_hf.distillation.checkpoints import last_whole_checkpoint, load_student
+from cab_hf.distillation.stage_trainer import StageTrainer
 from cab_hf.distillation.trainer import DistillationTrainer
 from cab_hf.distillation.training_args import DistillationTrainingArguments
-from cab_hf.files import write_whole
+from cab_hf.export.loading import load_whole
+from cab_hf.files import read_json, said_by_name, write_whole
 from cab_hf.recipes import Stage
 from cab_hf.teachers.teacher import Teacher
 
@@ -48,15 +50,14 @@ def run_stage(
         load_student(student, Path(stage.args.output_dir))
         return history
     student.requires_grad_(True)  # whatever an earlier stage froze
-    # The whole run is pushed once, at its end.
-    trainer = DistillationTrainer(student, teacher, replace(stage.args, push_to_hub=False), **trainer_kwargs)
+    trainer = DistillationTrainer(student, teacher, _unpushed(stage), **trainer_kwargs)
     return train_stage(stage.name, trainer)
 
 
 def finetune_stage(
     stage: Stage,
     model: PreTrainedModel,
-    trainer_class: type[Trainer] = Trainer,
+    trainer_class: type[StageTrainer] = StageTrainer,
     **trainer_kwargs: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Trains a teacher itself, on labels; a stage that is finished is loaded, one that was cut off goes on.
@@ -74,9 +75,14 @@ def finetune_stage(
     history = _read_history(stage)
     if history is None:
         trained = copy.deepcopy(model).to(torch.float32)  # FSDP cuts it up in place
-        trainer = trainer_class(trained, replace(stage.args, push_to_hub=False), **trainer_kwargs)
+        trainer = trainer_class(trained, _unpushed(stage), **trainer_kwargs)
         history = train_stage(stage.name, trainer)
-    return type(model).from_pretrained(stage.args.output_dir, config=model.config, dtype=torch.float32), history
+    return load_whole(type(model), stage.args.output_dir, config=model.config, dtype=torch.float32), history
+
+
+def _unpushed(stage: Stage) -> DistillationTrainingArguments:
+    """The whole run is pushed once, at its end; the Trainer saves its arguments, the token among them."""
+    return replace(stage.args, push_to_hub=False, hub_token=None)
 
 
 def _read_history(stage: Stage) -> dict[str, Any] | None:
@@ -85,10 +91,10 @@ def _read_history(stage: Stage) -> dict[str, Any] | None:
     if not history_file.is_file():
         return None
     logger.warning(f"Stage {stage.name!r} is complete in {stage.args.output_dir}; its model is loaded.")
-    return json.loads(history_file.read_text())
+    return read_json(history_file)
 
 
-def train_stage(name: str, trainer: Trainer) -> dict[str, Any]:
+def train_stage(name: str, trainer: StageTrainer) -> dict[str, Any]:
     """Trains to the end from the newest whole checkpoint, saves, and writes the history that says so."""
     args = trainer.args
     checkpoint = last_whole_checkpoint(args.output_dir)
@@ -98,7 +104,8 @@ def train_stage(name: str, trainer: Trainer) -> dict[str, Any]:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    with said_by_name(Path(args.output_dir)):
+        trainer.save_model()
     steps = trainer.state.global_step
     history = {
         "name": name,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
+from cab_hf.export.loading import load_whole
 from cab_hf.models import (
     CABMambaConfig,
     CABMambaForCausalLM,
@@ -47,7 +48,7 @@ def build_student(
     """
     if model.student is not None:
         auto = AutoModelForImageClassification if model.reads_images else AutoModelForCausalLM
-        return auto.from_pretrained(model.student, dtype=torch.float32)
+        return load_whole(auto, model.student, dtype=torch.float32)
     config: dict[str, Any] = ({"image_size": image_size} if model.reads_images else {}) | model.student_config
     if model.num_hidden_layers is not None:
         config["num_hidden_layers"] = model.num_hidden_layers
@@ -58,7 +59,7 @@ def build_student(
             config_class, student_class = CABVisionMambaConfig, CABVisionMambaForImageClassification
             given |= labels
         else:
-            given["vocab_size"] = teacher.config.vocab_size
+            given["vocab_size"] = teacher.config.get_text_config().vocab_size
         check_fields(config_class, config)
         return student_class(config_class(**given | config))
     if labels is not None:

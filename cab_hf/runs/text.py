@@ -22,6 +22,7 @@ from cab_hf.evaluation.generation import sample
 from cab_hf.evaluation.language import check_packing, compare
 from cab_hf.evaluation.recall import copying_recall
 from cab_hf.hub.sources import public_name
+from cab_hf.inference import check_positions, num_positions
 from cab_hf.recipes import DataArguments, Recipe
 from cab_hf.runs.inputs import blocks_digest, check_inputs
 from cab_hf.runs.stages import finetune_stage, run_facts, run_stage
@@ -244,6 +245,9 @@ def load_blocks(
         if getattr(data, option):
             written = _teacher_text(data, teacher, tokenizer, option, prompts, args, folder)
             blocks = concatenate_datasets([blocks, pack(load_documents(written))])
+    if data.block_size > (num_positions(teacher) or data.block_size):
+        for row in blocks.with_format("torch"):
+            check_positions(teacher, {name: value[None] for name, value in row.items()})
     blocks = insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed)
     return blocks, heldout, copies
 

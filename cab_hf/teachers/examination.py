@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from cab_hf.inference import reads_ahead
 from cab_hf.teachers.attention_interface import AttentionCall, register_recording
 from cab_hf.teachers.rotary import RotaryPlan, find_plan, recorded_tables, relative_error
 
@@ -31,6 +32,7 @@ class Examination:
         head: the output embeddings, where `logits == head(last_hidden_state)` exactly.
         has_logits: whether the whole model gives logits; of images one row each.
         norms_last_hidden_state: whether the last of the hidden states has gone through the final norm.
+        is_causal: whether no output depends on the tokens behind it.
         isolates: whether packed documents whose positions restart are kept apart.
     """
 
@@ -39,6 +41,7 @@ class Examination:
     head: nn.Module | None
     has_logits: bool
     norms_last_hidden_state: bool
+    is_causal: bool
     isolates: bool
 
 
@@ -58,6 +61,33 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
             if model.main_input_name in inspect.signature(part.forward).parameters:
                 return part
     return model
+
+
+def check_whole(name: str, model: nn.Module) -> None:
+    """That it is a model all of whose weights are at hand: a teacher answers on every process, and is copied from.
+
+    Raises:
+        ValueError: a name, another object, or weights that are offloaded or sharded.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"The {name} is {model!r}, and not a model. Load it first, for instance by "
+            "AutoModelForCausalLM.from_pretrained or AutoModelForImageClassification.from_pretrained."
+        )
+    empty = [key for key, parameter in model.named_parameters() if parameter.is_meta or parameter.numel() == 0]
+    if not empty:
+        return
+    if any("_hf_hook" in vars(module) for module in model.modules()):
+        raise ValueError(
+            f"The {name}'s weights, such as {empty[0]!r}, are offloaded: accelerate brings them only for a forward "
+            "pass (`device_map`, `cpu_offload`). Load the model whole, with device_map='cpu' or without a device_map."
+        )
+    raise ValueError(
+        f"The {name}'s weights, such as {empty[0]!r}, are not on this process: ZeRO-3, or FSDP's "
+        "`cpu_ram_efficient_loading`, took them away as it was loaded, or it was made on the meta device. Load it "
+        "after the DistillationTrainingArguments are made, and set `fsdp_cpu_ram_efficient_loading: false` in "
+        "accelerate's config."
+    )
 
 
 @torch.no_grad()
@@ -121,6 +151,12 @@ def examine(model: PreTrainedModel, body: PreTrainedModel, base: str | None, run
         has_logits=has_logits,
         norms_last_hidden_state=any(
             isinstance(x, Tensor) and torch.equal(x, output.hidden_states[-1]) for x in normed
+        ),
+        is_causal=model.main_input_name == "input_ids"
+        and not reads_ahead(
+            lambda tokens: _try(model, run, body, {"input_ids": tokens}).last_hidden_state,
+            config.vocab_size,
+            model.device,
         ),
         isolates=takes_positions and _keeps_documents_apart(model, body, run, batch, tolerance),
     )

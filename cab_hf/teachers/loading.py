@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cab_hf.inference import check_causal
 from cab_hf.teachers.demo import fetch_smollm2, random_llama
 
 
@@ -25,7 +26,7 @@ def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, by Hub id, folder, or one of the built-in names.
 
     Raises:
-        ValueError: a model of another kind.
+        ValueError: a model of another kind, or one that reads the tokens that it should predict.
     """
     if name == "random-llama":
         return random_llama()
@@ -37,7 +38,9 @@ def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             "an image student beside an image teacher."
         )
     tokenizer = AutoTokenizer.from_pretrained(source)
-    return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    check_causal(model)
+    return model, tokenizer
 
 
 def load_image_teacher(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:

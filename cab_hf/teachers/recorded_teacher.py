@@ -9,18 +9,21 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width, `k` recor
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
+from transformers.utils import logging
 
-from cab_hf.files import write_whole, written_whole
+from cab_hf.files import open_weights, read_json, write_whole, written_whole
+from cab_hf.teachers.examination import check_whole
 from cab_hf.teachers.teacher import (
     Teacher,
     TeacherAttention,
@@ -30,7 +33,32 @@ from cab_hf.teachers.teacher import (
 )
 
 
+logger = logging.get_logger(__name__)
+
 INDEX_NAME = "index.json"
+# Fields of configs that name, log, start or train a model, but compute nothing in one that is evaluated.
+NOT_COMPUTED = re.compile(
+    r"_.*|name_or_path|transformers_version|architectures|auto_map|(torch_)?dtype|id2label|label2id|problem_type"
+    r"|use_cache|return_dict|output_(attentions|hidden_states|router_logits)|\w+_token_ids?|initializer_\w+|\w*(dropout|pdrop|drop_path)\w*|pretraining_tp"
+    r"|tie_word_embeddings|task_specific_params|tokenizer_class|quantization_config"
+)
+FACTS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "vocab_size",
+    "norms_last_hidden_state",
+    "removes_rotary",
+    "query_sizes",
+    "key_sizes",
+    "scalings",
+    "top_k",
+    "attentions",
+    "hidden_states",
+    "teacher",
+    "teacher_weights",
+    "computed_in",
+    "dtype",
+)
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -145,7 +173,7 @@ class RecordedTeacher:
 
     reads_images = False
     has_logits = True
-    predicts_tokens = True
+    predicts_tokens = is_causal = True
     num_labels = None
     device = torch.device("cpu")
 
@@ -155,15 +183,22 @@ class RecordedTeacher:
             raise FileNotFoundError(
                 f"{folder} holds no record of a teacher: there is no {INDEX_NAME}. Make one by record_teacher."
             )
-        self.facts = json.loads((self.folder / INDEX_NAME).read_text())
-        for name in ("num_hidden_layers", "hidden_size", "vocab_size", "norms_last_hidden_state", "removes_rotary"):
+        self.facts = read_json(self.folder / INDEX_NAME)
+        missing = [name for name in FACTS if name not in self.facts]
+        if missing:
+            raise ValueError(f"{self.folder / INDEX_NAME} lacks {', '.join(missing)}. Make the record again.")
+        if "teacher_config" not in self.facts:
+            logger.warning_once(
+                f"{folder} was made before records said which config its teacher had and what its shards hold: it is "
+                "checked by the teacher's weights only. Make it again to have it checked."
+            )
+        for name in FACTS[:5]:
             setattr(self, name, self.facts[name])
-        self.query_sizes, self.key_sizes, self.scalings = (
-            tuple(self.facts[name]) for name in ("query_sizes", "key_sizes", "scalings")
-        )
+        self.query_sizes, self.key_sizes, self.scalings = (tuple(self.facts[name]) for name in FACTS[5:8])
         self.head = RecordedHead(self.vocab_size, self.facts["top_k"])
         self._places: dict[str, tuple[Path, int, int]] = {}  # document -> its shard and tokens there
         self._open: dict[Path, Any] = {}
+        self._unread: dict[Path, str] = {}  # shard -> the digest that its content must have
         self._shapes: dict[str, tuple[int, ...]] = {}  # tensor -> its shape at one token
         self.num_tokens = 0
         for shard in sorted(self.folder.glob("shard-*.safetensors")):
@@ -208,6 +243,7 @@ class RecordedTeacher:
         whole = {name: torch.zeros(*ids.shape, *shape) for name, shape in shapes if name.startswith(asked)}
         for document in documents(inputs):
             shard, start, end = self._place_of(document, inputs)
+            self._check_content(shard)
             for name, tensor in whole.items():
                 tensor[document.row, document.places] = self._open[shard].get_slice(name)[start:end].float()
         whole = {name: tensor.to(ids.device) for name, tensor in whole.items()}
@@ -229,11 +265,17 @@ class RecordedTeacher:
         tensors["ends"] = torch.tensor([len(part["indices"]) for part in parts]).cumsum(0)
         tensors["keys"] = torch.tensor([list(bytes.fromhex(key)) for key in said], dtype=torch.uint8)
         with written_whole(self.folder) as unfinished:
-            save_file(tensors, unfinished / shard.name)
+            facts = {"record": _digest_of_facts(self.facts), "content": _digest_of_tensors(sorted(tensors.items()))}
+            save_file(tensors, unfinished / shard.name, metadata=facts)
         self._find(shard)
 
     def _find(self, shard: Path) -> None:
-        self._open[shard] = safe_open(shard, "pt")
+        self._open[shard] = open_weights(shard)
+        said = self._open[shard].metadata() or {}
+        if said or "teacher_config" in self.facts:
+            if said.get("record") != _digest_of_facts(self.facts):
+                raise ValueError(f"{shard} was not written into this record, or edited since. Remove it.")
+            self._unread[shard] = said.get("content", "")
         ends = self._open[shard].get_tensor("ends").tolist()
         keys = self._open[shard].get_tensor("keys").tolist()
         for key, start, end in zip(keys, [0, *ends], ends):
@@ -241,6 +283,18 @@ class RecordedTeacher:
         self.num_tokens += ends[-1]
         names = sorted(set(self._open[shard].keys()) - {"ends", "keys"})
         self._shapes = {name: tuple(self._open[shard].get_slice(name).get_shape()[1:]) for name in names}
+
+    def _check_content(self, shard: Path) -> None:
+        """Before the first of its documents is read: a record may be larger than memory, and is read in any order."""
+        content, tensors = self._unread.pop(shard, None), self._open[shard]
+        if content not in (
+            None,
+            _digest_of_tensors((name, tensors.get_tensor(name)) for name in sorted(tensors.keys())),
+        ):
+            raise ValueError(
+                f"{shard} holds other numbers than were recorded: it was edited or damaged. Remove it, and record its "
+                "documents again by the same call of record_teacher."
+            )
 
     def _place_of(self, document: Document, inputs: Mapping[str, Tensor]) -> tuple[Path, int, int]:
         if document.key not in self._places:
@@ -315,9 +369,16 @@ def _digest(tokens: Tensor) -> str:
 
 
 def _check(teacher: Teacher, top_k: int, dtype: str) -> None:
+    check_whole("teacher", teacher.model)
+    if any(type(parameter).__module__.startswith("torchao.") for parameter in teacher.model.parameters()):
+        raise ValueError(
+            "The teacher is quantised by torchao (`quantization_config`), which shows no bytes to know weights by. "
+            "Record it without quantisation, or by bitsandbytes."
+        )
     if not teacher.predicts_tokens:
         raise ValueError(
-            f"The teacher {type(teacher.model).__name__} predicts no tokens. Load it with AutoModelForCausalLM."
+            f"The teacher {type(teacher.model).__name__} predicts no tokens from those before. Load a causal language "
+            "model, with AutoModelForCausalLM."
         )
     if not 1 <= top_k <= teacher.vocab_size:
         raise ValueError(f"top_k is {top_k}; it must be between 1 and the teacher's vocab_size, {teacher.vocab_size}.")
@@ -327,13 +388,10 @@ def _check(teacher: Teacher, top_k: int, dtype: str) -> None:
 
 def _facts(teacher: Teacher, **options: Any) -> dict[str, Any]:
     """What a record says of itself: the options, and which teacher it is of."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(teacher.model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return {
         "teacher": type(teacher.model).__name__,
-        "teacher_weights": digest.hexdigest(),
+        "teacher_weights": _digest_of_tensors(sorted(teacher.model.state_dict().items())),
+        "teacher_config": _computed(teacher.model.config),
         "computed_in": str(teacher.dtype or teacher.model.dtype).removeprefix("torch."),
         "num_hidden_layers": teacher.num_hidden_layers,
         "hidden_size": teacher.hidden_size,
@@ -347,12 +405,39 @@ def _facts(teacher: Teacher, **options: Any) -> dict[str, Any]:
     }
 
 
+def _computed(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a config, and of those in it, that a teacher's outputs may depend on, as JSON reads them again."""
+
+    def of(fields: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in fields.items() if not NOT_COMPUTED.fullmatch(str(name))}
+        return {str(name): of(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
+
+    return json.loads(json.dumps(of(config.to_dict()), default=str))
+
+
+def _digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of_facts(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def _check_same(folder: Path, facts: Mapping[str, Any]) -> None:
-    found = json.loads((folder / INDEX_NAME).read_text())
-    differing = [name for name in facts if found.get(name) != facts[name]]
+    def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+        # A field that only one of two versions of transformers knows says nothing.
+        config = {f"teacher_config.{name}": value for name, value in (values.get("teacher_config") or {}).items()}
+        return {name: value for name, value in values.items() if name != "teacher_config"} | config
+
+    found, now = flat(read_json(folder / INDEX_NAME)), flat(facts)
+    differing = [name for name in found.keys() & now.keys() if found[name] != now[name]]
     if differing:
-        name = differing[0]
+        name = min(differing)
         raise ValueError(
-            f"{folder} is a record of another teacher or of other options: {name} is {found.get(name)!r} there and "
-            f"{facts[name]!r} now (differing: {', '.join(differing)}). Name another folder, or remove this one."
+            f"{folder} is a record of another teacher or of other options: {name} is {found[name]!r} there and "
+            f"{now[name]!r} now (differing: {', '.join(sorted(differing))}). Name another folder, or remove this one."
         )

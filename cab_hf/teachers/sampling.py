@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.data.packing import TOKENISED, Documents, pack_documents, vocabulary_digest
-from cab_hf.inference import generating, num_positions
+from cab_hf.inference import check_causal, generating, num_positions
 
 
 PROMPT_LENGTH = 16
@@ -64,6 +64,7 @@ def sample_documents(
             or a tokenizer without any token to start from.
     """
     _check(num_tokens, length, prompt_length, temperature, batch_size, prompts is not None)
+    check_causal(model)
     longest = longest_document(model, prompts is not None)
     if longest is not None and length > longest:
         raise ValueError(

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from cab_hf.inference import check_positions
 from cab_hf.teachers.attention_interface import AttentionCall, TeacherAttention, asked_maps, base_of
-from cab_hf.teachers.examination import body_of, examine, find_rotary, named
+from cab_hf.teachers.examination import body_of, check_whole, examine, find_rotary, named
 from cab_hf.teachers.rotary import recorded_tables, undo_rotary
 
 
@@ -92,6 +93,7 @@ class Teacher:
         head: the output embeddings, when `logits == head(last_hidden_state)` exactly; else None (soft-capped or scaled
             logits, a classifier, no head), and logits come from `logits=True`.
         scalings: one factor of `query @ key.T` a layer, as the teacher's attention applies it.
+        is_causal: whether no output of a language model depends on the tokens behind it.
         has_logits: whether the model has a head with logits, so that `logits=True` works; an embedding's projection is
             none.
         norms_last_hidden_state: whether the last of `hidden_states` has gone through the final norm, as in language
@@ -119,6 +121,8 @@ class Teacher:
                 f"model is a {type(model).__name__}; a Teacher takes a PreTrainedModel of transformers. Unwrap it, or "
                 "merge adapters first (peft: merge_and_unload())."
             )
+        if model.device.type == "meta":
+            check_whole("teacher", model)
         self.model = model.requires_grad_(False).eval()
         if device is not None:
             model.to(device)
@@ -133,7 +137,7 @@ class Teacher:
         self._original = base_of(self.config._attn_implementation)
         with self._precision():
             found = examine(model, self._body, self._original, self._run)
-        self.head, self.has_logits = found.head, found.has_logits
+        self.head, self.has_logits, self.is_causal = found.head, found.has_logits, found.is_causal
         self.norms_last_hidden_state = found.norms_last_hidden_state
         self.scalings, self._sizes = found.scalings, found.sizes
         self._rotary = find_rotary(model, self._body, self._run) if remove_rotary else None
@@ -257,8 +261,8 @@ class Teacher:
 
     @property
     def predicts_tokens(self) -> bool:
-        """Whether it is a language model with its head."""
-        return self.model.get_output_embeddings() is not None
+        """Whether it is a causal language model with its head."""
+        return self.is_causal and self.model.get_output_embeddings() is not None
 
     @property
     def num_labels(self) -> int:
@@ -280,6 +284,11 @@ class Teacher:
 
     def _cast(self, dtype: torch.dtype) -> None:
         """Casts weights only: `model.to(dtype)` would also round the rotary frequencies, which are no weights."""
+        if vars(self.model).get("hf_quantizer") is not None:
+            raise ValueError(
+                f"dtype is {dtype}, but {named(self.model)} is quantised (`quantization_config`), and its codes can't "
+                "be cast. Leave the dtype (`teacher_dtype`) out, or load it dequantised."
+            )
         saved = self.model.state_dict(keep_vars=True).values()
         for tensor in {id(tensor): tensor for tensor in saved}.values():
             if tensor.is_floating_point():
@@ -306,6 +315,8 @@ class Teacher:
             )
         if seq_idx is not None:
             kept.setdefault("position_ids", positions_from_documents(seq_idx))
+        if "input_ids" in kept:
+            check_positions(self.model, kept)
         arguments: dict[str, Any] = {}
         for name, value in kept.items():
             dtype = weight.dtype if value.is_floating_point() else None

@@ -36,7 +36,8 @@ def calibrate_output_norm(
             `pixel_values` `(b, c, height, width)`. No order of tokens matters here.
         layer_map: the teacher layer of each student layer, as in `student_from_teacher`.
     """
-    layers = map_layers(layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    depth = teacher.config.get_text_config().num_hidden_layers
+    layers = map_layers(layer_map, student.config.num_hidden_layers, depth)
     mask = inputs.get("attention_mask")
     with borrowed_teacher(teacher) as borrowed:
         teacher_rms = [_rms(attention.output, mask) for attention in borrowed(inputs, attentions=True).attentions]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 
 class Affine(NamedTuple):
@@ -68,13 +69,38 @@ class Family:
     read_norm: Callable[[nn.Module], nn.Module | Affine] = lambda norm: norm
 
 
-def _linear(module: nn.Linear) -> Affine:
-    return Affine(module.weight, module.bias)
+def read_weight(module: nn.Module) -> Tensor:
+    """The values that a linear layer, convolution or embedding computes with, `(out, ...)` whatever it stores.
+
+    Raises:
+        ValueError: codes of a quantised module, but those of bitsandbytes and torchao.
+    """
+    weight = getattr(module, "weight", None)
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        import bitsandbytes
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            # A pass on a CPU has packed 4-bit codes in an order that only the product can read.
+            ones = torch.eye(module.in_features, dtype=torch.bfloat16, device=weight.device)
+            return bitsandbytes.matmul_4bit(ones, weight, quant_state=state).T
+        return dequantize_bnb_weight(weight, getattr(module, "state", None))
+    if type(weight).__module__.startswith("torchao."):
+        return weight.dequantize()
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() == 1:
+        kept = "no `weight`" if weight is None else f"a `weight` of {weight.dtype}"
+        raise ValueError(
+            f"A {type(module).__name__} of the teacher has {kept}: it is quantised (`quantization_config`), and a "
+            "student can't start from codes. Load the teacher as it was before, or dequantised "
+            "(`teacher.dequantize()`, or `dequantize=True` in its `quantization_config`), or pass copy_weights=False."
+        )
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _conv1d(module: nn.Module) -> Affine:
-    """Of transformers' `Conv1D`, which stores `(in, out)`."""
-    return Affine(module.weight.T, module.bias)
+def read_affine(module: nn.Module) -> Affine:
+    """Weight, as [`read_weight`] has it, and bias."""
+    return Affine(read_weight(module), module.bias)
 
 
 def _rows(affine: Affine, rows: slice) -> Affine:
@@ -89,8 +115,9 @@ def _scaled_heads(affine: Affine, scale: Tensor) -> Affine:
 
 def _split(fused: nn.Linear, *sizes: int) -> tuple[Affine, ...]:
     """The rows of one projection that holds several, in order."""
-    biases = (None,) * len(sizes) if fused.bias is None else fused.bias.split(sizes)
-    return tuple(map(Affine, fused.weight.split(sizes), biases))
+    weight, bias = read_affine(fused)
+    biases = (None,) * len(sizes) if bias is None else bias.split(sizes)
+    return tuple(map(Affine, weight.split(sizes), biases))
 
 
 def _attention(
@@ -98,12 +125,12 @@ def _attention(
 ) -> dict[str, Affine | float]:
     """A layer's fields of its attention."""
     scaling = attention.scaling
-    return {"query": query, "key": key, "value": value, "output": _linear(output), "scaling": scaling}
+    return {"query": query, "key": key, "value": value, "output": read_affine(output), "scaling": scaling}
 
 
 def _projections(attention: nn.Module) -> dict[str, Affine | float]:
     output = attention.o_proj if hasattr(attention, "o_proj") else attention.dense
-    query, key, value = map(_linear, (attention.q_proj, attention.k_proj, attention.v_proj))
+    query, key, value = map(read_affine, (attention.q_proj, attention.k_proj, attention.v_proj))
     return _attention(attention, query, key, value, output)
 
 
@@ -157,7 +184,7 @@ def _llama_fields(config: PreTrainedConfig) -> dict[str, Any]:
 def _llama_layer(block: nn.Module) -> TeacherLayer:
     mlp = block.mlp
     projections = _projections(block.self_attn)
-    return _layer(block, projections, _linear(mlp.up_proj), _linear(mlp.down_proj), _linear(mlp.gate_proj))
+    return _layer(block, projections, read_affine(mlp.up_proj), read_affine(mlp.down_proj), read_affine(mlp.gate_proj))
 
 
 def _arcee_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -165,14 +192,16 @@ def _arcee_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _arcee_layer(block: nn.Module) -> TeacherLayer:
-    return _layer(block, _projections(block.self_attn), _linear(block.mlp.up_proj), _linear(block.mlp.down_proj))
+    return _layer(
+        block, _projections(block.self_attn), read_affine(block.mlp.up_proj), read_affine(block.mlp.down_proj)
+    )
 
 
 def _glm_layer(block: nn.Module, attention: dict[str, Affine | float] | None = None) -> TeacherLayer:
     """As Llama's, with gate and up in one projection."""
     mlp = block.mlp
     gate, up = _split(mlp.gate_up_proj, *[mlp.down_proj.in_features] * 2)
-    return _layer(block, attention or _projections(block.self_attn), up, _linear(mlp.down_proj), gate)
+    return _layer(block, attention or _projections(block.self_attn), up, read_affine(mlp.down_proj), gate)
 
 
 def _phi3_layer(block: nn.Module) -> TeacherLayer:
@@ -211,7 +240,7 @@ def _starcoder2_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _starcoder2_layer(block: nn.Module) -> TeacherLayer:
-    return _layer(block, _projections(block.self_attn), _linear(block.mlp.c_fc), _linear(block.mlp.c_proj))
+    return _layer(block, _projections(block.self_attn), read_affine(block.mlp.c_fc), read_affine(block.mlp.c_proj))
 
 
 def _qwen3_layer(block: nn.Module) -> TeacherLayer:
@@ -280,7 +309,7 @@ def _gpt2_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _gpt2_layer(block: nn.Module) -> TeacherLayer:
-    fused = _conv1d(block.attn.c_attn)
+    fused = read_affine(block.attn.c_attn)
     width = fused.weight.shape[1]
     query, key, value = (_rows(fused, slice(i * width, (i + 1) * width)) for i in range(3))
     return TeacherLayer(
@@ -289,11 +318,11 @@ def _gpt2_layer(block: nn.Module) -> TeacherLayer:
         query=query,
         key=key,
         value=value,
-        output=_conv1d(block.attn.c_proj),
+        output=read_affine(block.attn.c_proj),
         scaling=block.attn.scaling,
         gate=None,
-        up=_conv1d(block.mlp.c_fc),
-        down=_conv1d(block.mlp.c_proj),
+        up=read_affine(block.mlp.c_fc),
+        down=read_affine(block.mlp.c_proj),
     )
 
 
@@ -307,7 +336,7 @@ def _phi_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _phi_layer(block: nn.Module) -> TeacherLayer:
-    return _layer(block, _projections(block.self_attn), _linear(block.mlp.fc1), _linear(block.mlp.fc2))
+    return _layer(block, _projections(block.self_attn), read_affine(block.mlp.fc1), read_affine(block.mlp.fc2))
 
 
 def _gpt_neox_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -317,7 +346,7 @@ def _gpt_neox_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _gpt_neox_layer(block: nn.Module) -> TeacherLayer:
     attention, mlp = block.attention, block.mlp
-    fused = _linear(attention.query_key_value)
+    fused = read_affine(attention.query_key_value)
     # Rows are ordered (head, one of query, key and value, head_dim).
     by_role = fused.weight.unflatten(0, (-1, 3, attention.head_size)).unbind(1)
     biases = (None,) * 3
@@ -325,7 +354,7 @@ def _gpt_neox_layer(block: nn.Module) -> TeacherLayer:
         biases = [bias.flatten() for bias in fused.bias.unflatten(0, (-1, 3, attention.head_size)).unbind(1)]
     query, key, value = (Affine(weight.flatten(0, 1), bias) for weight, bias in zip(by_role, biases, strict=True))
     projections = _attention(attention, query, key, value, attention.dense)
-    return _layer(block, projections, _linear(mlp.dense_h_to_4h), _linear(mlp.dense_4h_to_h))
+    return _layer(block, projections, read_affine(mlp.dense_h_to_4h), read_affine(mlp.dense_4h_to_h))
 
 
 _LLAMA = Family(_llama_fields, _llama_layer)
@@ -349,11 +378,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a teacher's config.
+    """The family of a teacher's config, of a composite one that of its language model.
 
     Raises:
         ValueError: for a family without a table; the message lists the known ones.
     """
+    config = config.get_text_config()
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"No table says where a teacher of model_type {config.model_type!r} keeps its weights; known are "

@@ -13,6 +13,7 @@ from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedMode
 from cab_hf.models.students import MixerPreTrainedModel
 from cab_hf.teachers.alignment import align_with_student
 from cab_hf.teachers.alignment import layer_map as map_layers
+from cab_hf.teachers.examination import check_whole
 from cab_hf.teachers.teacher import borrowed_teacher
 from cab_hf.transfer.families import family_of
 from cab_hf.transfer.vision import vision_family_of
@@ -48,10 +49,12 @@ def fit_output_projection(
     """
     if not ridge >= 0:
         raise ValueError(f"ridge is {ridge}, but a pull can't be negative: use 0 for none, 0.3 to start with.")
-    layers = map_layers(layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    check_whole("teacher", teacher)
+    depth = teacher.config.get_text_config().num_hidden_layers
+    layers = map_layers(layer_map, student.config.num_hidden_layers, depth)
     reads_images = isinstance(student, CABVisionMambaPreTrainedModel)
     family = vision_family_of(teacher.config) if reads_images else family_of(teacher.config)
-    blocks = teacher.base_model.get_submodule(family.layers)
+    blocks = (teacher.base_model if reads_images else teacher.get_decoder()).get_submodule(family.layers)
     outputs = [family.read_layer(blocks[layer]).output for layer in layers]
     grams: list[Tensor | float] = [0.0] * len(layers)
     products: list[Tensor | float] = [0.0] * len(layers)

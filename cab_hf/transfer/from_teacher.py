@@ -30,7 +30,7 @@ from cab_hf.transfer.copying import (
     copy_tensor,
     mixer_fields,
 )
-from cab_hf.transfer.families import family_of
+from cab_hf.transfer.families import family_of, read_weight
 
 
 def with_labels(teacher: PreTrainedModel, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def with_labels(teacher: PreTrainedModel, overrides: dict[str, Any]) -> dict[str
 
 def has_output_bias(teacher: PreTrainedModel) -> bool:
     family = family_of(teacher.config)
-    bias = family.read_layer(teacher.base_model.get_submodule(family.layers)[0]).output.bias
+    bias = family.read_layer(teacher.get_decoder().get_submodule(family.layers)[0]).output.bias
     return bias is not None and bool(bias.any())
 
 
@@ -81,7 +81,7 @@ def student_config(
     as it still is with `mixer_type="mamba"`, whose state size is S6's usual one.
 
     Args:
-        teacher_config: config of a teacher of a known family.
+        teacher_config: config of a teacher of a known family; of a composite one its `text_config` counts.
         num_hidden_layers: depth; the teacher's when not given.
         mixer_type: "mamba2" or "mamba".
         **overrides: any field of `CABMambaConfig`.
@@ -90,14 +90,15 @@ def student_config(
         ValueError: an unknown family or field, or a feature that a student can't express.
     """
     check_fields(CABMambaConfig, overrides)
-    family, values = family_of(teacher_config), teacher_config.to_dict()
+    text = teacher_config.get_text_config()
+    family, values = family_of(text), {**teacher_config.to_dict(), **text.to_dict()}
     fields = {
-        **mixer_fields(teacher_config, num_hidden_layers, mixer_type),
+        **mixer_fields(text, num_hidden_layers, mixer_type),
         **(STOCK_START if mixer_type == "mamba2" else {}),
-        "vocab_size": teacher_config.vocab_size,
+        "vocab_size": text.vocab_size,
         "tie_word_embeddings": teacher_config.tie_word_embeddings,
         **{name: values.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
-        **family.student_fields(teacher_config),
+        **family.student_fields(text),
     }
     return CABMambaConfig(**(fields | overrides))
 
@@ -132,10 +133,10 @@ def copy_teacher_weights(
     Raises:
         ValueError: an unknown family or sizes that don't fit; the message holds both.
     """
-    family, source, target = family_of(teacher.config), teacher.base_model, student.base_model
-    copy_tensor("embeddings.weight", target.embeddings.weight, teacher.get_input_embeddings().weight)
+    family, source, target = family_of(teacher.config), teacher.get_decoder(), student.base_model
+    copy_tensor("embeddings.weight", target.embeddings.weight, read_weight(teacher.get_input_embeddings()))
     if family.positions is not None and target.position_embeddings is not None:
-        positions = source.get_submodule(family.positions).weight
+        positions = read_weight(source.get_submodule(family.positions))
         copy_tensor("position_embeddings.weight", target.position_embeddings.weight, positions)
     copy_norm("norm_f", target.norm_f, family.read_norm(source.get_submodule(family.final_norm)))
     _copy_head(student, teacher)
@@ -148,17 +149,18 @@ def copy_teacher_weights(
 def _copy_head(student: CABMambaPreTrainedModel, teacher: PreTrainedModel) -> None:
     if isinstance(student, CABMambaForSequenceClassification):
         score = _score(teacher)
-        if score is not None and len(score.weight) == len(student.score.weight):
-            copy_tensor("score.weight", student.score.weight, score.weight)
+        if score is not None and score.out_features == student.score.out_features:
+            copy_tensor("score.weight", student.score.weight, read_weight(score))
         return
     target, source = student.get_output_embeddings(), teacher.get_output_embeddings()
     if target is None or source is None:
         return
+    weight, bias = read_weight(source), source.bias
     tied = target.weight is student.get_input_embeddings().weight
-    if tied and not torch.equal(source.weight, teacher.get_input_embeddings().weight):
+    if tied and not torch.equal(weight, read_weight(teacher.get_input_embeddings())):
         raise ValueError(
             "The student's tie_word_embeddings is True, but the teacher's head and embeddings differ. Set "
             "tie_word_embeddings=False."
         )
-    copy_tensor("lm_head.weight", target.weight, source.weight)
-    copy_bias("lm_head.bias", target.bias, source.bias)
+    copy_tensor("lm_head.weight", target.weight, weight)
+    copy_bias("lm_head.bias", target.bias, bias)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cab_hf.inference import num_positions
 from cab_hf.models.mixers import UNIT_GATE, SSDMixer
 from cab_hf.models.students import MixerPreTrainedModel
 from cab_hf.teachers.alignment import layer_map as map_layers
@@ -39,7 +40,8 @@ def fit_gate(
         layer_map: the teacher layer of each student layer, as in `student_from_teacher`.
         ridge: pull of `w` towards zero, relative to the mean energy of a feature.
     """
-    layers = map_layers(layer_map, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    depth = teacher.config.get_text_config().num_hidden_layers
+    layers = map_layers(layer_map, student.config.num_hidden_layers, depth)
     inputs = _random_tokens(teacher) if inputs is None else inputs
     mask = inputs.get("attention_mask")
     real = slice(None) if mask is None else mask.bool().to(student.device)
@@ -57,7 +59,7 @@ def fit_gate(
 
 
 def _random_tokens(teacher: PreTrainedModel) -> dict[str, Tensor]:
-    positions = getattr(teacher.config, "max_position_embeddings", None) or RANDOM_LENGTH
-    shape = (RANDOM_ROWS, min(RANDOM_LENGTH, positions))
-    tokens = torch.randint(teacher.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    config = teacher.config.get_text_config()
+    shape = (RANDOM_ROWS, min(RANDOM_LENGTH, num_positions(teacher) or RANDOM_LENGTH))
+    tokens = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     return {"input_ids": tokens.to(teacher.device)}

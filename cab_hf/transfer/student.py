@@ -17,6 +17,7 @@ from cab_hf.models import (
 )
 from cab_hf.models.students import cast
 from cab_hf.teachers.alignment import layer_map as map_layers
+from cab_hf.teachers.examination import check_whole
 from cab_hf.transfer.calibration import calibrate_output_norm
 from cab_hf.transfer.from_teacher import copy_teacher_weights, has_output_bias, student_config, with_labels
 from cab_hf.transfer.gate import fit_gate
@@ -73,6 +74,7 @@ def student_from_teacher(
         >>> student.num_parameters() > teacher.num_parameters()
         True
     """
+    check_whole("teacher", teacher)
     options = {"num_hidden_layers": num_hidden_layers, "mixer_type": mixer_type}
     if teacher.main_input_name == "pixel_values":
         student_class = student_class or CABVisionMambaForImageClassification
@@ -86,7 +88,8 @@ def student_from_teacher(
             config_overrides = {"use_bias": True} | config_overrides
         config = student_config(teacher.config, **options, **config_overrides)
         copy_weights_of = copy_teacher_weights
-    layers = map_layers(layer_map, config.num_hidden_layers, teacher.config.num_hidden_layers)
+    depth = teacher.config.get_text_config().num_hidden_layers
+    layers = map_layers(layer_map, config.num_hidden_layers, depth)
     student = student_class(config).to(teacher.device)
     if copy_weights:
         copy_weights_of(student, teacher, layers, copy_attention)

@@ -35,7 +35,7 @@ from cab_hf.transfer.copying import (
     copy_tensor,
     mixer_fields,
 )
-from cab_hf.transfer.families import Affine, TeacherLayer
+from cab_hf.transfer.families import Affine, TeacherLayer, read_affine
 
 
 logger = logging.get_logger(__name__)
@@ -86,10 +86,6 @@ class VisionFamily:
     antialias: bool = False
 
 
-def _affine(module: nn.Linear | nn.Conv2d) -> Affine:
-    return Affine(module.weight, module.bias)
-
-
 def _vit_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return {"intermediate_size": config.intermediate_size, "hidden_act": config.hidden_act, "gated_mlp": False}
 
@@ -133,12 +129,12 @@ def _layer(block: nn.Module, norm: str, mlp_norm: str, parts: Mapping[str, str])
     return TeacherLayer(
         norm=block.get_submodule(norm),
         mlp_norm=block.get_submodule(mlp_norm),
-        query=_affine(attention.q_proj),
-        key=_affine(attention.k_proj),
-        value=_affine(attention.v_proj),
-        output=_affine(attention.o_proj),
+        query=read_affine(attention.q_proj),
+        key=read_affine(attention.k_proj),
+        value=read_affine(attention.v_proj),
+        output=read_affine(attention.o_proj),
         scaling=attention.scaling,
-        **({"gate": None} | {part: _affine(block.mlp.get_submodule(path)) for part, path in parts.items()}),
+        **({"gate": None} | {part: read_affine(block.mlp.get_submodule(path)) for part, path in parts.items()}),
     )
 
 
@@ -159,7 +155,7 @@ def _dinov2_scales(block: nn.Module) -> tuple[Tensor, Tensor]:
 def _linear_child(teacher: PreTrainedModel, name: str) -> Affine | None:
     """A classifier by its name; transformers puts an identity where a model has no labels."""
     child = dict(teacher.named_children()).get(name)
-    return _affine(child) if isinstance(child, nn.Linear) else None
+    return read_affine(child) if isinstance(child, nn.Linear) else None
 
 
 def _class_token_head(teacher: PreTrainedModel) -> TeacherHead:
@@ -319,7 +315,7 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 def _copy_embeddings(target: CABVisionMambaEmbeddings, source: PreTrainedModel, family: VisionFamily) -> None:
     config, tokens = target.config, family.read_tokens(source.embeddings)
-    patches = source.embeddings.patch_embeddings.projection
+    patches = read_affine(source.embeddings.patch_embeddings.projection)
     copy_tensor("embeddings.patch_embedding.weight", target.patch_embedding.weight, patches.weight)
     copy_bias("embeddings.patch_embedding.bias", target.patch_embedding.bias, patches.bias)
     if target.class_token is not None:

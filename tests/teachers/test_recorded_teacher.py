@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_distillation import (
     NO_LOSS,
     SIX_LOSSES,
@@ -18,6 +20,7 @@ from tiny_distillation import (
     tiny_teacher,
 )
 from transformers import LlamaForCausalLM, default_data_collator
+from transformers.utils import logging
 
 from cab_hf import RecordedTeacher, Teacher, record_teacher
 from cab_hf.data.packing import LanguageCollator
@@ -226,3 +229,80 @@ def test_a_record_says_what_it_is_of(whole):
     facts = json.loads((whole / "index.json").read_text())
     assert facts["teacher"] == "LlamaForCausalLM" and len(facts["teacher_weights"]) == 64
     assert math.isclose(facts["scalings"][0], 8**-0.5)
+
+
+class TestOfAnotherTeacherOrDamaged:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+            {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}},
+            {"rms_norm_eps": 0.5},
+            {"hidden_act": "relu"},
+        ],
+    )
+    def test_the_same_weights_under_another_config(self, tmp_path, config):
+        record(tmp_path)
+        (name,) = config
+        with pytest.raises(ValueError, match=rf"another teacher.*teacher_config\.{name} is .* there and .* now"):
+            record(tmp_path, Teacher(tiny_teacher(**config)), rows=ROWS + ragged_rows(seed=5))
+
+    def test_what_computes_nothing_may_differ(self, tmp_path):
+        record(tmp_path)
+        model = tiny_teacher()
+        model.config.update(
+            {"pad_token_id": 3, "use_cache": False, "initializer_range": 0.7, "attention_dropout": 0.1}
+        )
+        record(tmp_path, Teacher(model), rows=ragged_rows(seed=5))
+
+    @pytest.mark.parametrize("keeps_metadata", [True, False])
+    @pytest.mark.parametrize("name", ["log_probabilities", "indices", "hidden.1", "attention.0.key"])
+    def test_an_edited_shard(self, tmp_path, name, keeps_metadata):
+        record(tmp_path)
+        shard = sorted(tmp_path.glob("shard-*"))[0]
+        with safe_open(shard, "pt") as tensors:
+            metadata = tensors.metadata() if keeps_metadata else None
+        tensors = load_file(shard)
+        save_file({**tensors, name: tensors[name].flip(0).contiguous()}, shard, metadata=metadata)
+        with pytest.raises(ValueError, match=f"{shard.name} .*edited"):
+            RecordedTeacher(tmp_path)(default_data_collator(ROWS))
+
+    @pytest.mark.parametrize("options", [{"attentions": False}, {"top_k": 5}, {}])
+    def test_a_foreign_shard(self, tmp_path, options):
+        record(tmp_path / "r")
+        record(tmp_path / "other", Teacher(tiny_teacher(seed=4)), rows=ragged_rows(seed=9), **options)
+        shutil.copy(sorted((tmp_path / "other").glob("shard-*"))[0], tmp_path / "r/shard-00077.safetensors")
+        with pytest.raises(ValueError, match="shard-00077.safetensors was not written into this record"):
+            RecordedTeacher(tmp_path / "r")
+
+    @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+    def test_a_cut_shard(self, tmp_path, share):
+        record(tmp_path)
+        shard = sorted(tmp_path.glob("shard-*"))[1]
+        shard.write_bytes(shard.read_bytes()[: int(share * shard.stat().st_size)])
+        with pytest.raises(ValueError, match=f"{shard.name} .* is cut off"):
+            RecordedTeacher(tmp_path)
+
+    @pytest.mark.parametrize("text", ["", '{"a"', "[1]", "{}", '{"top_k": 3}'])
+    def test_a_broken_index(self, tmp_path, text):
+        record(tmp_path)
+        (tmp_path / "index.json").write_text(text)
+        with pytest.raises(ValueError, match=r"index\.json (is damaged|holds a list|lacks )"):
+            RecordedTeacher(tmp_path)
+
+    def test_a_record_of_before_is_read_with_a_warning_and_gone_on_with(self, tmp_path, caplog, monkeypatch):
+        monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+        monkeypatch.setattr(logging.get_logger("cab_hf"), "propagate", True)
+        record(tmp_path)
+        facts = json.loads((tmp_path / "index.json").read_text())
+        del facts["teacher_config"]
+        (tmp_path / "index.json").write_text(json.dumps(facts))
+        for shard in tmp_path.glob("shard-*"):
+            save_file(load_file(shard), shard)
+        said = RecordedTeacher(tmp_path)(default_data_collator(ROWS))
+        assert "checked by the teacher's weights only" in caplog.text
+        record(tmp_path, rows=ROWS + ragged_rows(seed=5))
+        again = RecordedTeacher(tmp_path)(default_data_collator(ROWS))
+        assert torch.equal(said.last_hidden_state, again.last_hidden_state)
+        with pytest.raises(ValueError, match="teacher_weights"):
+            record(tmp_path, Teacher(tiny_teacher(seed=4)))
