@@ -69,7 +69,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _check_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("export", metavar="EXPORT", help="folder that `cab-hf export` wrote")
+    parser.add_argument("export", metavar="FOLDER", help="an export, as `cab-hf export` wrote it")
     parser.add_argument("--student", help="its student, to compare on --data (default: the texts of its export)")
     parser.add_argument("--data", default="builtin", help="texts: builtin, a file, folder, glob or Hub id")
     parser.add_argument(
