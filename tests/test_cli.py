@@ -114,7 +114,7 @@ def test_evaluate_prints_a_table_and_writes_beside_the_student(student, tmp_path
     quick = [*data, "--lengths", "--gaps", 3, "--prompts", 0]
     main(["evaluate", str(student), *map(str, quick)])
     printed = capsys.readouterr().out
-    assert "prose.txt" in printed and "147" in printed and "copying" in printed and "generation" not in printed
+    assert "prose.txt" in printed and " 100\n" in printed and "copying" in printed and "generation" not in printed
     report = json.loads((student / "evaluation.json").read_text())
     assert list(report["recall"]["copying"]) == ["3"] and (student / "recall.png").is_file()
 
