@@ -101,10 +101,19 @@ def chunked_kl_ce(
     )
     rows = student_hidden.flatten(0, -2)
     needs_gradient = torch.is_grad_enabled() and (needs_kl or needs_ce)
-    if not needs_gradient or not _is_plain_linear(student_head):
-        return _module_head_loss(rows, student_head, targets, kl_weight, ce_weight, chunk_size, needs_gradient)
-    head = (student_head.weight, student_head.bias)
-    return LogitsLoss(*_LinearHeadLoss.apply(rows, *head, targets, kl_weight, ce_weight, chunk_size))
+    try:
+        if not needs_gradient or not _is_plain_linear(student_head):
+            return _module_head_loss(rows, student_head, targets, kl_weight, ce_weight, chunk_size, needs_gradient)
+        head = (student_head.weight, student_head.bias)
+        return LogitsLoss(*_LinearHeadLoss.apply(rows, *head, targets, kl_weight, ce_weight, chunk_size))
+    except (IndexError, RuntimeError) as error:
+        # A look before would wait for the device. On a GPU its own error stops the run.
+        if targets.labels is None or "out of bounds" not in str(error):
+            raise
+        raise ValueError(
+            f"labels hold {int(targets.labels.max())}, which is none of the logits that student and teacher have in "
+            "common: it is no token of the teacher's. Use the teacher's tokenizer."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -157,14 +166,6 @@ class _Targets:
                 f"leave vocab_size out or use at most {width}."
             )
         width = width if self.vocab_size is None else self.vocab_size
-        # Elsewhere than on a CPU the look would wait for the device, whose own error stops the run.
-        if self.labels is not None and self.labels.device.type == "cpu" and self.labels.numel():
-            largest = int(self.labels.max())
-            if largest >= width:
-                raise ValueError(
-                    f"labels hold {largest}, but student and teacher have only {width} logits in common "
-                    f"(the student has {student_width}): it is no token of the teacher's. Use the teacher's tokenizer."
-                )
         return width
 
 

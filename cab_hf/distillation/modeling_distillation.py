@@ -87,6 +87,9 @@ class DistillationModel(nn.Module):
         self.args = args
         config = self.core.config
         self.reads_images = self.core.main_input_name == "pixel_values"
+        if args.neftune_noise_alpha is not None:
+            # The Trainer asks for it; FSDP, too, which would shard the embeddings apart from a tied head.
+            self.get_input_embeddings = self.core.get_input_embeddings
         self.norms_last_target = teacher.norms_last_hidden_state
         self.layer_map = layer_map(
             parse_layer_map(args.layer_map), config.num_hidden_layers, teacher.num_hidden_layers
@@ -122,10 +125,6 @@ class DistillationModel(nn.Module):
     def main_input_name(self) -> str:
         """By which the Trainer counts what was read."""
         return self.core.main_input_name
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The Trainer asks the model for NEFTune's noise, which is the student's."""
-        return self.core.get_input_embeddings()
 
     def activation_checkpointing_enable(self, **kwargs) -> None:
         """The Trainer asks the model for activation checkpointing; the student's blocks have it."""

@@ -218,6 +218,8 @@ class TestPublishing:
     def test_sharded_weights(self, hub, worker, copy):
         student = models.CABMambaForCausalLM.from_pretrained(copy)
         student.save_pretrained(copy, max_shard_size="40KB")
+        assert "one of them is an older save" in worker.fails(worker.publish(copy, "org/shards"))
+        (copy / "model.safetensors").unlink()
         shards = sorted(path.name for path in copy.glob("model-*.safetensors"))
         assert len(shards) > 1
         worker.run(worker.publish(copy, "org/shards"))
@@ -427,7 +429,7 @@ class TestFoldersThatAreRefused:
         ("name", "content", "message"),
         [
             ("config.json", None, "has no config.json, so it is no saved student. Save it by `save_pretrained`"),
-            ("config.json", b"{", "config.json is no JSON"),
+            ("config.json", b"{", "config.json is damaged and can't be read"),
             ("config.json", b'{"model_type": "cab_mamba"}', "has no auto_map"),
             ("mixers.py", None, "needs the modelling file mixers.py, which is not in"),
             ("modeling_cab_mamba.py", None, "needs the modelling file modeling_cab_mamba.py, which is not in"),
