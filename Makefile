@@ -1,6 +1,7 @@
 # make demo: set up, distil a real Transformer into a Mamba and reload it.   make test: set up and run the tests.
 # make lint: style, and who imports whom.   make docs: the documentation site, into site/.
 # make test-serving: the demo's student in vLLM and llama.cpp, beside transformers (it installs a vLLM for CPUs).
+# make test-versions: a student's folder under older versions of transformers (it installs them).
 # TORCH selects the torch build, e.g. `make test TORCH=torch` for the CUDA build.
 
 VENV ?= .venv
@@ -10,14 +11,23 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SITE := build/docs
 CHECKS := benchmarks/serving/results
+OTHERS := 5.22.0 5.23.0
 
-.PHONY: demo test test-serving lint docs clean
+.PHONY: demo test test-serving test-versions lint docs clean
 
 demo: $(READY)
 	$(BIN)/python train_cab.py training_args/quickstart_lm.yaml
 
 test: $(READY) lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+
+# A student's own files, under the versions of transformers before the one that is installed.
+test-versions: $(READY)
+	for version in $(OTHERS); do \
+		$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)-versions/$$version transformers==$$version; \
+	done
+	OTHER_TRANSFORMERS=$(subst $(eval) ,:,$(OTHERS:%=$(CURDIR)/$(VENV)-versions/%)) \
+		$(BIN)/python -m pytest tests/models/test_other_transformers.py
 
 # vLLM pins an older transformers, so it has an environment of its own; the CUDA builds that it brings break its imports.
 test-serving: $(READY) $(VENV)-serving/.ready demo
@@ -68,4 +78,4 @@ $(READY): setup.py
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs $(VENV)-serving .cache build outputs site
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-serving $(VENV)-versions .cache build outputs site

@@ -94,7 +94,11 @@ def adapter_card(
     link = f"[{base_model}](https://huggingface.co/{base_model})"
     whole = {re.sub(r"^base_model\.model\.", "", name).rpartition(".")[0] for name in shapes if ".lora_" not in name}
     targets = config["target_modules"]
-    targets = "`{}`".format(targets.replace("|", r"\|")) if isinstance(targets, str) else ", ".join(f"`{one}`" for one in sorted(targets))
+    targets = (
+        "`{}`".format(targets.replace("|", r"\|"))
+        if isinstance(targets, str)
+        else ", ".join(f"`{one}`" for one in sorted(targets))
+    )
     rows = {
         "Rank": config["r"],
         "Alpha": config["lora_alpha"],

@@ -23,8 +23,8 @@ from .students import CABMambaMLP, MixerPreTrainedModel, make_norm
 
 logger = logging.get_logger(__name__)
 
-# Earlier ones would load a student and generate nonsense, with no more than a warning.
-require_version("transformers>=5.24", "Its `generate` calls the cache `cache`. Run `pip install -U transformers`.")
+# Earlier ones have no cache for states. Of what differs later, a student's own probe tells (`students.py`).
+require_version("transformers>=5.22", "Its caches hold recurrent states. Run `pip install -U transformers`.")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_cab_mamba.CABMambaConfig",
@@ -373,14 +373,16 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> dict:
+        # Before 5.24 transformers called it so.
+        cache = kwargs.pop("cache_params", None) if cache is None else cache
         if cache is not None:
+            kwargs["cache"] = cache
             cache.read = tokens_read(cache)
             cache.reading = (cache.read[0] + (next_sequence_length or input_ids.shape[1]), input_ids[:, -1:])
         # Positions follow from the mask, on whichever side of the prompt its padding is.
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            cache=cache,
             attention_mask=attention_mask,
             position_ids=None if attention_mask is not None else position_ids,
             inputs_embeds=inputs_embeds,
@@ -399,7 +401,8 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: no token that the cache has not read, or more tokens than there are positions.
         """
-        cache, mask, embeds = (model_kwargs.get(name) for name in ("cache", "attention_mask", "inputs_embeds"))
+        cache = model_kwargs.get("cache", model_kwargs.get("cache_params"))
+        mask, embeds = (model_kwargs.get(name) for name in ("attention_mask", "inputs_embeds"))
         length = (input_ids if embeds is None else embeds).shape[1]
         given = input_ids.shape[1]
         # Masks of ones are dropped by `generate`, which notes their length.

@@ -1,18 +1,25 @@
 """What all students have around their mixers: norms, MLPs, and how they start and save themselves."""
 
+import json
+import math
 import shutil
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import cached_file, logging
 
 from .configuration_cab_mamba import MixerConfig
 from .mixers import StateSpaceBranch
 
 
+logger = logging.get_logger(__name__)
+
+PROBE_NAME = "probe.json"
 UNFILLED = "[More Information Needed]"
 CARD_TEXT = """
 A Mamba student of cab-hf. Load it with the Auto class of its config and `trust_remote_code=True`, or after
@@ -55,11 +62,65 @@ class MixerPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     hub_classes: dict[str, str] = {}
 
-    def save_pretrained(self, *args, **kwargs) -> None:
-        """As in transformers; the checkpoint's config names all Auto classes, whichever model is saved."""
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args, **kwargs):
+        """As in transformers. Under another version than the student was saved with, its probe is asked again."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        saved = model.config.transformers_version
+        if saved is not None and saved.split(".")[:2] != transformers.__version__.split(".")[:2]:
+            model._ask_again(str(pretrained_model_name_or_path), saved)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """As in transformers; the checkpoint's config names all Auto classes, whichever model is saved.
+
+        Beside it stands what the model makes of a fixed input (`probe.json`), so that another version of transformers
+        can be told by what it computes.
+        """
         if self._auto_class is not None:
             self.config.auto_map = dict(self.hub_classes)
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        is_whole = not any(parameter.is_meta or parameter.numel() == 0 for parameter in self.parameters())
+        if is_whole and kwargs.get("state_dict") is None and kwargs.get("is_main_process", True):
+            probe = {"architecture": type(self).__name__, "outputs": self._probe()}
+            (Path(save_directory) / PROBE_NAME).write_text(json.dumps(probe), encoding="utf-8")
+
+    @torch.no_grad()
+    def _probe(self) -> list[float]:
+        """The first numbers that a fixed input gives: of every token, or every class."""
+        config = self.config
+        if self.main_input_name == "pixel_values":
+            shape = (1, config.num_channels, *config.image_height_and_width)
+            pixels = torch.linspace(-1, 1, math.prod(shape), device=self.device).mul(100).sin()
+            inputs = {"pixel_values": pixels.view(shape).to(self.dtype)}
+        else:
+            length = min(16, config.max_position_embeddings or 16)
+            ids = (7919 * torch.arange(1, length + 1, device=self.device)) % config.vocab_size
+            inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+        training = self.training
+        try:
+            outputs = self.eval()(**inputs, return_dict=True)
+        finally:
+            self.train(training)
+        first = next(value for value in outputs.values() if isinstance(value, torch.Tensor))
+        return first[..., :8].flatten().float().tolist()
+
+    def _ask_again(self, source: str, saved: str) -> None:
+        path = cached_file(source, PROBE_NAME, _raise_exceptions_for_missing_entries=False)
+        probe = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        if probe.get("architecture") != type(self).__name__ or getattr(self, "hf_quantizer", None) is not None:
+            return
+        expected, found = (torch.tensor(numbers) for numbers in (probe["outputs"], self._probe()))
+        difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+        message = (
+            f"{source} was saved under transformers {saved}. Under {transformers.__version__} what it makes of its "
+            f"probe differs by {difference:.1e} of the largest number."
+        )
+        if difference > (1e-3 if self.dtype == torch.float32 else 0.05):
+            logger.warning(f"{message} That is more than rounding: install transformers {saved} where it matters.")
+        else:
+            logger.info(message)
 
     def _upload_modified_files(self, working_dir: str, *args, **kwargs):
         # push_to_hub comes here with a card of placeholders where the Hub has none yet.

@@ -492,5 +492,8 @@ def test_a_label_that_the_teacher_lacks_is_named(plain, kl_weight, agreement, tr
     labels[1, 2] = 38
     chunked_kl_ce(hidden, head, labels=labels, kl_weight=0.0, ce_weight=1.0)
     options = {"labels": labels, "kl_weight": kl_weight, "agreement": agreement, "ce_weight": 1.0}
-    with torch.set_grad_enabled(trains), pytest.raises(ValueError, match="labels hold 38, which is none of the logits"):
+    with (
+        torch.set_grad_enabled(trains),
+        pytest.raises(ValueError, match="labels hold 38, which is none of the logits"),
+    ):
         chunked_kl_ce(hidden, head, teacher_hidden, teacher_head, **options)
