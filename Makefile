@@ -34,12 +34,6 @@ test-serving: $(READY) $(VENV)-serving/.ready demo
 	rm -rf outputs/serving
 	$(BIN)/cab-hf export outputs/quickstart_lm outputs/serving/stock --to stock
 	$(BIN)/cab-hf check outputs/serving/stock --python $(VENV)-serving/bin/python --output $(CHECKS)/stock_cpu.json
-	for kind in f32 f16 q8_0; do \
-		$(BIN)/cab-hf export outputs/quickstart_lm outputs/serving/$$kind --to gguf --kind $$kind && \
-		$(BIN)/cab-hf check outputs/serving/$$kind --output $(CHECKS)/gguf_$${kind}_cpu.json || exit 1; \
-	done
-	$(BIN)/cab-hf export outputs/quickstart_lm outputs/serving/q4_0 --to gguf --kind q4_0
-	$(BIN)/cab-hf check outputs/serving/q4_0 --tolerance 1 --output $(CHECKS)/gguf_q4_0_cpu.json
 	$(BIN)/cab-hf export outputs/quickstart_lm outputs/serving/onnx --to onnx
 	$(BIN)/cab-hf check outputs/serving/onnx --output $(CHECKS)/onnx_cpu.json
 

@@ -77,6 +77,13 @@ class ModelArguments:
         default=None, metadata={"help": "Layers of a new student; the teacher's if not given."}
     )
     mixer_type: str = field(default="mamba2", metadata={"help": "Mixer of a new student: mamba or mamba2."})
+    start: Literal["linear", "served"] = field(
+        default="linear",
+        metadata={
+            "help": "Start of a language student's mixers: 'linear', or 'served', which float16, 8-bit formats and "
+            "llama.cpp hold (student_from: teacher)."
+        },
+    )
     copy_weights: bool = field(
         default=True, metadata={"help": "Copy what does not depend on the mixer (student_from: teacher)."}
     )

@@ -193,8 +193,7 @@ def _tensors(stock: PreTrainedModel) -> dict[str, Tensor]:
     if biased:
         raise ValueError(
             f"llama.cpp has no place for the biases of {', '.join(biased)}, and the student's are not zero. Only "
-            "students with use_bias=False can be written, which a start with gate_init='fitted' or "
-            "'usual' allows."
+            "students with use_bias=False can be written: begin one by `start: served`."
         )
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]

@@ -70,6 +70,7 @@ def build_student(
     student = student_from_teacher(
         teacher,
         mixer_type=model.mixer_type,
+        start=model.start,
         layer_map=rule,
         copy_weights=model.copy_weights,
         copy_attention=model.copy_attention,

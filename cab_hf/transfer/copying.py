@@ -25,6 +25,7 @@ _START = {
 }
 
 # What stock classes and llama.cpp hold, too: no biases around the mixer, and SiLU after the convolution.
+STARTS = ("linear", "served")
 STOCK_START = {"conv_activation": "silu", "use_bias": False, "gate_init": "fitted"}
 
 VALUE_TAPS = 1 / 8

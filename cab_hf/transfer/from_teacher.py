@@ -22,6 +22,7 @@ from cab_hf.models.modeling_cab_mamba import (
     CABMambaPreTrainedModel,
 )
 from cab_hf.transfer.copying import (
+    STARTS,
     STOCK_START,
     check_fields,
     copy_bias,
@@ -69,32 +70,39 @@ def student_config(
     *,
     num_hidden_layers: int | None = None,
     mixer_type: str = "mamba2",
+    start: str = "linear",
     **overrides: Any,
 ) -> CABMambaConfig:
     """The config of a student of a teacher's shape.
 
     One mixer head for each attention head, with its own B and C as wide as a key, and the teacher's norms, MLPs,
     residuals and vocabulary. The mixers start transparent: a moving average of the values, as if without convolution,
-    gate or skip. With `mixer_type="mamba2"` that takes no biases around the mixer (of an attention with an output bias
-    `student_from_teacher` keeps it, by `use_bias=True`) and leaves the usual SiLU after the convolution, so that stock
-    classes hold the student as it is; before, it was `conv_activation=None, use_bias=True, gate_init="transparent"`,
-    as it still is with `mixer_type="mamba"`, whose state size is S6's usual one.
+    gate or skip. With `mixer_type="mamba"` the state size is S6's usual one.
 
     Args:
         teacher_config: config of a teacher of a known family; of a composite one its `text_config` counts.
         num_hidden_layers: depth; the teacher's when not given.
         mixer_type: "mamba2" or "mamba".
+        start: "linear": the convolution has no activation, the gate is a bias. "served" (mamba2): no biases around the
+            mixer (but an attention's output bias), and the usual SiLU after the convolution, so that float16, 8-bit
+            formats and llama.cpp hold the student as it is. It trains as well in large batches, and less steadily in
+            small ones (benchmarks/quality/served_start).
         **overrides: any field of `CABMambaConfig`.
 
     Raises:
         ValueError: an unknown family or field, or a feature that a student can't express.
     """
     check_fields(CABMambaConfig, overrides)
+    if start not in STARTS or (start == "served" and mixer_type != "mamba2"):
+        raise ValueError(
+            f"start is {start!r} with mixer_type {mixer_type!r}. It must be {' or '.join(map(repr, STARTS))}, and "
+            "'served' is for mamba2."
+        )
     text = teacher_config.get_text_config()
     family, values = family_of(text), {**teacher_config.to_dict(), **text.to_dict()}
     fields = {
         **mixer_fields(text, num_hidden_layers, mixer_type),
-        **(STOCK_START if mixer_type == "mamba2" else {}),
+        **(STOCK_START if start == "served" else {}),
         "vocab_size": text.vocab_size,
         "tie_word_embeddings": teacher_config.tie_word_embeddings,
         **{name: values.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},

@@ -31,6 +31,7 @@ def student_from_teacher(
     num_hidden_layers: int | None = None,
     layer_map: str | Sequence[int] = "floor",
     mixer_type: str = "mamba2",
+    start: str = "linear",
     copy_attention: bool = True,
     copy_weights: bool = True,
     calibration_inputs: Mapping[str, Tensor] | None = None,
@@ -51,6 +52,7 @@ def student_from_teacher(
         num_hidden_layers: depth of the student; the teacher's when not given.
         layer_map: which teacher layer each student layer is made of: "floor", "uniform", "last", or one index a layer.
         mixer_type: "mamba2" takes over Q, K, V and O; "mamba" V and O.
+        start: of a language student's mixers, "linear" or "served": see `cab_hf.transfer.student_config`.
         copy_attention: copy attention's projections into the mixers.
         copy_weights: copy anything at all; without, the student is random in the teacher's shape.
         calibration_inputs: one batch (`input_ids`, and `attention_mask` if padded; or `pixel_values`) on which the
@@ -84,9 +86,9 @@ def student_from_teacher(
         student_class = student_class or CABMambaForCausalLM
         if issubclass(student_class, CABMambaForSequenceClassification):
             config_overrides = with_labels(teacher, config_overrides)
-        if copy_weights and copy_attention and has_output_bias(teacher):
+        if start == "served" and copy_weights and copy_attention and has_output_bias(teacher):
             config_overrides = {"use_bias": True} | config_overrides
-        config = student_config(teacher.config, **options, **config_overrides)
+        config = student_config(teacher.config, start=start, **options, **config_overrides)
         copy_weights_of = copy_teacher_weights
     depth = teacher.config.get_text_config().num_hidden_layers
     layers = map_layers(layer_map, config.num_hidden_layers, depth)

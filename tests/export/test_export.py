@@ -123,7 +123,7 @@ def test_odd_widths_float16_and_image_students_are_refused():
 
 def test_the_default_student_of_a_llama_is_a_granite_hybrid(tmp_path):
     student = student_from_teacher(tiny_teacher(), calibration_inputs={"input_ids": random_ids(2, 9, vocab_size=61)})
-    assert (student.config.conv_activation, student.config.use_bias) == ("silu", False)  # transparent, and still stock
+    assert (student.config.conv_activation, student.config.use_bias) == (None, True)  # transparent, and still stock
     shake(student)
     student.save_pretrained(tmp_path / "student")
     export_stock(tmp_path / "student", tmp_path / "stock")
@@ -135,14 +135,8 @@ def test_the_default_student_of_a_llama_is_a_granite_hybrid(tmp_path):
         export_stock(tmp_path / "student", tmp_path / "stock")
 
 
-def test_a_linear_start_is_still_a_granite_hybrid():
-    student = shake(student_from_teacher(tiny_teacher(), **LINEAR, gate_init="transparent"))
-    ids = random_ids(2, 9, vocab_size=61)
-    assert largest_difference(logits(to_stock(student), ids), logits(student, ids)) < 1e-4
-
-
-def test_the_default_start_exports_without_wider_states_and_in_half_precision():
-    student = shake(student_from_teacher(tiny_teacher()))
+def test_the_served_start_exports_without_wider_states_and_in_half_precision():
+    student = shake(student_from_teacher(tiny_teacher(), start="served"))
     half = to_stock(copy.deepcopy(student).half()).state_dict()
     assert all(torch.equal(half[name], weight.half()) for name, weight in to_stock(student).state_dict().items())
     stock, ids = to_stock(student), random_ids(2, 13, vocab_size=61)

@@ -97,8 +97,8 @@ def test_biases_that_are_zero_are_left_out_and_others_refused(tmp_path):
     assert "blk.0.ssm_in.weight" in names and "blk.0.ssm_in.bias" not in names
 
 
-def test_the_default_student_of_a_llama_can_be_written(tmp_path):
-    student = student_from_teacher(tiny_teacher())
+def test_a_served_student_of_a_llama_can_be_written(tmp_path):
+    student = student_from_teacher(tiny_teacher(), start="served")
     student.save_pretrained(tmp_path / "student")
     reader = gguf.GGUFReader(export_gguf(tmp_path / "student", tmp_path / "gguf"))
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}

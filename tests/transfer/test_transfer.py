@@ -45,8 +45,6 @@ SIZES = {"hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 6, "v
 PLAIN = {**SIZES, "intermediate_size": 52}
 GQA = {**PLAIN, "num_key_value_heads": 2}
 
-LINEAR = {"conv_activation": None, "use_bias": True, "gate_init": "transparent"}
-
 TEACHERS = {
     "llama": LlamaConfig(**GQA, attention_bias=True, mlp_bias=True),
     "llama-tied": LlamaConfig(**GQA, head_dim=10, tie_word_embeddings=True),
@@ -248,7 +246,7 @@ def values(attention, x, kind, head_dim):
 def test_mixers_start_from_the_teachers_projections(name):
     teacher = make(name)
     kind, inputs = teacher.config.model_type, batch(seed=2)
-    student = student_from_teacher(teacher, **LINEAR)
+    student = student_from_teacher(teacher)
     head_dim, heads = student.config.head_dim, student.config.num_heads
     normed, projections, scalings = hidden_and_attention(teacher, inputs)
     assert len(normed) == 3
@@ -288,7 +286,7 @@ def test_a_silu_start_keeps_values_nearly_linear_and_the_biases_of_query_key_and
         for parameter in attention.parameters():
             if parameter.dim() == 1:
                 parameter.normal_(std=0.1)
-    student, linear = student_from_teacher(teacher), student_from_teacher(teacher, **LINEAR)
+    student, linear = student_from_teacher(teacher, start="served"), student_from_teacher(teacher)
     assert (student.config.conv_activation, student.config.use_bias) == ("silu", name == "gpt2")
     for block, plain, x in zip(
         student.backbone.layers, linear.backbone.layers, hidden_and_attention(teacher, inputs)[0], strict=True
@@ -310,7 +308,9 @@ def test_a_fitted_gate_is_one_sign_and_has_no_effect(given):
     teacher = make("llama-tied")
     teacher.get_input_embeddings().weight.add_(1.0)  # what states have in common
     inputs = left_padded(batch(seed=4)) if given else None
-    student = student_from_teacher(teacher, num_hidden_layers=2, layer_map=[0, 1], conv_activation=None)
+    student = student_from_teacher(
+        teacher, start="served", num_hidden_layers=2, layer_map=[0, 1], conv_activation=None
+    )
     fit_gate(student, teacher, inputs, [0, 1])
     other = batch(seed=5)
     states = teacher(**other, output_hidden_states=True).hidden_states
@@ -480,8 +480,11 @@ def test_config_follows_the_teacher_and_overrides():
     config = student_config(TEACHERS["gpt2"])
     assert (config.max_position_embeddings, config.norm_type, config.hidden_act) == (40, "layer_norm", "gelu_new")
     assert (config.intermediate_size, config.gated_mlp, config.tie_word_embeddings) == (144, False, True)
-    assert (config.n_groups, config.state_size, config.head_dim, config.conv_activation) == (6, 6, 6, "silu")
-    assert student_config(TEACHERS["gpt2"], mixer_type="mamba").conv_activation is None
+    assert (config.n_groups, config.state_size, config.head_dim, config.conv_activation) == (6, 6, 6, None)
+    assert student_config(TEACHERS["gpt2"], start="served").conv_activation == "silu"
+    for options in ({"start": "served", "mixer_type": "mamba"}, {"start": "quick"}):
+        with pytest.raises(ValueError, match="start is .* must be 'linear' or 'served'"):
+            student_config(TEACHERS["gpt2"], **options)
     config = student_config(TEACHERS["phi"], transition_init="identity", conv_activation="silu")
     assert (config.parallel_residual, config.shared_norm, config.lm_head_bias) == (True, True, True)
     assert (config.transition_init, config.conv_activation) == ("identity", "silu")
@@ -530,7 +533,7 @@ def test_errors_teach():
     with pytest.raises(ValueError, match="tie_word_embeddings=False"):
         student_from_teacher(teacher, tie_word_embeddings=True)
     with pytest.raises(ValueError, match="out_proj.bias, but the student has none.*use_bias"):
-        student_from_teacher(teacher, use_bias=False)
+        student_from_teacher(teacher, start="served", use_bias=False)
     with pytest.raises(ValueError, match="CABMambaConfig has no field 'stat_size'. Did you mean 'state_size'?"):
         student_from_teacher(teacher, stat_size=8)
     with pytest.raises(ValueError, match="lists 1 teacher layers for 3"):
@@ -601,11 +604,13 @@ def test_fit_adds_up_batches_and_ignores_padding():
 
 def test_steps_work_alone():
     teacher = make("gpt_neox")
-    student = CABMambaForCausalLM(student_config(teacher.config, use_bias=True))  # GPT-NeoX's attention has them
+    student = CABMambaForCausalLM(
+        student_config(teacher.config, start="served", use_bias=True)
+    )  # GPT-NeoX's attention has them
     copy_teacher_weights(student, teacher, [0, 1, 2])
     fit_gate(student, teacher, batch())
     calibrate_output_norm(student, teacher, batch())
-    whole = student_from_teacher(teacher, calibration_inputs=batch())
+    whole = student_from_teacher(teacher, start="served", calibration_inputs=batch())
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in student.state_dict().items())
     assert {name.split("-")[0] for name in TEACHERS} == set(FAMILIES)
 
