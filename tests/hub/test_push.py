@@ -147,7 +147,7 @@ class TestPublishing:
         repository = hub.repositories[LANGUAGE]
         assert repository.titles == ["initial commit", "Upload tiny student"] and repository.head.oid == oid
         assert not repository.private
-        code = {"configuration_cab_mamba", "modeling_cab_mamba", "students"}
+        code = {"configuration_cab_mamba", "generation", "modeling_cab_mamba", "students"}
         code |= {"mixers", "ssm_ops", "s6_scan", "ssd_scan"}
         assert repository.head.files.keys() == {
             ".gitattributes",
