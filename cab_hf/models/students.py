@@ -81,10 +81,15 @@ class MixerPreTrainedModel(PreTrainedModel):
         if self._auto_class is not None:
             self.config.auto_map = dict(self.hub_classes)
         super().save_pretrained(save_directory, *args, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        path = Path(save_directory) / PROBE_NAME
         is_whole = not any(parameter.is_meta or parameter.numel() == 0 for parameter in self.parameters())
-        if is_whole and kwargs.get("state_dict") is None and kwargs.get("is_main_process", True):
+        if is_whole and kwargs.get("state_dict") is None:
             probe = {"architecture": type(self).__name__, "outputs": self._probe()}
-            (Path(save_directory) / PROBE_NAME).write_text(json.dumps(probe), encoding="utf-8")
+            path.write_text(json.dumps(probe), encoding="utf-8")
+        else:  # these weights can't be asked here, and an older probe is of others
+            path.unlink(missing_ok=True)
 
     @torch.no_grad()
     def _probe(self) -> list[float]:

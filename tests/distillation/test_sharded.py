@@ -263,7 +263,8 @@ def test_sharded_students_evaluate_as_one(alone, together):
 @pytest.mark.parametrize("name", SAVED)
 def test_sharded_students_are_saved_whole(alone, together, name):
     _, folder, results = together
-    files = {path.name for path in (alone[0] / name).iterdir()}
+    # No process has a sharded student whole enough to ask it.
+    files = {path.name for path in (alone[0] / name).iterdir()} - {"probe.json"}
     assert {path.name for path in (folder / name).iterdir()} == files
     weights_file = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
     saved, of_one = (load_file(path / name / weights_file) for path in (folder, alone[0]))
