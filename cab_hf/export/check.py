@@ -66,7 +66,9 @@ def check_export(
     if not report:
         packages = ", ".join(package for package, _, _ in runtimes.RUNTIMES.values())
         raise RuntimeError(f"No runtime for {export} is installed ({packages}). Name an interpreter that has one.")
-    write_whole(Path(output or export / "check.json"), json.dumps(report, indent=1) + "\n")
+    path = Path(output or export / "check.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(report, indent=1) + "\n")
     return report
 
 

@@ -82,7 +82,9 @@ def test_another_model_than_the_student_is_found(stock, student, tmp_path, capsy
 def test_a_student_at_hand_is_compared_on_other_texts(stock, student, tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text(f"{number}. Mind the gap, and the text that comes after it. " * 3)
-    assert only(check_export(stock, student=student, data=str(tmp_path)), "transformers")["agrees"]
+    path = tmp_path / "new" / "folder" / "check.json"
+    found = check_export(stock, student=student, data=str(tmp_path), output=path)
+    assert only(found, "transformers")["agrees"] and json.loads(path.read_text()) == found
 
 
 def test_what_can_not_be_asked_is_one_line(stock, tmp_path, capsys):
