@@ -163,6 +163,8 @@ def to_stock(student: PreTrainedModel, *, compact: bool = False) -> PreTrainedMo
         fields |= {"num_hidden_layers": layers + 1, "layer_types": ["linear_attention"] * layers + ["full_attention"]}
         fields |= {"num_local_experts": 0, "num_experts_per_tok": 0, "intermediate_size": config.intermediate_size}
         fields |= {"least_transformers_version": LEAST_TRANSFORMERS[kind]}
+        # A recurrence has no limit, but runtimes take this number for one.
+        fields |= {"max_position_embeddings": 2**17}
     config_class, model_class = _STOCK_CLASSES[kind]
     stock = model_class(config_class(**fields, dtype=student.dtype)).to(student.device, student.dtype)
     if kind == "granite":

@@ -130,6 +130,7 @@ def test_the_default_student_of_a_llama_is_a_granite_hybrid(tmp_path):
     stock, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "stock"), random_ids(2, 13, vocab_size=61)
     assert type(stock) is GraniteMoeHybridForCausalLM
     assert "auto_map" not in json.loads((tmp_path / "stock/config.json").read_text())
+    assert stock.config.max_position_embeddings == 131072  # what vLLM takes for the longest context
     assert largest_difference(logits(stock, ids), logits(student, ids)) < 1e-4
     with pytest.raises(FileExistsError, match="holds a model already"):
         export_stock(tmp_path / "student", tmp_path / "stock")
