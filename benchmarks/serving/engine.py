@@ -20,7 +20,7 @@ CELLS = [(rows, context) for context in (512, 2048, 8192) for rows in (1, 4, 16)
 NEW_TOKENS = 32
 WORKER = """
 import json, random, resource, sys, time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 folder, cells, new_tokens, output = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 
@@ -61,7 +61,7 @@ def main():
 def has(name):
     try:
         return bool(version(name))
-    except Exception:
+    except PackageNotFoundError:
         return False
 
 

@@ -13,7 +13,7 @@ from cab_hf.export.loading import load_tokenizer
 from cab_hf.inference import generating
 
 
-PROBE_NAME = "probe.json"
+PROBE_NAME = "export_probe.json"  # a student's own is `probe.json`, and both may lie in one folder
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 48, 24
 
 

@@ -1,8 +1,6 @@
 """The student that a run starts from."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from cab_hf.models import (
 from cab_hf.recipes import ModelArguments
 from cab_hf.teachers.alignment import parse_layer_map
 from cab_hf.transfer import fit_output_projection, student_from_teacher
-from cab_hf.transfer.copying import STOCK_START, check_fields
+from cab_hf.transfer.copying import check_fields
 
 
 def build_student(
@@ -30,7 +28,6 @@ def build_student(
     *,
     image_size: int | None = None,
     labels: Mapping[str, dict] | None = None,
-    begun: Path | None = None,
 ) -> PreTrainedModel:
     """A saved student, a new one of the teacher, or a new one of a config alone, as a recipe asks for it.
 
@@ -41,7 +38,6 @@ def build_student(
         batches: of training data, on the teacher's device, for the calibration; none: no calibration.
         image_size: side of a new image student's images, in pixels.
         labels: `id2label` and `label2id` of a new image student.
-        begun: the folder of the run's stages: a run that goes on has the start that it began with.
 
     Raises:
         ValueError: fields that no student has, or as [`~cab_hf.transfer.student_from_teacher`].
@@ -64,8 +60,6 @@ def build_student(
         return student_class(config_class(**given | config))
     if labels is not None:
         config["num_labels"] = len(labels["id2label"])
-    elif begun is not None:
-        config = _begun_start(begun) | config
     rule = parse_layer_map(layer_map)
     student = student_from_teacher(
         teacher,
@@ -82,10 +76,3 @@ def build_student(
     if batches and model.calibration == "fit" and model.copy_attention:
         fit_output_projection(student, teacher, batches, rule)
     return student
-
-
-def _begun_start(stages: Path) -> dict[str, Any]:
-    """The start of a language student whose training began here, perhaps before the default changed."""
-    saved = sorted(stages.glob("*/config.json")) or sorted(stages.glob("*/checkpoint-*/config.json"))
-    values = json.loads(saved[0].read_text(encoding="utf-8")) if saved else {}
-    return {name: values[name] for name in STOCK_START if name in values}

@@ -58,9 +58,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
         for start in range(0, rows, CALIBRATION_ROWS):
             batch = collator([train_blocks[row] for row in range(start, min(start + CALIBRATION_ROWS, rows))])
             batches.append({"input_ids": batch["input_ids"].to(teacher_model.device)})
-    student = build_student(
-        recipe.model, teacher_model, args.layer_map, batches, begun=recipe.output_dir / "stages"
-    ).to(args.device)
+    student = build_student(recipe.model, teacher_model, args.layer_map, batches).to(args.device)
     teacher = make_teacher(teacher_model, args)
 
     check_data(recipe, train_blocks, heldout)
