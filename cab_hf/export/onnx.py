@@ -1,4 +1,4 @@
-"""Students as ONNX."""
+"""Students as ONNX, for scoring: inputs to logits at once. No state goes in or out, so it is not for writing."""
 
 from pathlib import Path
 

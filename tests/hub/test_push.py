@@ -24,7 +24,7 @@ from cab_hf.teachers.demo import random_llama
 
 
 hub = hub_server.hub  # the fixture
-LANGUAGE, VISION = "org/tiny-language", "org/tiny-vision"
+LANGUAGE, VISION = "org/cab-mamba-130m", "org/tiny-vision"
 PROMPT = "the state of"
 # What training leaves behind and nobody else needs.
 LEFT_BEHIND = [
@@ -54,13 +54,18 @@ else:
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+from transformers import (
+    AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
+)
 
 language, vision, prompt, picture = argv
 tokenizer = AutoTokenizer.from_pretrained(language, **trust)
 student = AutoModelForCausalLM.from_pretrained(language, **trust)
 ids = tokenizer(prompt, return_tensors="pt")
 words = student.generate(**ids, max_new_tokens=6, do_sample=False)
+base = AutoModel.from_pretrained("org/cab-mamba-130m", **trust)
+with torch.no_grad():
+    states = base(**ids).last_hidden_state
 processor = AutoImageProcessor.from_pretrained(vision, **trust)
 classifier = AutoModelForImageClassification.from_pretrained(vision, **trust)
 pixels = processor(Image.open(picture), return_tensors="pt")["pixel_values"]
@@ -69,7 +74,8 @@ with torch.no_grad():
 result = {
     "words": words[0].tolist(),
     "scores": scores[0].tolist(),
-    "modules": [type(student).__module__, type(classifier).__module__],
+    "states": states[0, -1].tolist(),
+    "modules": [type(student).__module__, type(base).__module__, type(classifier).__module__],
     "eos": student.generation_config.eos_token_id,
 }
 """
@@ -257,6 +263,8 @@ class TestLoading:
         vocabulary = json.loads((language / "tokenizer.json").read_text())["model"]["vocab"]
         ids = [vocabulary["Ġ" if letter == " " else letter] for letter in PROMPT]
         with torch.no_grad():
+            states = student.backbone(torch.tensor([ids])).last_hidden_state[0, -1]
+            torch.testing.assert_close(torch.tensor(found["states"]), states, rtol=0, atol=1e-5)
             while len(ids) < len(PROMPT) + 6 and ids[-1] != 7:
                 ids.append(int(student(torch.tensor([ids])).logits[0, -1].argmax()))
         assert found["words"] == ids
