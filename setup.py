@@ -48,9 +48,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["cab_hf", "cab_hf.*"]), "cab_hf.model_cards"],
-    package_dir={"cab_hf.model_cards": "model_cards"},
-    package_data={"cab_hf.model_cards": ["template.md"]},
+    packages=[*find_packages(include=["cab_hf", "cab_hf.*"]), "cab_hf.model_cards", "cab_hf.training_args"],
+    package_dir={"cab_hf.model_cards": "model_cards", "cab_hf.training_args": "training_args"},
+    package_data={"cab_hf.model_cards": ["template.md"], "cab_hf.training_args": ["*.yaml", "accelerate/*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "transformers>=5.24,<6",

@@ -1,14 +1,15 @@
-"""The command `cab-hf`: what can be done with a saved student.
+"""The command `cab-hf`: from a teacher to a student, and what can be done with it.
 
 A subcommand is two functions: one adds its options to a parser, the other runs it. `COMMANDS` names them.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from cab_hf.hub.sources import check_source
-from cab_hf.recipes import errors_in_one_line
+from cab_hf.recipes import errors_in_one_line, print_recipe_options
 
 
 class Command:
@@ -18,6 +19,7 @@ class Command:
         help: one line of what it does.
         add_options: adds its arguments to its parser.
         run: runs it with the parsed arguments.
+        takes_recipe_options: whether all options of a recipe are options, too; `run` finds them in `recipe_options`.
     """
 
     def __init__(
@@ -25,8 +27,72 @@ class Command:
         help: str,
         add_options: Callable[[argparse.ArgumentParser], None],
         run: Callable[[argparse.Namespace], None],
+        takes_recipe_options: bool = False,
     ) -> None:
         self.help, self.add_options, self.run = help, add_options, run
+        self.takes_recipe_options = takes_recipe_options
+
+
+def _distil_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", metavar="TEACHER", help="Hub id or folder of a Transformer, or smollm2-demo")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="D",
+        help="texts: files, folders, globs or Hub ids, builtin for Python's language reference; or images: a folder "
+        "of one folder a class, a saved data set, digits or a Hub id. A part is held out by itself",
+    )
+    data.add_argument("--tokens", metavar="N", help="tokens to train on, such as 20M (default: the recipe's)")
+    data.add_argument("--images", metavar="N", help="images to train on (default: 192k, on a CPU 6,400)")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--recipe",
+        metavar="R",
+        help="a recipe's file, or the name of a shipped one (default: lm_default, on a CPU quickstart_lm; for images "
+        "vision_default)",
+    )
+    how.add_argument("--output_dir", metavar="DIR", help="where the student goes (default: outputs/TEACHER-mamba)")
+    how.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs, one process each (default: 1)")
+    how.add_argument("--dry_run", action="store_true", help="say what would happen, in seconds, and stop")
+    how.add_argument("--push_to_hub", metavar="BOOL", help="publish the student with its card (default: false)")
+    parser.add_argument("--help-all", action="store_true", help="all options of a recipe, which can be given here too")
+
+
+def _distil(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from cab_hf.recipes import build_recipe, parse_options
+    from cab_hf.runs.distill import launch, parse_count, recipe_values
+    from cab_hf.runs.plan import plan
+    from cab_hf.runs.run import run_recipe
+
+    if arguments.gpus > 1:
+        given = list(arguments.given)
+        place = next(index for index, text in enumerate(given) if text.partition("=")[0] == "--gpus")
+        del given[place : place + (1 if "=" in given[place] else 2)]
+        raise SystemExit(launch(arguments.gpus, given))
+    options = parse_options(arguments.recipe_options)
+    for name in ("output_dir", "push_to_hub"):
+        if getattr(arguments, name) is not None:
+            options |= parse_options([f"--{name}", getattr(arguments, name)])
+    if arguments.tokens and arguments.images:
+        raise ValueError(f"`--tokens` is {arguments.tokens} and `--images` {arguments.images}. Give one of them.")
+    amount = arguments.tokens or arguments.images
+    values = recipe_values(
+        arguments.teacher,
+        arguments.data,
+        recipe=arguments.recipe,
+        amount=None if amount is None else parse_count(amount),
+        options=options,
+    )
+    recipe = build_recipe(values)
+    if arguments.dry_run:
+        print(plan(recipe))
+        return
+    run_recipe(recipe)
+    PartialState().destroy_process_group()
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
@@ -254,6 +320,12 @@ def _card(arguments: argparse.Namespace) -> None:
 
 
 COMMANDS = {
+    "distill": Command(
+        "turn a Transformer into a Mamba: one command from a teacher and data to a student",
+        _distil_options,
+        _distil,
+        takes_recipe_options=True,
+    ),
     "evaluate": Command("measure a student beside its teacher: quality, recall, speed", _evaluate_options, _evaluate),
     "card": Command("write the model card of a finished run again", _card_options, _card),
     "export": Command("write a student as a model that runs without cab_hf's code", _export_options, _export),
@@ -270,7 +342,7 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
-    parser = _Parser(prog="cab-hf", description="What can be done with a saved student.", allow_abbrev=False)
+    parser = _Parser(prog="cab-hf", description="Transformers into Mambas.", allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         options = subparsers.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
@@ -286,7 +358,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     way_out = "Give a smaller --batch_size, --tokens or --lengths, or --device cpu."
     with errors_in_one_line(way_out, RuntimeError):
-        parsed = make_parser().parse_args(arguments)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        if given[:1] == ["distill"] and "--help-all" in given:
+            print_recipe_options()
+            return
+        parsed, others = make_parser().parse_known_args(given)
+        if COMMANDS[parsed.command].takes_recipe_options:
+            parsed.given, parsed.recipe_options = given[1:], others
+        elif others:
+            raise ValueError(f"Unknown options: {' '.join(others)}. `cab-hf {parsed.command} --help` lists them.")
         if getattr(parsed, "teacher", None) is not None:
             check_source("teacher", parsed.teacher, "model")
         COMMANDS[parsed.command].run(parsed)

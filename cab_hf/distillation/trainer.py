@@ -2,22 +2,24 @@
 
 import copy
 import inspect
+import os
 import re
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset as HFDataset
 from huggingface_hub import CommitInfo
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
-from cab_hf.data.packing import IGNORE_INDEX, Documents
+from cab_hf.data.packing import IGNORE_INDEX, Documents, LanguageCollator, pack_documents
 from cab_hf.distillation.checkpoints import (
     check_written_by,
     fill_everywhere,
@@ -34,8 +36,10 @@ from cab_hf.distillation.modeling_distillation import (
 )
 from cab_hf.distillation.pushing import push_trainer
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
+from cab_hf.export.loading import read_student
 from cab_hf.lora import core_of
 from cab_hf.teachers.examination import check_whole
+from cab_hf.teachers.loading import load_any_teacher
 from cab_hf.teachers.recorded_teacher import RecordedTeacher
 from cab_hf.teachers.teacher import Teacher
 
@@ -44,6 +48,7 @@ logger = logging.get_logger(__name__)
 
 BRIDGE_NAME = "bridge.safetensors"
 EMA_NAME = "ema.safetensors"
+BLOCK_SIZE = 512
 NO_WEIGHT_DECAY = re.compile(
     r"(^|\.)(A_log|D|dt_bias|norm_f\.weight|class_token|register_tokens|position_embeddings|\w+_scale)$"
 )
@@ -57,11 +62,14 @@ class DistillationTrainer(EvaluatedTrainer):
     `bridge.safetensors`, so that a resumed run continues bit for bit.
 
     Args:
-        student: a [`CABMambaForCausalLM`], or a PEFT model around one.
-        teacher: a pretrained model, a [`Teacher`] made of one, or the [`RecordedTeacher`] of one.
-        args: weights, layer map and the rest of a run.
+        student: a [`CABMambaForCausalLM`], or a PEFT model around one, or the Hub id or folder of one.
+        teacher: a pretrained model, a [`Teacher`] made of one, the [`RecordedTeacher`] of one, or a Hub id or folder,
+            whose tokenizer is then the default `processing_class`.
+        args: weights, layer map and the rest of a run; by default those of [`DistillationTrainingArguments`], in the
+            folder "trainer_output".
         trainer_kwargs: of [`~transformers.Trainer`], such as `train_dataset`, `eval_dataset`, `data_collator`,
-            `processing_class`, `callbacks`.
+            `processing_class`, `callbacks`. A data set may also be a list of dicts. Rows of `text` are packed into
+            blocks of 512 tokens ([`~cab_hf.data.pack_documents`]: other lengths, documents kept apart).
         batch_transform: takes each batch, on its device, and whether it is trained on: augmentation, for instance
             [`~cab_hf.data.augmentation.ImageAugmentation`]. `teacher_pixel_values` beside `pixel_values` show the
             teacher the same images at its own size.
@@ -72,6 +80,15 @@ class DistillationTrainer(EvaluatedTrainer):
             of the Trainer that a distillation can't honour.
 
     Source: arXiv 2510.19266.
+
+    Example:
+        >>> from cab_hf import DistillationTrainer, DistillationTrainingArguments, student_from_teacher
+        >>> texts = [{"text": f"{number} and {number} is {2 * number}. " * 60} for number in range(32)]
+        >>> student = student_from_teacher("random-llama", data=texts)
+        >>> args = DistillationTrainingArguments(max_steps=2, use_cpu=True, disable_tqdm=True, save_strategy="no")
+        >>> trainer = DistillationTrainer(student, "random-llama", args, train_dataset=texts)
+        >>> trainer.train().global_step
+        2
     """
 
     # The loss is divided by the tokens of the whole optimizer step.
@@ -79,13 +96,22 @@ class DistillationTrainer(EvaluatedTrainer):
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: PreTrainedModel | Teacher | RecordedTeacher,
-        args: DistillationTrainingArguments,
+        student: nn.Module | str | os.PathLike,
+        teacher: PreTrainedModel | Teacher | RecordedTeacher | str | os.PathLike,
+        args: DistillationTrainingArguments | None = None,
         batch_transform: BatchTransform | None = None,
         train_sampler: Sampler | None = None,
         **trainer_kwargs,
     ):
+        args = DistillationTrainingArguments("trainer_output") if args is None else args
+        if isinstance(teacher, str | os.PathLike):
+            teacher, tokenizer = load_any_teacher(os.fspath(teacher))
+            trainer_kwargs.setdefault("processing_class", tokenizer)
+        if isinstance(student, str | os.PathLike):
+            student = read_student(os.fspath(student)).float()
+        for name in ("train_dataset", "eval_dataset"):
+            if name in trainer_kwargs:
+                trainer_kwargs[name] = _rows(name, trainer_kwargs[name], trainer_kwargs)
         if args.n_gpu > 1:
             logger.warning(
                 f"{args.n_gpu} GPUs are visible to one process, which uses the first. Start one process a GPU with "
@@ -93,6 +119,8 @@ class DistillationTrainer(EvaluatedTrainer):
             )
             args._n_gpu = 1
         check_student(student)
+        if args.learning_rate is None:
+            args.learning_rate = default_learning_rate(core_of(student).config)
         if not isinstance(teacher, Teacher | RecordedTeacher):
             teacher = make_teacher(teacher, args)
         check_run(core_of(student), teacher, args, trainer_kwargs)
@@ -123,6 +151,15 @@ class DistillationTrainer(EvaluatedTrainer):
                 self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
             # Set again by the accelerator; with it every process waits for the others in `generate`.
             unset_hf_deepspeed_config()
+
+    def __repr__(self) -> str:
+        losses = ", ".join(f"{name}={self.args.courses[name].weight:g}" for name in self.args.used_losses)
+        student, teacher = core_of(self.student), self.teacher.model if isinstance(self.teacher, Teacher) else None
+        shown = "a record" if teacher is None else f"{type(teacher).__name__} ({teacher.num_parameters():,})"
+        return (
+            f"{type(self).__name__}(student={type(student).__name__} ({student.num_parameters():,}), teacher={shown}, "
+            f"losses: {losses}, layer_map={self.args.layer_map!r})"
+        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As [`~cab_hf.distillation.stage_trainer.StageTrainer.train`]."""
@@ -363,6 +400,32 @@ class DistillationTrainer(EvaluatedTrainer):
             return
         logger.info(f"Loading the best student, of {self.state.best_model_checkpoint} ({self.state.best_metric}).")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def default_learning_rate(config: PreTrainedConfig) -> float:
+    """What a student with its teacher's weights is trained at: a language student of width 576 at 6e-4, an image
+    student of width 384 at 5e-5, others at these times their width over the student's.
+
+    Source: training_args/quickstart_lm.yaml and vision_default.yaml; arXiv 2203.03466, table 3.
+    """
+    rate, width = (5e-5, 384) if hasattr(config, "patch_size") else (6e-4, 576)
+    return float(f"{rate * width / config.hidden_size:.3g}")
+
+
+def _rows(name: str, data: Any, given: dict[str, Any]) -> Any:
+    """A data set as it is, of a list of dicts, with rows of text packed; one by name each."""
+    if isinstance(data, dict):
+        return {key: _rows(name, one, given) for key, one in data.items()}
+    if isinstance(data, list) and data and all(isinstance(row, dict) for row in data):
+        data = HFDataset.from_list(data)
+    columns = getattr(data, "column_names", None) or ()
+    tokenizer = given.get("processing_class")
+    if "text" not in columns or "input_ids" in columns or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return data
+    if given.get("data_collator") is None:
+        end = tokenizer.eos_token_id
+        given["data_collator"] = LanguageCollator(end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    return pack_documents(data, tokenizer, BLOCK_SIZE, isolate_documents=False)
 
 
 def make_teacher(model: PreTrainedModel, args: DistillationTrainingArguments) -> Teacher:

@@ -36,6 +36,12 @@ class DistillationTrainingArguments(TrainingArguments):
             that no run can have.
     """
 
+    output_dir: str = field(default="trainer_output", metadata={"help": "Folder of checkpoints and the student."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate; by default one for the student's kind and width."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two entries of the log."})
+
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(teacher || student) on the logits."})
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."})
     bridge_weight: float = field(default=1.0, metadata={"help": "Weight of the attention bridge: B to K, C to Q."})

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from cab_hf.export.stock import stock_class_name
+from cab_hf.files import shipped
 from cab_hf.hub import card_sections as sections
 from cab_hf.hub.sources import describe_teacher
 from cab_hf.models import CABMambaConfig, CABVisionMambaConfig
@@ -207,10 +208,7 @@ def _mixers(config: PreTrainedConfig) -> str:
 
 
 def _template() -> str:
-    # Installed, the folder model_cards lies in the package; in a checkout it lies beside it.
-    package = Path(__file__).parent.parent
-    candidates = [package / "model_cards" / "template.md", package.parent / "model_cards" / "template.md"]
-    return next(path for path in candidates if path.is_file()).read_text(encoding="utf-8")
+    return (shipped("model_cards") / "template.md").read_text(encoding="utf-8")
 
 
 def short_count(count: int) -> str:

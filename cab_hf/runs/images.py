@@ -48,7 +48,7 @@ from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.evaluation.images import compare_images
 from cab_hf.recipes import DataArguments, ImageArguments, ModelArguments, Recipe, Stage
 from cab_hf.runs.inputs import check_inputs, digest_of
-from cab_hf.runs.stages import finetune_stage, run_facts, run_stage
+from cab_hf.runs.stages import finetune_stage, run_facts, run_stage, tell
 from cab_hf.runs.student import build_student
 from cab_hf.teachers.loading import load_image_teacher
 
@@ -136,12 +136,48 @@ def soft_cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Tensor 
     return F.cross_entropy(outputs.logits.float(), labels)
 
 
-def distil_images(recipe: Recipe) -> dict[str, Any]:
-    """Distils, compares and saves an image student; returns the report."""
-    started = time.time()
+class Prepared(NamedTuple):
+    """What a run of images reads before its student is made.
+
+    Attributes:
+        teacher_model, teacher_processor: the teacher.
+        sets: the images.
+        transform: what happens to a batch of them.
+        size: side of the student's images, in pixels.
+    """
+
+    teacher_model: PreTrainedModel
+    teacher_processor: BaseImageProcessor
+    sets: ImageSets
+    transform: BatchTransform
+    size: int
+
+    unit, units = 1, "images"
+
+    @property
+    def train(self) -> ImageDataset:
+        return self.sets.train
+
+    @property
+    def facts(self) -> str:
+        sets = self.sets
+        return f"{len(sets.train):,} images to train on, {len(sets.test):,} to measure, {len(sets.names)} classes"
+
+    @property
+    def student_options(self) -> dict[str, Any]:
+        return {"image_size": self.size, "labels": _label_fields(self.sets.names)}
+
+    @property
+    def trainer_options(self) -> dict[str, Any]:
+        return {"data_collator": collate_images, "batch_transform": self.transform}
+
+
+def prepare(recipe: Recipe, *, writes: bool = True) -> Prepared:
+    """Reads teacher and images. A teacher writes none, whatever `writes` says."""
     args = recipe.args
     set_seed(args.seed)
     teacher_model, teacher_processor = load_image_teacher(recipe.model.teacher)
+    tell(recipe, f"teacher: {type(teacher_model).__name__}, {teacher_model.num_parameters():,} parameters")
     teacher_size = processor_side(teacher_processor)
     size = recipe.images.image_size or teacher_size
     with args.main_process_first(desc="data"):
@@ -154,14 +190,25 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
             labels=None if teacher_model.base_model is teacher_model else teacher_model.config.id2label,
         )
     transform = make_transform(recipe.augmentation, teacher_processor, sets.names, size, teacher_size)
+    prepared = Prepared(teacher_model, teacher_processor, sets, transform, size)
+    tell(recipe, f"images: {prepared.facts}")
+    return prepared
+
+
+def distil_images(recipe: Recipe) -> dict[str, Any]:
+    """Distils, compares and saves an image student; returns the report."""
+    started = time.time()
+    args = recipe.args
+    prepared = prepare(recipe)
+    teacher_model, teacher_processor, sets, transform, size = prepared
     teacher = make_teacher(teacher_model, args)
     set_seed(args.seed)  # the start does not depend on what was read before it
     batches = []
     if recipe.model.calibrates:
         batches = _calibration_batches(recipe.model.calibration_tokens, sets.train, transform, teacher_model)
-    labels = _label_fields(sets.names)
-    start = build_student(recipe.model, teacher_model, args.layer_map, batches, image_size=size, labels=labels)
+    start = build_student(recipe.model, teacher_model, args.layer_map, batches, **prepared.student_options)
     start.to(args.device)
+    tell(recipe, f"student: {type(start).__name__}, {start.num_parameters():,} parameters; measuring it untrained")
     test_name = _test_name(recipe.data)
 
     def evaluate(student: nn.Module) -> dict[str, dict[str, Any]] | None:
@@ -182,14 +229,14 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
                 stage,
                 student,
                 teacher,
+                (number, len(stages)),
                 train_dataset=sets.train,
                 eval_dataset=sets.validation,
-                data_collator=collate_images,
-                batch_transform=transform,
                 processing_class=processor,
+                **prepared.trainer_options,
                 train_sampler=_sampler(recipe.images.repeats, sets.train, stage.args.seed),
             )
-            for stage in stages
+            for number, stage in enumerate(stages, start=1)
         ]
         return student, {"before": before, "after": evaluate(student), "stages": histories}
 

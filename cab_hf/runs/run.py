@@ -96,6 +96,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         print(summary(report))
         if recipe.data.verify_reload and not recipe.model.finetune:
             print(reload_in_fresh_process(recipe))
+        if not recipe.model.finetune:
+            print(next_commands(recipe))
     if pushes:
         commit = publish_folder(
             folder,
@@ -171,6 +173,23 @@ def summary(report: dict[str, Any]) -> str:
     return (run_images.image_summary if report.get("task") == "image-classification" else run_text.text_summary)(
         report
     )
+
+
+def next_commands(recipe: Recipe) -> str:
+    """What to type next."""
+    folder, model, data = recipe.output_dir, recipe.model, recipe.data
+    sources = data.eval_dataset or data.dataset
+    place = f" --data_dir {recipe.images.data_dir}" if model.reads_images and recipe.images.data_dir else ""
+    commands = {
+        f"cab-hf evaluate {folder} --teacher {model.teacher} --data {' '.join(sources)}{place}": "measure more",
+        f"cab-hf export {folder} {folder}-served --to stock": "for vLLM",
+        f"cab-hf card {folder} --overwrite": "its model card, with new measurements",
+        "the same command with --push_to_hub true": "publish it",
+    }
+    if not model.reads_images:
+        commands = {f"cab-hf chat {folder}": "talk to it"} | commands
+    width = max(map(len, commands))
+    return "\n".join(["next:", *(f"  {command:<{width}}  # {what}" for command, what in commands.items()), ""])
 
 
 def reload_in_fresh_process(recipe: Recipe) -> str:

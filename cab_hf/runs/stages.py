@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import platform
 from dataclasses import replace
 from importlib.metadata import version
@@ -19,19 +20,28 @@ from cab_hf.distillation.trainer import DistillationTrainer
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.export.loading import load_whole
 from cab_hf.files import read_json, said_by_name, write_whole
-from cab_hf.recipes import Stage
+from cab_hf.recipes import Recipe, Stage
 from cab_hf.teachers.teacher import Teacher
 
 
 logger = logging.get_logger(__name__)
 
 HISTORY_NAME = "history.json"
+WORDS = {
+    "kl": "soft KL",
+    "ce": "labels",
+    "bridge": "attention bridge",
+    "output": "mixer outputs",
+    "hidden": "hidden states",
+    "attention": "attention maps",
+}
 
 
 def run_stage(
     stage: Stage,
     student: nn.Module,
     teacher: Teacher,
+    place: tuple[int, int] = (1, 1),
     **trainer_kwargs: Any,
 ) -> dict[str, Any]:
     """Trains a student through one stage, or loads it where the stage is finished; a stage that was cut off goes on.
@@ -40,6 +50,7 @@ def run_stage(
         stage: whose `args.output_dir` then holds its checkpoints and its loadable student.
         student: trained in place.
         teacher: of all stages.
+        place: which stage this is, of how many.
         trainer_kwargs: of [`DistillationTrainer`].
 
     Returns:
@@ -51,7 +62,7 @@ def run_stage(
         return history
     student.requires_grad_(True)  # whatever an earlier stage froze
     trainer = DistillationTrainer(student, teacher, _unpushed(stage), **trainer_kwargs)
-    return train_stage(stage.name, trainer)
+    return train_stage(stage.name, trainer, place)
 
 
 def finetune_stage(
@@ -80,9 +91,23 @@ def finetune_stage(
     return load_whole(type(model), stage.args.output_dir, config=model.config, dtype=torch.float32), history
 
 
+def what_of(args: Any) -> str:
+    """What a stage learns from, in words."""
+    return ", ".join(WORDS[name] for name in getattr(args, "used_losses", ["ce"]))
+
+
+def num_steps(trainer: StageTrainer) -> int:
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = len(trainer.get_train_dataloader())
+    return math.ceil(args.num_train_epochs * max(batches // args.gradient_accumulation_steps, 1))
+
+
 def _unpushed(stage: Stage) -> DistillationTrainingArguments:
     """The whole run is pushed once, at its end; the Trainer saves its arguments, the token among them."""
-    return replace(stage.args, push_to_hub=False, hub_token=None)
+    name = f"{Path(stage.args.output_dir).parents[1].name} {stage.name}"
+    return replace(stage.args, push_to_hub=False, hub_token=None, run_name=stage.args.run_name or name)
 
 
 def _read_history(stage: Stage) -> dict[str, Any] | None:
@@ -94,9 +119,17 @@ def _read_history(stage: Stage) -> dict[str, Any] | None:
     return read_json(history_file)
 
 
-def train_stage(name: str, trainer: StageTrainer) -> dict[str, Any]:
+def tell(recipe: Recipe, text: str) -> None:
+    """A line of what happens now, by the first process."""
+    if recipe.is_main_process:
+        print(text, flush=True)
+
+
+def train_stage(name: str, trainer: StageTrainer, place: tuple[int, int] = (1, 1)) -> dict[str, Any]:
     """Trains to the end from the newest whole checkpoint, saves, and writes the history that says so."""
     args = trainer.args
+    if trainer.is_world_process_zero():
+        print(f"stage {place[0]} of {place[1]}: {name} ({what_of(args)}), {num_steps(trainer):,} steps", flush=True)
     checkpoint = last_whole_checkpoint(args.output_dir)
     if checkpoint is not None:
         logger.warning(f"Stage {name!r} goes on from {checkpoint}.")

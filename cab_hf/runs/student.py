@@ -16,7 +16,7 @@ from cab_hf.models import (
 )
 from cab_hf.recipes import ModelArguments
 from cab_hf.teachers.alignment import parse_layer_map
-from cab_hf.transfer import fit_output_projection, student_from_teacher
+from cab_hf.transfer import student_from_teacher
 from cab_hf.transfer.copying import check_fields
 
 
@@ -60,12 +60,13 @@ def build_student(
         return student_class(config_class(**given | config))
     if labels is not None:
         config["num_labels"] = len(labels["id2label"])
-    rule = parse_layer_map(layer_map)
+    fits = model.calibration == "fit" and model.copy_attention and model.copy_weights
     student = student_from_teacher(
         teacher,
+        data=batches if batches and fits else (),
         mixer_type=model.mixer_type,
         start=model.start,
-        layer_map=rule,
+        layer_map=parse_layer_map(layer_map),
         copy_weights=model.copy_weights,
         copy_attention=model.copy_attention,
         calibration_inputs=batches[0] if batches else None,
@@ -73,6 +74,4 @@ def build_student(
     )
     if labels is not None:
         student.config.id2label, student.config.label2id = labels["id2label"], labels["label2id"]
-    if batches and model.calibration == "fit" and model.copy_attention:
-        fit_output_projection(student, teacher, batches, rule)
     return student

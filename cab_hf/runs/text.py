@@ -2,8 +2,9 @@
 
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -25,7 +26,7 @@ from cab_hf.hub.sources import public_name
 from cab_hf.inference import check_positions, num_positions
 from cab_hf.recipes import DataArguments, Recipe
 from cab_hf.runs.inputs import blocks_digest, check_inputs
-from cab_hf.runs.stages import finetune_stage, run_facts, run_stage
+from cab_hf.runs.stages import finetune_stage, run_facts, run_stage, tell
 from cab_hf.runs.student import build_student
 from cab_hf.teachers.loading import load_teacher
 from cab_hf.teachers.sampling import PROMPT_LENGTH, longest_document, sample_documents
@@ -39,19 +40,73 @@ print(generator(sys.argv[2], max_new_tokens=int(sys.argv[3]), do_sample=False)[0
 """
 
 
+class Prepared(NamedTuple):
+    """What a run of texts reads before its student is made.
+
+    Attributes:
+        teacher_model, tokenizer: the teacher.
+        train: rows to train on.
+        heldout: rows of each evaluated text, by name.
+        copies: of each evaluated text, the documents that are trained on, too.
+        collator: makes batches of rows.
+    """
+
+    teacher_model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    heldout: dict[str, Dataset]
+    copies: dict[str, int]
+    collator: LanguageCollator
+
+    units = "tokens"
+
+    @property
+    def student_options(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def unit(self) -> int:
+        """Tokens of a row."""
+        return len(self.train[0]["input_ids"])
+
+    @property
+    def facts(self) -> str:
+        held = sum(len(rows) for rows in self.heldout.values())
+        return f"{len(self.train):,} rows of {self.unit:,} tokens, and {held:,} held out"
+
+    @property
+    def trainer_options(self) -> dict[str, Any]:
+        return {"data_collator": self.collator, "processing_class": self.tokenizer}
+
+
+def prepare(recipe: Recipe, *, writes: bool = True) -> Prepared:
+    """Reads teacher and texts.
+
+    Args:
+        recipe: of the run.
+        writes: whether the teacher may write text, where the recipe asks for it.
+    """
+    args, data = recipe.args, recipe.data
+    set_seed(args.seed)
+    with args.main_process_first(desc="teacher"):
+        teacher_model, tokenizer = load_teacher(recipe.model.teacher)
+    tell(recipe, f"teacher: {type(teacher_model).__name__}, {teacher_model.num_parameters():,} parameters")
+    teacher_model.to(args.teacher_device or args.device)
+    if not writes:
+        data = replace(data, teacher_tokens=0, teacher_continuation_tokens=0, teacher_prompt_length=None)
+    with args.main_process_first(desc="data"):
+        blocks = load_blocks(data, tokenizer, teacher_model, args, recipe.output_dir / "stages")
+    prepared = Prepared(teacher_model, tokenizer, *blocks, _collator(tokenizer))
+    tell(recipe, f"text: {prepared.facts}")
+    return prepared
+
+
 def distil_text(recipe: Recipe) -> dict[str, Any]:
     """Distils and saves a language student; returns the report."""
     started = time.time()
     args = recipe.args
-    set_seed(args.seed)
-    with args.main_process_first(desc="teacher"):
-        teacher_model, tokenizer = load_teacher(recipe.model.teacher)
-    teacher_model.to(args.teacher_device or args.device)
-    with args.main_process_first(desc="data"):
-        train_blocks, heldout, copies = load_blocks(
-            recipe.data, tokenizer, teacher_model, args, recipe.output_dir / "stages"
-        )
-    collator = _collator(tokenizer)
+    prepared = prepare(recipe)
+    teacher_model, tokenizer, train_blocks, heldout, copies, collator = prepared
     batches = []
     if recipe.model.calibrates:
         rows = min(-(-recipe.model.calibration_tokens // recipe.data.block_size), len(train_blocks))
@@ -59,22 +114,24 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
             batch = collator([train_blocks[row] for row in range(start, min(start + CALIBRATION_ROWS, rows))])
             batches.append({"input_ids": batch["input_ids"].to(teacher_model.device)})
     student = build_student(recipe.model, teacher_model, args.layer_map, batches).to(args.device)
+    tell(recipe, f"student: {type(student).__name__}, {student.num_parameters():,} parameters; measuring it untrained")
     teacher = make_teacher(teacher_model, args)
 
     check_data(recipe, train_blocks, heldout)
     before = _evaluate(recipe.data, args, student, teacher.model, tokenizer, heldout)
     histories = []
-    for stage in recipe.stages:
+    for number, stage in enumerate(recipe.stages, start=1):
         history = run_stage(
             stage,
             student,
             teacher,
+            (number, len(recipe.stages)),
             train_dataset=train_blocks,
             eval_dataset=_one_or_all(heldout),
-            data_collator=collator,
-            processing_class=tokenizer,
+            **prepared.trainer_options,
         )
         histories.append(history | {"tokens": history["examples"] * len(train_blocks[0]["input_ids"])})
+    tell(recipe, "measuring the trained student")
     report = {
         "teacher": recipe.model.teacher,
         "dataset": recipe.data.dataset,

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoTokenizer,
     BaseImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,7 +31,7 @@ def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     if name == "random-llama":
         return random_llama()
-    source = fetch_smollm2(CACHE) if name == "smollm2-demo" else name
+    source = teacher_source(name)
     config = AutoConfig.from_pretrained(source)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
@@ -41,6 +42,26 @@ def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     check_causal(model)
     return model, tokenizer
+
+
+def teacher_source(name: str) -> str | Path:
+    """Where transformers finds a teacher: the demo's is fetched first."""
+    return fetch_smollm2(CACHE) if name == "smollm2-demo" else name
+
+
+def load_any_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | BaseImageProcessor]:
+    """A language model with its tokenizer, or an image model with its processor: whichever the name is of."""
+    if name == "random-llama" or not reads_images(AutoConfig.from_pretrained(teacher_source(name))):
+        return load_teacher(name)
+    return load_image_teacher(name)
+
+
+def reads_images(config: PreTrainedConfig) -> bool:
+    """Whether a teacher of this config reads images, and not texts."""
+    heads = config.architectures or []
+    return any("ForImageClassification" in head for head in heads) or (
+        type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and hasattr(config, "patch_size")
+    )
 
 
 def load_image_teacher(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:

@@ -1,0 +1,291 @@
+"""A recipe out of a teacher and data alone: what `cab-hf distill` runs.
+
+A shipped recipe is the model. What belongs to its own teacher and data goes, steps follow the amount of data that is
+asked for, learning rates the teacher's width, and what this machine can't do is left out.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
+
+from cab_hf.files import shipped
+from cab_hf.hub.sources import check_source, local_name
+from cab_hf.recipes import default_of, load_recipe, without
+from cab_hf.teachers.demo import random_llama
+from cab_hf.teachers.loading import reads_images, teacher_source
+
+
+logger = logging.get_logger(__name__)
+
+TEXT, IMAGES = "text-generation", "image-classification"
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# What a recipe says of its own teacher and data.
+ITS_OWN = {
+    "data_dir",
+    "dataset",
+    "dataset_config",
+    "dataset_split",
+    "eval_dataset",
+    "holdout",
+    "image_column",
+    "label_column",
+    "license",
+    "measured_width",
+    "sample_prompt",
+    "teacher",
+    "teacher_recipe",
+    "test_split",
+    "text_column",
+}
+FIRST_SHARE = 0.3  # of the steps, for all stages but the last: as at 5M and 20M tokens and on CIFAR-10
+IMAGES_SEEN = {True: 192_000, False: 6_400}  # on a GPU as on CIFAR-10; on a CPU, minutes
+CPU_EVAL_TOKENS = 6_144
+LARGEST_FACTOR = 2.0  # of learning rates, for narrow teachers
+
+
+def parse_count(text: str) -> int:
+    """A number of tokens or images such as 20M, 1.5k or 300000.
+
+    Raises:
+        ValueError: it is none, or not positive.
+
+    Example:
+        >>> parse_count("1.5M")
+        1500000
+    """
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([kmb]?)", str(text).strip().lower().replace(",", "").replace("_", ""))
+    try:
+        count = round(float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[found[2]])
+    except (TypeError, ValueError):
+        count = 0
+    if count < 1:
+        raise ValueError(f"{text!r} is no number of tokens or images. Write one such as 300000, 500k or 20M.")
+    return count
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's file: a path, or the name of one that the package ships.
+
+    Raises:
+        FileNotFoundError: neither; the message lists the shipped ones.
+    """
+    folder = shipped("training_args")
+    for path in (Path(name), folder / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise FileNotFoundError(f"`--recipe` {name!r} is no file (seen from {Path.cwd()}), and none of {known}.")
+
+
+def read_teacher_config(teacher: str) -> PreTrainedConfig:
+    """The config of a teacher by Hub id, folder or built-in name.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    check_source("teacher", teacher, "model")
+    return (
+        random_llama()[0].config if teacher == "random-llama" else AutoConfig.from_pretrained(teacher_source(teacher))
+    )
+
+
+def task_of(config: PreTrainedConfig) -> str:
+    """What a teacher does, by its config: texts or images."""
+    return IMAGES if reads_images(config) else TEXT
+
+
+def data_options(task: str, sources: Sequence[str]) -> dict[str, Any]:
+    """Options that name the data of a run.
+
+    Args:
+        task: of the teacher.
+        sources: of `--data`; a folder of one folder of images a class is told by what is in it.
+
+    Raises:
+        ValueError: images for a language model, texts for an image model, or several sources of images.
+    """
+    folders = [source for source in sources if _holds_images(Path(source).expanduser())]
+    if task == TEXT:
+        if folders:
+            raise ValueError(
+                f"`--data` {folders[0]!r} holds images, but the teacher is a language model. Name texts, or an image "
+                "model as the teacher."
+            )
+        return {"dataset": list(sources)}
+    if len(sources) > 1:
+        raise ValueError(f"`--data` names {len(sources)} sources of images: {list(sources)}. Give one folder or id.")
+    (source,) = sources
+    if folders:
+        return {"dataset": ["imagefolder"], "data_dir": source}
+    path = Path(source).expanduser()
+    if source == "builtin" or path.is_file():
+        raise ValueError(
+            f"`--data` {source!r} is text, but the teacher reads images. Name a folder of one folder of images a "
+            "class, a saved data set, digits or a Hub id."
+        )
+    return {"dataset": [source]}
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether a folder, or one up to two below it, holds an image; a saved data set says for itself what it holds."""
+    if not folder.is_dir() or any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return False
+    levels = (folder.glob(pattern) for pattern in ("*", "*/*", "*/*/*"))
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for level in levels for path in level)
+
+
+def recipe_values(
+    teacher: str,
+    data: Sequence[str],
+    *,
+    recipe: str | None = None,
+    amount: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The values of a recipe for a teacher and data.
+
+    Learning rates are the recipe's, multiplied by the width that they were measured at over the teacher's: hidden
+    matrices that are `n` times as wide take an `n`-th of Adam's rate (muP, arXiv 2203.03466, table 3). Rates double
+    at most.
+
+    Args:
+        teacher: Hub id, folder or built-in name.
+        data: texts as `load_documents` takes them; or one source of images, as `load_images`, or a class folder.
+        recipe: file, or name of a shipped one. By default `lm_default` or `vision_default`; for texts on a CPU
+            `quickstart_lm`.
+        amount: tokens or images to train on in all, over all processes; the recipe's own number when None.
+        options: of a recipe, given by the user: they win over all that is worked out here.
+
+    Returns:
+        Values for [`~cab_hf.recipes.build_recipe`].
+
+    Raises:
+        FileNotFoundError: no such teacher or recipe.
+        ValueError: data or a recipe of the other kind, or an amount of less than a step.
+
+    Example:
+        >>> values = recipe_values("random-llama", ["builtin"], recipe="smoke", amount=1024)
+        >>> [stage["max_steps"] for stage in values["stages"]]
+        [2, 6]
+    """
+    options = dict(options or {})
+    config = read_teacher_config(teacher)
+    task = task_of(config)
+    on_gpu = torch.cuda.is_available() and not options.get("use_cpu", False)
+    name = recipe or ("vision_default" if task == IMAGES else "lm_default" if on_gpu else "quickstart_lm")
+    values = load_recipe(find_recipe(name))
+    if values.get("task", TEXT) != task:
+        raise ValueError(
+            f"`--recipe` {name} is for {values.get('task', TEXT)}, but the teacher {teacher!r} is one of {task}. "
+            "Leave it out, or name another."
+        )
+    measured = values.get("measured_width")
+    values = without(values, ITS_OWN)
+    values |= {"task": task, "teacher": teacher, **data_options(task, data)}
+    values.setdefault("output_dir", str(Path("outputs") / f"{Path(local_name(teacher)).name}-mamba"))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    _fit_machine(values, on_gpu, world)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if task == TEXT and longest and longest < values.get("block_size", default_of("block_size")):
+        values["block_size"] = longest
+    if "learning_rate" not in options:
+        _scale_rates(values, config.get_text_config().hidden_size, measured)
+    if amount is None and task == IMAGES:
+        amount = IMAGES_SEEN[on_gpu]
+    if amount is not None:
+        _scale_steps(values | options, values, amount, world)
+    if values.get("stages"):
+        values["stages"] = without({"stages": values["stages"]}, options.keys())["stages"]
+    return values | options
+
+
+def _fit_machine(values: dict[str, Any], on_gpu: bool, world: int) -> None:
+    """Leaves out what this machine can't do; several processes share the batch of one."""
+    if not on_gpu:
+        values |= {"use_cpu": True, "cuda_graph": False, "torch_compile": False, "dataloader_num_workers": 0}
+        values["eval_max_tokens"] = min(values.get("eval_max_tokens") or CPU_EVAL_TOKENS, CPU_EVAL_TOKENS)
+    if world > 1:
+        values |= {"cuda_graph": False, "torch_compile": False}  # a graph is of one process
+        batch = values.get("per_device_train_batch_size", default_of("per_device_train_batch_size"))
+        values["per_device_train_batch_size"] = max(1, batch // world)
+
+
+def _scale_rates(values: dict[str, Any], width: int, measured: int | None) -> None:
+    if measured is None or width == measured:
+        return
+    factor = min(measured / width, LARGEST_FACTOR)
+    logger.warning(
+        f"The recipe's learning rates were measured under a teacher of width {measured}. This one is {width} wide, "
+        f"where nothing was measured: they are multiplied by {factor:.3g}. --learning_rate sets one by hand."
+    )
+    for run in (values, *values.get("stages", ())):
+        if "learning_rate" in run:
+            run["learning_rate"] = float(f"{float(run['learning_rate']) * factor:.3g}")
+
+
+def _scale_steps(given: Mapping[str, Any], values: dict[str, Any], amount: int, world: int) -> None:
+    """Steps for an amount of tokens or images. Stages before the last keep their own, up to `FIRST_SHARE` of all.
+
+    The teacher's own text, written first, and warm-ups shrink along.
+    """
+    is_text = values["task"] == TEXT
+    unit = world * given.get("per_device_train_batch_size", default_of("per_device_train_batch_size"))
+    unit *= given.get("gradient_accumulation_steps", 1) * (
+        given.get("block_size", default_of("block_size")) if is_text else 1
+    )
+    steps = amount // unit
+    stages = values.get("stages") or [values]
+    if steps < len(stages):
+        what, option = ("tokens", "--tokens") if is_text else ("images", "--images")
+        raise ValueError(
+            f"`{option}` is {amount:,}, but a step reads {unit:,} {what}, and there are {len(stages)} stages. Give at "
+            f"least {unit * len(stages):,}, or a smaller --per_device_train_batch_size."
+        )
+    own = [stage.get("max_steps") for stage in stages]
+    left = steps
+    for stage, planned in zip(stages[:-1], own):
+        share = max(1, int(FIRST_SHARE * steps / (len(stages) - 1)))
+        stage["max_steps"] = share if planned is None else min(planned, share)
+        left -= stage["max_steps"]
+    stages[-1]["max_steps"] = left
+    total = sum(own) if None not in own else None
+    for stage in stages:
+        warmup = stage.get("warmup_steps", values.get("warmup_steps"))
+        if warmup and warmup > 0.1 * stage["max_steps"]:
+            stage["warmup_steps"] = int(0.1 * stage["max_steps"])
+    if total is not None and steps < total:
+        block = given.get("block_size", default_of("block_size"))
+        for option in ("teacher_tokens", "teacher_continuation_tokens"):
+            written = int(values.get(option, 0) * steps / total)
+            values[option] = written if written >= block else 0
+
+
+def launch(gpus: int, arguments: Sequence[str]) -> int:
+    """Runs `cab-hf distill` again as one process a GPU, by accelerate, and says the line that does the same.
+
+    Args:
+        gpus: number of processes.
+        arguments: of `cab-hf distill`, without `--gpus`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError: this machine has fewer GPUs.
+    """
+    found = torch.cuda.device_count()
+    if gpus > found:
+        raise ValueError(f"`--gpus` is {gpus}, but this machine has {found}. Give at most {found or 'none'}.")
+    line = ["--num_processes", str(gpus), "-m", "cab_hf.cli", "distill", *arguments]
+    print(shlex.join(["accelerate", "launch", *line]), flush=True)
+    plain = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return subprocess.call([sys.executable, "-m", "accelerate.commands.launch", *plain, *line])

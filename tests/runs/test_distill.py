@@ -1,0 +1,172 @@
+"""`cab-hf distill`: a teacher and data become a recipe, and the recipe a student that loads."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from commands import error_of
+from PIL import Image
+from tiny_distillation import tiny_teacher
+from tiny_images import SIZE, tiny_image_teacher
+from transformers import AutoModelForCausalLM, ViTImageProcessor
+
+from cab_hf.cli import main
+from cab_hf.runs.distill import data_options, parse_count, recipe_values, task_of
+from cab_hf.teachers.demo import random_llama
+
+
+QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--block_size", "64", "--eval_max_tokens", "512"]
+QUICK += ["--student_config", "{head_dim: 8, state_size: 8}", "--verify_reload", "false", "--sample_tokens", "4"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in, and a text of its own."""
+    monkeypatch.chdir(tmp_path)
+    words = " ".join(f"{number} times {number} is {number * number}." for number in range(400))
+    (tmp_path / "notes.txt").write_text(words)
+    return tmp_path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    generator = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (folder / label).mkdir(parents=True)
+        for index in range(10):
+            pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{index}.png")
+    return folder
+
+
+def test_one_text_file_becomes_a_student_and_goes_on(here, capsys):
+    command = ["distill", "random-llama", "--data", "notes.txt", "--tokens", "1k", *QUICK]
+    main(command)
+    printed = capsys.readouterr().out
+    folder = here / "outputs/random-llama-mamba"
+    assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == "CABMambaForCausalLM"
+    # each stage is told before it begins, and at the end what to type next
+    assert "stage 1 of 1: train (soft KL, attention bridge), 7 steps" in printed
+    assert f"cab-hf chat {Path('outputs/random-llama-mamba')}" in printed and "perplexity" in printed
+    values = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert values["dataset"] == ["notes.txt"] and "license" not in values and "holdout" not in values
+    main(command)
+    assert "already holds this run's result" in capsys.readouterr().out
+
+
+def test_a_folder_of_class_images_becomes_a_student(here, pictures, capsys):
+    tiny_image_teacher(id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1}).save_pretrained("vit")
+    ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained("vit")
+    options = ["--per_device_train_batch_size", "4", "--use_cpu", "true", "--disable_tqdm", "true"]
+    main(["distill", "vit", "--data", str(pictures), "--images", "40", *options, "--rand_augment_num", "0"])
+    printed = capsys.readouterr().out
+    assert "stage 1 of 2: outputs (mixer outputs), 3 steps" in printed
+    assert "stage 2 of 2: kl (soft KL), 7 steps" in printed
+    assert (here / "outputs/vit-mamba/model.safetensors").is_file()
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(here, capsys):
+    main(["distill", "random-llama", "--data", "notes.txt", "--tokens", "1k", "--dry_run", *QUICK])
+    printed = capsys.readouterr().out
+    for text in ("LlamaForCausalLM, 4 layers of width 32", "mamba2 mixers, state 8", "7 steps, 896 tokens", "GiB"):
+        assert text in printed
+    assert [path.name for path in here.iterdir()] == ["notes.txt"]
+
+
+def test_stages_share_the_steps_as_they_were_measured():
+    """5M, 20M and 60M tokens of rows of 1,024 in batches of 16, as in benchmarks/quality/smollm2_long."""
+    for tokens, outputs, kl in ((5_000_000, 91, 214), (20_000_000, 366, 854), (60_000_000, 366, 3296)):
+        values = {"per_device_train_batch_size": 16, "block_size": 1024}
+        made = recipe_values("random-llama", ["builtin"], recipe="lm_default", amount=tokens, options=values)
+        assert [stage["max_steps"] for stage in made["stages"]] == [outputs, kl]
+    assert made["teacher_tokens"] == 4_000_000
+    smaller = recipe_values("random-llama", ["builtin"], recipe="lm_default", amount=15_000_000, options=values)
+    assert smaller["teacher_tokens"] == pytest.approx(1_000_000, rel=1e-2)
+
+
+@pytest.mark.parametrize("width, factor", [(1152, 0.5), (576, 1.0), (384, 1.5), (32, 2.0)])
+def test_learning_rates_follow_the_width(here, width, factor):
+    config = random_llama()[0].config
+    config.hidden_size = width
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained("llama")
+    made = recipe_values("llama", ["builtin"], recipe="lm_default")
+    assert made["stages"][1]["learning_rate"] == pytest.approx(1.2e-3 * factor)
+    by_hand = recipe_values("llama", ["builtin"], recipe="lm_default", options={"learning_rate": 1e-4})
+    assert by_hand["learning_rate"] == 1e-4 and "learning_rate" not in by_hand["stages"][1]
+
+
+def test_several_processes_share_the_batch_of_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    made = recipe_values("random-llama", ["builtin"], recipe="lm_default", amount=20_000_000)
+    assert made["per_device_train_batch_size"] == 4 and made["cuda_graph"] is False
+    assert sum(stage["max_steps"] for stage in made["stages"]) == 1220
+
+
+@pytest.mark.parametrize("text, count", [("20M", 20_000_000), ("1.5k", 1500), ("3e6", 3_000_000), ("1,000", 1000)])
+def test_counts(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "M", "-5", "ten", "0", "1.2.3", "5T"])
+def test_what_is_no_count(text):
+    with pytest.raises(ValueError, match="is no number of tokens or images"):
+        parse_count(text)
+
+
+def test_texts_and_images_are_told_apart(here, pictures):
+    assert task_of(random_llama()[0].config) == "text-generation"
+    assert task_of(tiny_image_teacher().config) == "image-classification"
+    assert data_options("image-classification", [str(pictures)])["data_dir"] == str(pictures)
+    assert data_options("text-generation", ["notes.txt", "builtin"]) == {"dataset": ["notes.txt", "builtin"]}
+
+
+def test_errors_are_one_line(here, pictures, capsys):
+    tiny_teacher().save_pretrained("llama")
+    teacher = ("distill", "random-llama", "--data")
+    assert "holds images, but the teacher is a language model" in error_of(capsys, *teacher, pictures)
+    assert "none of cifar10_dinov2_small" in error_of(capsys, *teacher, "notes.txt", "--recipe", "lm_best")
+    assert "'--recipe' vision_default is for image" in error_of(
+        capsys, *teacher, "notes.txt", "--recipe", "vision_default"
+    ).replace("`", "'")
+    assert "'ten' is no number" in error_of(capsys, *teacher, "notes.txt", "--tokens", "ten")
+    assert "a step reads" in error_of(capsys, *teacher, "notes.txt", "--tokens", 3)
+    assert "Did you mean 'kl_weight'" in error_of(capsys, *teacher, "notes.txt", "--kl_wieght", 1)
+    assert "no file and no folder" in error_of(capsys, "distill", "./nothing", "--data", "notes.txt")
+    assert "the following arguments are required: --data" in error_of(capsys, "distill", "random-llama")
+    if torch.cuda.device_count() < 64:
+        assert "`--gpus` is 64, but this machine has" in error_of(capsys, *teacher, "notes.txt", "--gpus", 64)
+    assert "Unknown options: --tokenz" in error_of(capsys, "card", "outputs", "--tokenz", 3)
+
+
+def test_help_is_one_screen_and_help_all_the_rest(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["distill", "--help"])
+    short = capsys.readouterr().out
+    assert ended.value.code == 0 and len(short.splitlines()) <= 45 and "--tokens" in short
+    main(["distill", "--help-all"])
+    assert "--bridge_weight" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("line", ["-m cab_hf.cli distill random-llama --data notes.txt --tokens 1k", "train_cab.py"])
+def test_accelerate_starts_it_from_a_wheel_and_from_a_clone(here, line):
+    root = Path(__file__).parents[2]
+    if line == "train_cab.py":
+        script = [str(root / line), str(root / "training_args/smoke.yaml"), "--output_dir", "student"]
+    else:
+        script = [*line.split(), "--output_dir", "student", *QUICK]
+    options = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--dynamo_backend", "no", *script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert AutoModelForCausalLM.from_pretrained(here / "student").num_parameters() > 0
+    assert done.stdout.count("stage 1 of") == 1
