@@ -1,5 +1,6 @@
 """The student that a run starts from."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,7 +58,10 @@ def build_student(
         else:
             given["vocab_size"] = teacher.config.get_text_config().vocab_size
         check_fields(config_class, config)
-        return student_class(config_class(**given | config))
+        student = student_class(config_class(**given | config))
+        if not model.reads_images:
+            student.generation_config = copy.deepcopy(teacher.generation_config)  # where an answer ends
+        return student
     if labels is not None:
         config["num_labels"] = len(labels["id2label"])
     rule = parse_layer_map(layer_map)
