@@ -56,7 +56,9 @@ def build_student(
             config_class, student_class = CABVisionMambaConfig, CABVisionMambaForImageClassification
             given |= labels
         else:
-            given["vocab_size"] = teacher.config.get_text_config().vocab_size
+            text = teacher.config.get_text_config()
+            names = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+            given |= {name: getattr(text, name, None) for name in names}
         check_fields(config_class, config)
         student = student_class(config_class(**given | config))
         if not model.reads_images:
