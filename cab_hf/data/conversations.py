@@ -142,8 +142,9 @@ def encode_conversation(text: str, tokenizer: PreTrainedTokenizerBase, finds_ans
     """The tokens of a conversation, and which of them the assistant wrote.
 
     A template's `{% generation %}` marks say so. Without them each answer is what its turn adds to the conversation
-    before it with the template's prompt for an answer; white space after the token that ends the turn is not part of
-    it. Of a row with `prompt` and `completion` only the completion's answers count.
+    before it with the template's prompt for an answer. White space after the token that ends the turn is not part of
+    it, nor is a token that the prompt has a part of. Of a row with `prompt` and `completion` only the completion's
+    answers count.
 
     Args:
         text: as [`read_conversation`] gives it.
@@ -159,33 +160,36 @@ def encode_conversation(text: str, tokenizer: PreTrainedTokenizerBase, finds_ans
         return _encode_pair(conversation, tokenizer, finds_answers)
     check_template(tokenizer)
     messages, tools, first = conversation["messages"], conversation.get("tools"), conversation["first"]
-    tokens = functools.partial(_tokens, tokenizer=tokenizer, tools=tools)
     if not finds_answers:
-        ids = tokens(messages)
+        ids = list(render(messages, tokenizer, tools, return_dict=True)["input_ids"])
         return Encoded(ids, [True] * len(ids))
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"loss_on='assistant' needs a fast tokenizer, which {type(tokenizer).__name__} is not. Use loss_on='all'."
+        )
+    written_by = functools.partial(_text, tokenizer=tokenizer, tools=tools)
+    whole = written_by(messages)
+    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, places = list(found["input_ids"]), found["offset_mapping"]
     if _MARKS.search(tokenizer.get_chat_template(tools=tools)):
-        if not tokenizer.is_fast:
-            raise ValueError("loss_on='assistant' needs a fast tokenizer for a template with {% generation %} marks.")
-        found = render(messages, tokenizer, tools, return_dict=True, return_assistant_tokens_mask=True)
-        ids, written = list(found["input_ids"]), [bool(one) for one in found["assistant_masks"]]
-        if first:
-            start = len(_beginning(ids, tokens(messages[:first], add_generation_prompt=True), messages))
-            written[:start] = [False] * start
-    else:
-        ids = tokens(messages)
-        written = [False] * len(ids)
-        for place in range(first, len(messages)):
-            if messages[place]["role"] != "assistant":
-                continue
-            if place == 0:
-                raise ValueError(f"{_named(messages)} starts with an answer, for which there is no prompt. {_OUT}")
-            start = len(_beginning(ids, tokens(messages[:place], add_generation_prompt=True), messages))
-            turn = _beginning(ids, tokens(messages[: place + 1]), messages)
-            if len(turn) <= start:
-                raise ValueError(f"The chat template adds no token for an answer in {_named(messages)}. {_OUT}")
-            end = start + _end_of_turn(turn[start:], tokenizer)
-            written[start:end] = [True] * (end - start)
-    return Encoded(ids, written)
+        marked = render(messages, tokenizer, tools, return_dict=True, return_assistant_tokens_mask=True)
+        start = len(_beginning(whole, written_by(messages[:first], add_generation_prompt=True), messages))
+        return Encoded(ids, [bool(one) and at >= start for one, (at, _) in zip(marked["assistant_masks"], places)])
+    learnt = [False] * len(ids)
+    for index in range(first, len(messages)):
+        if messages[index]["role"] != "assistant":
+            continue
+        if index == 0:
+            raise ValueError(f"{_named(messages)} starts with an answer, for which there is no prompt. {_OUT}")
+        before = _beginning(whole, written_by(messages[:index], add_generation_prompt=True), messages)
+        after = _beginning(whole, written_by(messages[: index + 1]), messages)
+        # A token that the prompt has a part of is not the answer's.
+        answer = [token for token, (at, end) in enumerate(places) if len(before) <= at and end <= len(after)]
+        if not answer:
+            raise ValueError(f"The chat template adds no token for an answer in {_named(messages)}. {_OUT}")
+        for token in answer[: _end_of_turn([ids[token] for token in answer], tokenizer)]:
+            learnt[token] = True
+    return Encoded(ids, learnt)
 
 
 _OUT = "Use loss_on='all', or a chat template with {% generation %} marks around the assistant's text."
@@ -207,14 +211,14 @@ def _encode_pair(pair: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, fi
     return Encoded(added + ids, learnt)
 
 
-def _tokens(
+def _text(
     messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, tools: Any, **options: bool
-) -> list[int]:
-    return list(render(messages, tokenizer, tools, return_dict=True, **options)["input_ids"])
+) -> str:
+    return render(messages, tokenizer, tools, tokenize=False, **options) if messages else ""
 
 
-def _beginning(ids: list[int], part: list[int], messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    if ids[: len(part)] != part:
+def _beginning(whole: str, part: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    if not whole.startswith(part):
         raise ValueError(
             f"The chat template writes {_named(messages)} otherwise when it goes on, so its answers can't be told "
             f"apart. {_OUT}"

@@ -81,10 +81,11 @@ def load_documents(
         ValueError: A missing column or split, sources that do not fit together, or a row that is no conversation.
 
     Example:
-        >>> from datasets import Dataset
-        >>> Dataset.from_dict({"prompt": ["2 + 2 ="], "completion": [" 4"]}).to_json("sums.jsonl")  # doctest: +SKIP
-        >>> load_documents("sums.jsonl").column_names  # doctest: +SKIP
-        ['conversation']
+        >>> from tempfile import mkdtemp
+        >>> file = Path(mkdtemp()) / "sums.jsonl"
+        >>> _ = file.write_text('{"prompt": "2 + 2 =", "completion": " 4"}')
+        >>> load_documents(file, cache_dir=file.parent)["conversation"][0]
+        '{"prompt": "2 + 2 =", "completion": " 4"}'
     """
     try:
         codecs.lookup(encoding)
@@ -368,7 +369,9 @@ def _pick_split(loaded: Dataset | Mapping[str, Dataset], split: str | None, sour
 
 def _standardise(documents: Dataset, source: str, text_column: str | None, name_column: str | None) -> Dataset:
     columns = documents.column_names
-    is_list = text_column in columns and isinstance(documents.features[text_column], datasets.List | list)
+    is_list = text_column in columns and isinstance(
+        documents.features[text_column], datasets.List | datasets.LargeList
+    )
     if is_list or text_column is None and has_conversations(columns):
         return _conversations(documents, source, text_column or MESSAGES, name_column)
     text_column = text_column or "text"

@@ -200,6 +200,12 @@ class TestTokens:
         assert learnt(plain, tokenizer) == [" 4"]
         assert tokenizer.decode(encode_conversation(plain, tokenizer).input_ids) == "2 + 2 = 4"
 
+    def test_a_token_across_the_border_is_not_learnt(self):
+        tokenizer = chat_tokenizer()
+        tokenizer.add_tokens(["\n\n"])
+        chat = [CHATS[1][0], {"role": "assistant", "content": "\nOne"}]
+        assert learnt(read_conversation({"messages": chat}), tokenizer) == ["One<|end|>"]
+
     def test_tools_go_to_the_template(self):
         tokenizer = chat_tokenizer("{% for t in tools or [] %}{{ t.name }};{% endfor %}" + CHATML)
         ids = encode_conversation(read_conversation({"messages": CHAT, "tools": [{"name": "add"}]}), tokenizer)[0]
