@@ -307,6 +307,28 @@ def _sample(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {count:,} tokens in {len(documents):,} documents.")
 
 
+def _chat_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="a saved student or another causal model, its Hub id, or smollm2-demo"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system's message (default: none)")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most (default: 512)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, help="0: the most likely token each time (default: 0.7)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the model (default: bfloat16 on a GPU, else float32)"
+    )
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from cab_hf.runs.chat import chat
+
+    chat(**{name: value for name, value in vars(arguments).items() if name != "command"})
+
+
 def _card_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="output folder of a finished recipe")
     parser.add_argument("--license", help="licence of the student (default: the recipe's, or else the teacher's)")
@@ -327,6 +349,7 @@ COMMANDS = {
         takes_recipe_options=True,
     ),
     "evaluate": Command("measure a student beside its teacher: quality, recall, speed", _evaluate_options, _evaluate),
+    "chat": Command("talk with a student, or with its teacher", _chat_options, _chat),
     "card": Command("write the model card of a finished run again", _card_options, _card),
     "export": Command("write a student as a model that runs without cab_hf's code", _export_options, _export),
     "check": Command("compare an export with its student in every runtime", _check_options, _check),

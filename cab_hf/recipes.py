@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from cab_hf.data.augmentation import AugmentationArguments
+from cab_hf.data.packing import LossOn
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 
 
@@ -141,7 +142,17 @@ class DataArguments:
         default=None, metadata={"help": "Configuration of a Hub dataset, such as wikitext-2-raw-v1."}
     )
     dataset_split: str | None = field(default=None, metadata={"help": "Split of a dataset; 'train' if not given."})
-    text_column: str | None = field(default=None, metadata={"help": "Column that holds the text."})
+    text_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column that holds the text, or lists of messages; if not given 'text', or else 'messages', or "
+            "'prompt' and 'completion'."
+        },
+    )
+    loss_on: LossOn = field(
+        default="all",
+        metadata={"help": "Tokens of conversations to learn: 'all', or those of the 'assistant' alone."},
+    )
     encoding: str = field(
         default="utf-8", metadata={"help": "Encoding of text files without a byte order mark, such as latin-1."}
     )

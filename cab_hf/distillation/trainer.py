@@ -132,8 +132,7 @@ class DistillationTrainer(EvaluatedTrainer):
         self._parts_logged_at = 0
         self._constant_weights = {}
         self._graphed_step = None
-        # Labels that are all ignored leave the cross-entropy alone with nothing to learn.
-        self._looks_at_labels = args.used_losses == ["ce"]
+        self._looks_at_labels = True
         self.train_sampler = train_sampler
         super().__init__(student, teacher, args, batch_transform, **trainer_kwargs)
         if args.ema_decay is not None:
@@ -226,11 +225,13 @@ class DistillationTrainer(EvaluatedTrainer):
             counts = self.accelerator.reduce(counts, "sum")
         if self._looks_at_labels and batch_samples:
             self._looks_at_labels = False  # at the first step alone: the host waits for the device here
-            if "labels" in batch_samples[0] and int(counts[1]) == 0:
+            of_labels = {"ce"} if self._reads_images else {"ce", "kl"}
+            used = {name: self.args.courses[name].weight for name in self.args.used_losses}
+            if used.keys() <= of_labels and "labels" in batch_samples[0] and int(counts[1]) == 0:
+                given = " and ".join(f"`{name}_weight` is {weight}" for name, weight in used.items())
                 logger.warning(
-                    f"`ce_weight` is {self.args.ce_weight} and every other loss 0.0, but the first step's labels are "
-                    f"all {IGNORE_INDEX}: nothing is learnt from them. Check the dataset's `labels`, or give a loss "
-                    "that needs none, such as `kl_weight`."
+                    f"{given} and every other loss 0.0, but the first step's labels are all {IGNORE_INDEX}: nothing "
+                    "is learnt from them. Check the dataset's `labels`, or leave them out and learn by `kl_weight`."
                 )
         return counts
 

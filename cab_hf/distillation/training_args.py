@@ -42,7 +42,9 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two entries of the log."})
 
-    kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(teacher || student) on the logits."})
+    kl_weight: float = field(
+        default=1.0, metadata={"help": "Weight of KL(teacher || student) on the logits, where labels are not -100."}
+    )
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."})
     bridge_weight: float = field(default=1.0, metadata={"help": "Weight of the attention bridge: B to K, C to Q."})
     output_weight: float = field(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from cab_hf.data.documents import load_documents
 from cab_hf.data.image_sources import load_images, pick_test_split
 from cab_hf.data.images import ImageDataset, normalisation
-from cab_hf.data.packing import encode
+from cab_hf.data.packing import tokens_of
 from cab_hf.export.loading import load_image_processor, load_tokenizer, read_student
 from cab_hf.models.mixers import StateSpaceBranch
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
@@ -339,9 +339,9 @@ def _text_batch(
     check_vocabularies(student.config.vocab_size, size, own, tokenizer if own else None)
     rows: list[list[int]] = []
     for document in load_documents(data):
-        ids = document["input_ids"] if "input_ids" in document else encode([document["text"]], tokenizer)[0]
+        ids = tokens_of(document, tokenizer)
         if len(ids) >= tokens:
-            rows.append(list(ids[:tokens]))
+            rows.append(ids[:tokens])
         if len(rows) == examples:
             break
     if not rows:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cab_hf.data.documents import load_documents
+from cab_hf.data.packing import tokens_of
 from cab_hf.export.loading import load_tokenizer
 from cab_hf.inference import generating
 
@@ -72,9 +73,9 @@ def probe_of(
         return make_probe(student, rows, new_tokens)
     rows = []
     for document in load_documents(data):
-        ids = document["input_ids"] if "input_ids" in document else tokenizer(document["text"])["input_ids"]
+        ids = tokens_of(document, tokenizer)
         if len(ids) >= length:
-            rows.append(list(ids[:length]))
+            rows.append(ids[:length])
         if len(rows) == PROMPTS:
             return make_probe(student, rows, new_tokens)
     raise ValueError(f"Of the texts in {data!r} {len(rows)} have {length} tokens; {PROMPTS} are needed. Give others.")

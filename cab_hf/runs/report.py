@@ -45,6 +45,7 @@ from cab_hf.recipes import (
     read_recipe,
 )
 from cab_hf.runs.card import check_finite
+from cab_hf.runs.text import loss_of
 from cab_hf.teachers.loading import load_image_teacher, load_teacher
 from cab_hf.teachers.teacher import Teacher, check_vocabularies
 
@@ -234,7 +235,11 @@ def _load_text(
         print(f"The student was trained on all of {source}: what is measured there is no held-out text.")
         origin = origin | {"copies": len(documents)}
     blocks = pack_documents(
-        documents, tokenizer, block_size or settings.block_size, isolate_documents=settings.isolate_documents
+        documents,
+        tokenizer,
+        block_size or settings.block_size,
+        isolate_documents=settings.isolate_documents,
+        loss_on=loss_of(settings, documents),
     )
     return name or default, blocks, origin
 

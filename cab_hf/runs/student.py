@@ -1,5 +1,6 @@
 """The student that a run starts from."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,9 +56,14 @@ def build_student(
             config_class, student_class = CABVisionMambaConfig, CABVisionMambaForImageClassification
             given |= labels
         else:
-            given["vocab_size"] = teacher.config.get_text_config().vocab_size
+            text = teacher.config.get_text_config()
+            names = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+            given |= {name: getattr(text, name, None) for name in names}
         check_fields(config_class, config)
-        return student_class(config_class(**given | config))
+        student = student_class(config_class(**given | config))
+        if not model.reads_images:
+            student.generation_config = copy.deepcopy(teacher.generation_config)  # where an answer ends
+        return student
     if labels is not None:
         config["num_labels"] = len(labels["id2label"])
     fits = model.calibration == "fit" and model.copy_attention and model.copy_weights

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from cab_hf.data.documents import load_documents, split_documents, tell_copies
-from cab_hf.data.packing import LanguageCollator, pack_documents, save_tokens
+from cab_hf.data.packing import LanguageCollator, LossOn, pack_documents, save_tokens
 from cab_hf.data.repeats import insert_repeats
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.distillation.training_args import DistillationTrainingArguments
@@ -272,6 +272,11 @@ def load_blocks(
         folder: where the teacher's text is kept.
     """
     _check_teacher_text(data, teacher)
+    if data.repeat_fraction and data.loss_on != "all":
+        raise ValueError(
+            f"`repeat_fraction` is {data.repeat_fraction}, but `loss_on` is {data.loss_on!r}: spans that come again "
+            "are nobody's answers. Set `repeat_fraction: 0`, or `loss_on: all`."
+        )
 
     def load(sources: list[str]) -> Dataset:
         return load_documents(
@@ -282,9 +287,14 @@ def load_blocks(
             encoding=data.encoding,
         )
 
-    def pack(documents: Dataset) -> Dataset:
+    def pack(documents: Dataset, loss_on: LossOn) -> Dataset:
         return pack_documents(
-            documents, tokenizer, data.block_size, isolate_documents=data.isolate_documents, num_proc=data.num_proc
+            documents,
+            tokenizer,
+            data.block_size,
+            isolate_documents=data.isolate_documents,
+            loss_on=loss_on,
+            num_proc=data.num_proc,
         )
 
     training = load(data.dataset)
@@ -294,17 +304,22 @@ def load_blocks(
         training, kept = split_documents(training, data.holdout, seed=args.seed)
         texts = {f"held-out part of {', '.join(map(public_name, data.dataset))}": kept}
     copies = {name: tell_copies(training, text, name) for name, text in texts.items()}
-    heldout = {name: pack(text) for name, text in texts.items()}
-    blocks = pack(training)
+    heldout = {name: pack(text, loss_of(data, text)) for name, text in texts.items()}
+    blocks = pack(training, data.loss_on)
     for option, prompts in (("teacher_tokens", None), ("teacher_continuation_tokens", training)):
         if getattr(data, option):
             written = _teacher_text(data, teacher, tokenizer, option, prompts, args, folder)
-            blocks = concatenate_datasets([blocks, pack(load_documents(written))])
+            blocks = concatenate_datasets([blocks, pack(load_documents(written), "all")])
     if data.block_size > (num_positions(teacher) or data.block_size):
         for row in blocks.with_format("torch"):
             check_positions(teacher, {name: value[None] for name, value in row.items()})
     blocks = insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed)
     return blocks, heldout, copies
+
+
+def loss_of(data: DataArguments, documents: Dataset) -> LossOn:
+    """On which tokens an evaluated text is measured: of plain text on all."""
+    return data.loss_on if "conversation" in documents.column_names else "all"
 
 
 def _teacher_text(

@@ -111,7 +111,7 @@ def naive_losses(
             tokens[None], use_cache=False, output_projections=True, output_hidden_states=True, output_attentions=True
         )
         logits = student.lm_head(ours.last_hidden_state)[0]
-        log_p, log_q = ((one / temperature).log_softmax(-1) for one in (theirs.logits, logits))
+        log_p, log_q = ((one[:-1] / temperature).log_softmax(-1) for one in (theirs.logits, logits))
         sums["kl"] = sums["kl"] + (log_p.exp() * (log_p - log_q)).sum() * temperature**2
         sums["ce"] = sums["ce"] + F.cross_entropy(logits[:-1], tokens[1:], reduction="sum")
         for layer, index in enumerate(LAYER_MAP):
@@ -137,7 +137,7 @@ def naive_losses(
             distance = ((ours.attentions[layer][0] - theirs.maps[index]) ** 2).sum(-1).mean(0).sum()
             sums["attention"] = sums["attention"] + distance / len(LAYER_MAP)
         count, count_labels = count + len(tokens), count_labels + len(tokens) - 1
-    return {name: total / max(count_labels if name == "ce" else count, 1) for name, total in sums.items()}
+    return {name: total / max(count_labels if name in ("kl", "ce") else count, 1) for name, total in sums.items()}
 
 
 def hidden_target(student: CABMambaForCausalLM, theirs: NaiveTeacher, layer: int) -> Tensor:
@@ -500,12 +500,12 @@ def test_evaluation_is_a_plain_recomputation(tmp_path):
             )
             ours += F.cross_entropy(student_logits[:-1], tokens[1:], reduction="sum")
             theirs += F.cross_entropy(teacher_logits[:-1], tokens[1:], reduction="sum")
-            agreeing += (student_logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
+            agreeing += (student_logits.argmax(-1) == teacher_logits.argmax(-1))[:-1].sum()
             labels, count = labels + len(tokens) - 1, count + len(tokens)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(ours / labels), rel=1e-5)
     assert metrics["eval_teacher_perplexity"] == pytest.approx(math.exp(theirs / labels), rel=1e-5)
-    assert 0.1 < agreeing / count < 0.9
-    assert metrics["eval_agreement"] == pytest.approx(float(agreeing / count))
+    assert 0.1 < agreeing / labels < 0.9
+    assert metrics["eval_agreement"] == pytest.approx(float(agreeing / labels))
     assert metrics["eval_tokens"] == count
     for name, value in numbers(parts).items():
         assert metrics[f"eval_{name}"] == pytest.approx(value, rel=2e-4), name
