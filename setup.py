@@ -21,6 +21,8 @@ EXTRAS = {
     "docs": (HERE / "docs/requirements.txt").read_text().split(),
     "test": [
         "pytest>=8",
+        "setuptools>=77",
+        "trl>=1.0",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.7",
         "hypothesis>=6",

@@ -6,6 +6,7 @@ A subcommand is two functions: one adds its options to a parser, the other runs 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from cab_hf.hub.sources import check_source
@@ -248,12 +249,15 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from cab_hf.recipes import RECIPE_NAME
     from cab_hf.runs.report import EVALUATION_NAME, describe, evaluate
 
     options = {name: value for name, value in vars(arguments).items() if name != "command"}
     report = evaluate(**options)
     print(describe(report))
     print(f"\n  in {arguments.output or arguments.folder}: {', '.join([EVALUATION_NAME, *report['plots']])}")
+    if arguments.output is None and (Path(arguments.folder) / RECIPE_NAME).is_file():
+        print(f"  its card shows this after: cab-hf card {arguments.folder} --overwrite")
 
 
 def _sample_options(parser: argparse.ArgumentParser) -> None:

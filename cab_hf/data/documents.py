@@ -112,6 +112,22 @@ def load_documents(
     return datasets.concatenate_datasets([part.select_columns(shared) for part in parts])
 
 
+def as_documents(rows: Dataset | Sequence[str | Mapping[str, Any]]) -> Dataset:
+    """Rows that are at hand as documents: texts, rows of `text`, or conversations as `messages` or `prompt` and
+    `completion`. A data set of other columns, tokenised ones among them, is returned as it is.
+
+    Example:
+        >>> as_documents(["One text.", "Another."]).column_names
+        ['text']
+    """
+    if not isinstance(rows, Dataset):
+        rows = Dataset.from_list([{"text": row} if isinstance(row, str) else dict(row) for row in rows])
+    columns = rows.column_names
+    if {"input_ids", "conversation"} & set(columns) or not ("text" in columns or has_conversations(columns)):
+        return rows
+    return _standardise(rows, "the given rows", None, None)
+
+
 def split_documents(documents: Dataset, holdout: float | int | str, *, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Splits off held-out documents, always whole ones: no text is ever on both sides.
 

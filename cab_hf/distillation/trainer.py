@@ -19,6 +19,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
+from cab_hf.data.documents import as_documents
 from cab_hf.data.packing import IGNORE_INDEX, Documents, LanguageCollator, pack_documents
 from cab_hf.distillation.checkpoints import (
     check_written_by,
@@ -68,8 +69,9 @@ class DistillationTrainer(EvaluatedTrainer):
         args: weights, layer map and the rest of a run; by default those of [`DistillationTrainingArguments`], in the
             folder "trainer_output".
         trainer_kwargs: of [`~transformers.Trainer`], such as `train_dataset`, `eval_dataset`, `data_collator`,
-            `processing_class`, `callbacks`. A data set may also be a list of dicts. Rows of `text` are packed into
-            blocks of 512 tokens ([`~cab_hf.data.pack_documents`]: other lengths, documents kept apart).
+            `processing_class`, `callbacks`. A data set may also be a list, of texts or dicts. Texts and conversations
+            are packed into blocks of 512 tokens ([`~cab_hf.data.pack_documents`]: other lengths, documents kept
+            apart).
         batch_transform: takes each batch, on its device, and whether it is trained on: augmentation, for instance
             [`~cab_hf.data.augmentation.ImageAugmentation`]. `teacher_pixel_values` beside `pixel_values` show the
             teacher the same images at its own size.
@@ -87,7 +89,8 @@ class DistillationTrainer(EvaluatedTrainer):
         >>> student = student_from_teacher("random-llama", data=texts)
         >>> args = DistillationTrainingArguments(max_steps=2, use_cpu=True, disable_tqdm=True, save_strategy="no")
         >>> trainer = DistillationTrainer(student, "random-llama", args, train_dataset=texts)
-        >>> trainer.train().global_step
+        >>> trainer.train().global_step  # doctest: +ELLIPSIS
+        {...}
         2
     """
 
@@ -103,7 +106,7 @@ class DistillationTrainer(EvaluatedTrainer):
         train_sampler: Sampler | None = None,
         **trainer_kwargs,
     ):
-        args = DistillationTrainingArguments("trainer_output") if args is None else args
+        args = DistillationTrainingArguments() if args is None else args
         if isinstance(teacher, str | os.PathLike):
             teacher, tokenizer = load_any_teacher(os.fspath(teacher))
             trainer_kwargs.setdefault("processing_class", tokenizer)
@@ -111,7 +114,7 @@ class DistillationTrainer(EvaluatedTrainer):
             student = read_student(os.fspath(student)).float()
         for name in ("train_dataset", "eval_dataset"):
             if name in trainer_kwargs:
-                trainer_kwargs[name] = _rows(name, trainer_kwargs[name], trainer_kwargs)
+                trainer_kwargs[name] = _rows(trainer_kwargs[name], trainer_kwargs)
         if args.n_gpu > 1:
             logger.warning(
                 f"{args.n_gpu} GPUs are visible to one process, which uses the first. Start one process a GPU with "
@@ -413,20 +416,21 @@ def default_learning_rate(config: PreTrainedConfig) -> float:
     return float(f"{rate * width / config.hidden_size:.3g}")
 
 
-def _rows(name: str, data: Any, given: dict[str, Any]) -> Any:
-    """A data set as it is, of a list of dicts, with rows of text packed; one by name each."""
+def _rows(data: Any, given: dict[str, Any]) -> Any:
+    """A data set as it is; of texts or conversations, in a list or a data set, their blocks."""
     if isinstance(data, dict):
-        return {key: _rows(name, one, given) for key, one in data.items()}
-    if isinstance(data, list) and data and all(isinstance(row, dict) for row in data):
-        data = HFDataset.from_list(data)
-    columns = getattr(data, "column_names", None) or ()
+        return {key: _rows(one, given) for key, one in data.items()}
     tokenizer = given.get("processing_class")
-    if "text" not in columns or "input_ids" in columns or not isinstance(tokenizer, PreTrainedTokenizerBase):
+    is_list = isinstance(data, list) and data and isinstance(data[0], str | dict) and "input_ids" not in data[0]
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not (is_list or isinstance(data, HFDataset)):
+        return data
+    documents = as_documents(data)
+    if not {"text", "conversation"} & set(documents.column_names) or "input_ids" in documents.column_names:
         return data
     if given.get("data_collator") is None:
         end = tokenizer.eos_token_id
         given["data_collator"] = LanguageCollator(end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-    return pack_documents(data, tokenizer, BLOCK_SIZE, isolate_documents=False)
+    return pack_documents(documents, tokenizer, BLOCK_SIZE, isolate_documents=False)
 
 
 def make_teacher(model: PreTrainedModel, args: DistillationTrainingArguments) -> Teacher:

@@ -36,7 +36,6 @@ class DistillationTrainingArguments(TrainingArguments):
             that no run can have.
     """
 
-    output_dir: str = field(default="trainer_output", metadata={"help": "Folder of checkpoints and the student."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate; by default one for the student's kind and width."}
     )

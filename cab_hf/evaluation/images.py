@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cab_hf.evaluation.metrics import top_k_accuracy
+from cab_hf.evaluation.metrics import TopKAccuracy
 from cab_hf.teachers.teacher import Teacher
 
 
@@ -41,7 +41,7 @@ def compare_images(
     whole = {name: torch.cat(parts) for name, parts in logits.items() if parts}
     report: dict[str, Any] = {"n_images": len(all_labels)}
     for name, values in whole.items():
-        accuracies = top_k_accuracy(values.numpy(), all_labels)
+        accuracies = TopKAccuracy(keep_in_memory=True).compute(predictions=values.numpy(), references=all_labels)
         report |= {f"{name}_{key}": value for key, value in accuracies.items() if key != "n"}
     if "teacher" in whole:
         log_student, log_teacher = whole["student"].log_softmax(-1), whole["teacher"].log_softmax(-1)

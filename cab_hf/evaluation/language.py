@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from cab_hf.data.packing import IGNORE_INDEX, LanguageCollator, shift_labels
 from cab_hf.evaluation.metrics import (
-    perplexity_of_sums,
+    Perplexity,
     ratio_interval,
     safe_exp,
 )
@@ -71,7 +71,8 @@ def perplexity(
                 per_row.index_add_(0, rows, nll.double())
             sums += per_row.tolist()
             counts += (targets != IGNORE_INDEX).sum(1).tolist()
-    return perplexity_of_sums(sums, counts)
+    metric = Perplexity(keep_in_memory=True)
+    return metric.compute(predictions=[-nll for nll in sums], references=counts)
 
 
 def compare(

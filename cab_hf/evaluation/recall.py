@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cab_hf.evaluation.language import batches_of, logits_of
-from cab_hf.evaluation.metrics import recall_of_counts
+from cab_hf.evaluation.metrics import Recall
 from cab_hf.inference import evaluating
 
 
@@ -124,10 +124,9 @@ def _recall(
     progress: bool,
 ) -> dict[str, float | int | list[float]]:
     """How often the likeliest token after those at `asked` is the one at `answers`, in sequences of one length."""
-    tokens = torch.from_numpy(np.stack(sequences))
-    right = []
+    tokens, metric = torch.from_numpy(np.stack(sequences)), Recall(keep_in_memory=True)
     with evaluating(model):
         for batch in batches_of(model, tokens, batch_size, None, "right", progress, title):
             predicted = logits_of(model, batch)[:, asked].argmax(-1)
-            right += (predicted == batch["input_ids"][:, answers].to(predicted.device)).sum(1).tolist()
-    return recall_of_counts(right, [tokens[0, answers].numel()] * len(tokens))
+            metric.add_batch(predictions=predicted.tolist(), references=batch["input_ids"][:, answers].tolist())
+    return metric.compute()

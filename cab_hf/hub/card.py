@@ -42,6 +42,7 @@ def build_card(
     recipe: str | None = None,
     plots: Sequence[tuple[str, str]] = (),
     evaluation: Mapping[str, Any] | None = None,
+    sample: tuple[str, str] | None = None,
 ) -> ModelCard:
     """The card of a saved student. A section without data is left out, and no field is made up.
 
@@ -67,6 +68,7 @@ def build_card(
         recipe: The recipe of the training, YAML.
         plots: (title, file in the folder) of the pictures to show.
         evaluation: What `cab_hf.runs.report.evaluate` returns; its `generation`, `recall` and `speed` are shown.
+        sample: A prompt, and what the student wrote after it.
 
     Returns:
         The card; `write_card` saves it.
@@ -144,6 +146,7 @@ def build_card(
         recipe=recipe.strip() if recipe else None,
         fence="`" * (1 + max(map(len, re.findall("`{2,}", recipe or "``")), default=2)),
         plots=list(plots),
+        sample=[" ".join(text.split()).replace("`", "'") for text in sample] if sample else None,
     )
 
 

@@ -103,7 +103,8 @@ def write_model_card(
         teacher=teacher,
         license=license,
         datasets=[source for source in recipe.data.dataset if source in on_hub],
-        repo_id=recipe.stages[-1].args.hub_model_id,
+        repo_id=report.get("repo_id") or recipe.stages[-1].args.hub_model_id,
+        sample=(report["sample_prompt"], report["sample"]) if is_own and report.get("sample") else None,
         recipe=yaml.safe_dump(shareable(recipe.values), sort_keys=False),
         plots=[
             (title, file)

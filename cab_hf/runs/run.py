@@ -61,7 +61,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
             recipe makes a teacher.
         ConnectionError: with `push_to_hub`, the Hub can't be reached.
     """
-    folder, args = recipe.output_dir, recipe.stages[-1].args
+    folder, args, repo_id = recipe.output_dir, recipe.stages[-1].args, None
     if recipe.model.cpu_threads is not None:
         torch.set_num_threads(recipe.model.cpu_threads)
     pushes = args.push_to_hub and recipe.is_main_process
@@ -76,7 +76,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
                 f"The licence of teacher {recipe.model.teacher!r} is unknown, and a student without one is not "
                 "published. Say it by `--license`, for instance `--license apache-2.0`."
             )
-        check_access(args.hub_model_id or folder.name, token=args.hub_token, private=args.hub_private_repo)
+        repo_id = check_access(args.hub_model_id or folder.name, token=args.hub_token, private=args.hub_private_repo)
     _check_sources(recipe)
     report = _claim(folder, recipe)
     if report is None:
@@ -85,6 +85,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
             check_finite(name, one)
         if recipe.is_main_process:
             report["hub_ids"] = hub_ids(recipe)
+            if repo_id is not None:
+                report["repo_id"] = repo_id
             if not recipe.model.finetune:
                 draw_learning_curves(folder, report)
                 write_model_card(folder, recipe, report)
@@ -99,9 +101,10 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         if not recipe.model.finetune:
             print(next_commands(recipe))
     if pushes:
+        name_in_card(folder / CARD_NAME, repo_id)
         commit = publish_folder(
             folder,
-            args.hub_model_id or folder.name,
+            repo_id,
             token=args.hub_token,
             private=args.hub_private_repo,
             revision=args.hub_revision,
@@ -173,6 +176,18 @@ def summary(report: dict[str, Any]) -> str:
     return (run_images.image_summary if report.get("task") == "image-classification" else run_text.text_summary)(
         report
     )
+
+
+def name_in_card(path: Path, repo_id: str) -> None:
+    """The lines of a card that load the student from inside its folder load it by its id from now on."""
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        named = text.replace('.from_pretrained("."', f'.from_pretrained("{repo_id}"')
+        named = named.replace(", from inside this folder:", ":").replace(
+            "cab-hf export . ", f"cab-hf export {repo_id} "
+        )
+        if named != text:
+            write_whole(path, named)
 
 
 def next_commands(recipe: Recipe) -> str:

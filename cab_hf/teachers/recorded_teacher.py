@@ -167,8 +167,14 @@ class RecordedTeacher:
         FileNotFoundError: there is no record.
 
     Example:
-        >>> record_teacher(Teacher(model), blocks, "record", data_collator=LanguageCollator(0))
-        >>> DistillationTrainer(student, RecordedTeacher("record"), args, train_dataset=blocks)
+        >>> from cab_hf.data import LanguageCollator, load_documents, pack_documents
+        >>> from cab_hf.teachers.demo import random_llama
+        >>> model, tokenizer = random_llama()
+        >>> blocks = pack_documents(load_documents("builtin"), tokenizer, 64).select(range(8))
+        >>> options = {"data_collator": LanguageCollator(0), "progress": False}
+        >>> record = record_teacher(Teacher(model), blocks, "record", **options)
+        >>> record.is_causal
+        True
     """
 
     reads_images = False

@@ -104,8 +104,11 @@ class Teacher:
             a tiny batch, changes its output under recording, or has no rotary embedding that could be removed.
 
     Example:
-        >>> teacher = Teacher(AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M"))
+        >>> from cab_hf.teachers.demo import random_llama
+        >>> teacher = Teacher(random_llama()[0])
+        >>> input_ids = torch.arange(12).view(2, 6)
         >>> teacher({"input_ids": input_ids}, attentions=True).attentions[0].key.shape  # (b, h_kv, t, p)
+        torch.Size([2, 2, 6, 8])
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cab_hf.data.documents import load_documents
+from cab_hf.data.documents import as_documents, load_documents
 from cab_hf.data.image_sources import load_images
 from cab_hf.data.packing import pack_documents
 from cab_hf.inference import num_positions
@@ -46,9 +46,9 @@ def example_batches(
         return _image_batches(data, processor, teacher, tokens)
     if isinstance(data, str | os.PathLike):
         data = load_documents(data)
-    elif isinstance(data, list):
-        data = Dataset.from_list([{"text": row} if isinstance(row, str) else dict(row) for row in data])
-    if not len(data):
+    elif isinstance(data, list | Dataset):
+        data = as_documents(data)
+    if not len(data) or not data.column_names:
         raise ValueError("`data` is empty, but a start is fitted on some text. Give a source, texts, rows or batches.")
     if "labels" not in data.column_names:
         data = _packed(data, processor, min(BLOCK_SIZE, num_positions(teacher) or BLOCK_SIZE))
