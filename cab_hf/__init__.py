@@ -1,6 +1,7 @@
 """Turn any pretrained Transformer into a Mamba: distillation through the attention bridge (arXiv 2510.19266)."""
 
 from cab_hf import deprecated
+from cab_hf.data import load_documents
 from cab_hf.distillation import (
     AttentionBridge,
     DistillationModel,
@@ -40,6 +41,7 @@ __all__ = [
     "Teacher",
     "__version__",
     "fit_output_projection",
+    "load_documents",
     "record_teacher",
     "student_from_teacher",
 ]

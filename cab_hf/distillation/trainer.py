@@ -408,12 +408,12 @@ class DistillationTrainer(EvaluatedTrainer):
 
 def default_learning_rate(config: PreTrainedConfig) -> float:
     """What a student with its teacher's weights is trained at: a language student of width 576 at 6e-4, an image
-    student of width 384 at 5e-5, others at these times their width over the student's.
+    student of width 384 at 5e-5, others at these times their width over the student's, at most doubled.
 
     Source: training_args/quickstart_lm.yaml and vision_default.yaml; arXiv 2203.03466, table 3.
     """
     rate, width = (5e-5, 384) if hasattr(config, "patch_size") else (6e-4, 576)
-    return float(f"{rate * width / config.hidden_size:.3g}")
+    return float(f"{rate * min(width / config.hidden_size, 2.0):.3g}")
 
 
 def _rows(data: Any, given: dict[str, Any]) -> Any:

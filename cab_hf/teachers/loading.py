@@ -50,10 +50,21 @@ def teacher_source(name: str) -> str | Path:
 
 
 def load_any_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | BaseImageProcessor]:
-    """A language model with its tokenizer, or an image model with its processor: whichever the name is of."""
-    if name == "random-llama" or not reads_images(AutoConfig.from_pretrained(teacher_source(name))):
+    """A language model with its tokenizer, or an image model with its processor: whichever the name is of.
+
+    Raises:
+        FileNotFoundError: neither a folder nor the Hub has it.
+    """
+    if name == "random-llama":
         return load_teacher(name)
-    return load_image_teacher(name)
+    try:
+        config = AutoConfig.from_pretrained(teacher_source(name))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"The teacher {name!r} is no folder of a model (seen from {Path.cwd()}), and the Hub gave none of that "
+            f"name: {str(error).splitlines()[0]} Name a folder or a Hub id, or pass the model itself."
+        ) from error
+    return load_image_teacher(name) if reads_images(config) else load_teacher(name)
 
 
 def reads_images(config: PreTrainedConfig) -> bool:

@@ -6,7 +6,7 @@ import importlib.util
 import accelerate
 import pytest
 import torch
-from tiny_distillation import NO_LOSS, make_arguments, ragged_rows, tiny_student
+from tiny_distillation import NO_LOSS, make_arguments, ragged_rows, tiny_student, tiny_teacher
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -202,7 +202,14 @@ def test_offloaded_weights_are_said_to_be_so(tmp_path):
         student_from_teacher(hooked(tmp_path / "images", AutoModelForImageClassification))
 
 
-@pytest.mark.parametrize("given", ["some/model", None, Teacher])
+def test_a_name_of_nothing_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'some/model' is no folder of a model .* Name a folder or a Hub id"):
+        student_from_teacher("some/model")
+    with pytest.raises(ValueError, match="There is no folder some/student, and the Hub gave no model of that name"):
+        DistillationTrainer("some/student", tiny_teacher(), make_arguments(tmp_path))
+
+
+@pytest.mark.parametrize("given", [None, Teacher])
 def test_what_is_no_model_is_named(given, tmp_path):
     given = Teacher(AutoModelForCausalLM.from_config(CONFIGS["llama"])) if given is Teacher else given
     student = tiny_student()
