@@ -1,0 +1,60 @@
+"""The captured step of one token: its kernels, by Triton's interpreter where there is no GPU, and when it is used."""
+
+import pytest
+import torch
+from tiny_models import VARIANTS, largest_difference, random_ids, tiny_model
+
+
+pytest.importorskip("triton")
+
+from cab_hf.models import decoding  # noqa: E402
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VARIANTS = VARIANTS | {
+    "a group a head, silu": {"mixer_type": "mamba2", "n_groups": 8, "intermediate_size": 48},
+    "odd sizes": {"mixer_type": "mamba2", "n_groups": 3, "head_dim": 10, "expand": 30 / 32, "state_size": 11},
+}
+
+
+def steps(model, cache, ids, mask=None, positions=None):
+    """Logits `(b, t, V)` of tokens `(b, t)`, each by the captured step's own code."""
+    states = decoding.states_of(cache, len(model.backbone.layers))
+    table = torch.tensor([one.data_ptr() for one in states], device=ids.device)
+    logits = []
+    for t in range(ids.shape[1]):
+        real = torch.ones(len(ids), dtype=torch.int8, device=ids.device) if mask is None else mask[:, t].to(torch.int8)
+        place = torch.full_like(ids[:, :1], 0 if positions is None else positions + t)
+        logits.append(decoding.step_logits(model, ids[:, t : t + 1], place, table, real))
+    return torch.stack(logits, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_kernels_step_is_the_models(variant, rows, monkeypatch):
+    monkeypatch.setenv("CAB_SSM_BACKEND", "torch")
+    model = tiny_model(**VARIANTS[variant]).to(DEVICE)
+    ids = random_ids(rows, 12).to(DEVICE)
+    ours, theirs = (model(ids[:, :7], use_cache=True).cache for _ in range(2))
+    got = steps(model, ours, ids[:, 7:10], positions=7)
+    mask = torch.ones_like(ids)
+    right = [model(ids[:, t : t + 1], cache=theirs, attention_mask=mask[:, : t + 1]).logits for t in range(7, 10)]
+    assert largest_difference(got, torch.cat(right, dim=1)) < 1e-4
+    for one, other in zip(*(decoding.states_of(cache, 2) for cache in (ours, theirs))):
+        assert largest_difference(one, other) < 1e-5
+    # a longer piece goes on behind these steps
+    got, right = (model(ids[:, 10:], cache=cache, attention_mask=mask).logits for cache in (ours, theirs))
+    assert largest_difference(got, right) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["a group a head, silu", "ssd 2 groups, gated mlp", "s6"])
+def test_padding_leaves_a_rows_states_alone(variant, monkeypatch):
+    monkeypatch.setenv("CAB_SSM_BACKEND", "torch")
+    model, ids = tiny_model(**VARIANTS[variant]).to(DEVICE), random_ids(2, 9).to(DEVICE)
+    cache = model(ids[:, :7], use_cache=True).cache
+    before = [state.clone() for state in decoding.states_of(cache, 2)]
+    steps(model, cache, ids[:, 7:8], mask=torch.tensor([[1], [0]], device=DEVICE))
+    for was, now in zip(before, decoding.states_of(cache, 2)):
+        assert torch.equal(was[1], now[1]) and not torch.equal(was[0], now[0])
