@@ -1,7 +1,8 @@
 """One token of a student as a CUDA graph: the host starts hundreds of kernels with one call.
 
-`CABMambaForCausalLM.forward` asks `one_token` for each token behind a cache. The first one of a batch size is captured,
-which takes a fraction of a second; later ones, of any cache, replay it. Whatever a graph can't hold runs eagerly.
+`CABMambaForCausalLM.forward` asks `one_token` for each token behind a cache. The first one of a batch size is
+captured, which takes a fraction of a second; later ones, of any cache, replay it. Whatever a graph can't hold runs
+eagerly.
 
 Shape legend: `b` batch, `d` width, `V` vocabulary.
 """
@@ -10,11 +11,12 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from itertools import chain
+from itertools import chain, compress
 from operator import is_
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
@@ -54,19 +56,24 @@ def one_token(
         position_ids: `(b, 1)`, for learned positions.
         cache: with the states of earlier tokens.
     """
-    if not input_ids.is_cuda or kernels.triton is None or model.training or torch.is_autocast_enabled("cuda"):
-        return None
-    if os.environ.get(DECODE_VARIABLE, "auto") == "eager" or os.environ.get(BACKEND_VARIABLE, "auto") != "auto":
-        return None
-    if torch.cuda.is_current_stream_capturing():
+    if not input_ids.is_cuda or not captures(model) or torch.cuda.is_current_stream_capturing():
         return None
     states = states_of(cache, len(model.backbone.layers))
     if states is None:
         return None
+    return _steps[model](model, input_ids, attention_mask, position_ids, states)
+
+
+def captures(model: nn.Module) -> bool:
+    """Whether a model's tokens are captured, as far as the model decides that."""
+    if kernels.triton is None or model.training or torch.is_autocast_enabled("cuda"):
+        return False
+    if os.environ.get(DECODE_VARIABLE, "auto") == "eager" or os.environ.get(BACKEND_VARIABLE, "auto") != "auto":
+        return False
     steps = _steps.get(model)
     if steps is None or not steps.watch.holds():
         steps = _steps[model] = ModelSteps(model)
-    return steps(model, input_ids, attention_mask, position_ids, states)
+    return not steps.obstacle
 
 
 def release_graphs(model: nn.Module) -> None:
@@ -75,7 +82,7 @@ def release_graphs(model: nn.Module) -> None:
     Example:
         >>> from cab_hf import CABMambaConfig, CABMambaForCausalLM
         >>> from cab_hf.models.decoding import release_graphs
-        >>> config = CABMambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, mixer_type="mamba2", head_dim=16)
+        >>> config = CABMambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)
         >>> release_graphs(CABMambaForCausalLM(config))
     """
     _steps.pop(model, None)
@@ -103,27 +110,37 @@ class Watch:
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
         self.tables = [part for one in modules for part in (one._parameters, one._buffers, one._modules) if part]
-        self.held = list(chain.from_iterable(map(dict.values, self.tables)))
-        self.tensors = [one for one in self.held if isinstance(one, Tensor)]
-        self.places = list(map(Tensor.data_ptr, self.tensors))
-        self.hooks = [hooks for one in modules[1:] for hooks in (one._forward_hooks, one._forward_pre_hooks)]
-        self.names = [vars(one) for one in modules[1:]]
-        self.adapters = [one for one in modules[1:] if type(one).__module__.startswith("peft.")]
+        held = self._held()
+        self.are_tensors = [isinstance(one, Tensor) for one in held]
+        self.are_others = [not is_tensor for is_tensor in self.are_tensors]
+        self.places = self._places(held)
+        self.others = list(compress(held, self.are_others))
+        self.modules = modules[1:]
+        self.hooked, self.hooks_ever = self.is_hooked(), RemovableHandle.next_id
+        self.adapters = [one for one in modules if type(one).__module__.startswith("peft.")]
         self.notes = self._notes()
+
+    def _held(self) -> list:
+        return list(chain.from_iterable(map(dict.values, self.tables)))
+
+    def _places(self, held: list) -> list[int]:
+        return list(map(Tensor.data_ptr, compress(held, self.are_tensors)))
 
     def _notes(self) -> list[str]:
         return [repr([getattr(one, name, None) for name in _LORA_NOTES]) for one in self.adapters]
 
+    def is_hooked(self) -> bool:
+        return any("forward" in vars(one) or one._forward_hooks or one._forward_pre_hooks for one in self.modules)
+
     def holds(self) -> bool:
-        held = list(chain.from_iterable(map(dict.values, self.tables)))
-        return (
-            len(held) == len(self.held)
-            and all(map(is_, held, self.held))
-            and list(map(Tensor.data_ptr, self.tensors)) == self.places
-            and not any(self.hooks)
-            and not any("forward" in names for names in self.names)
-            and (not self.adapters or self._notes() == self.notes)
-        )
+        if self.hooked or RemovableHandle.next_id != self.hooks_ever:  # somewhere a hook was made
+            if self.is_hooked() != self.hooked:
+                return False
+            self.hooks_ever = RemovableHandle.next_id
+        held = self._held()
+        if len(held) != len(self.are_tensors) or not all(map(is_, compress(held, self.are_others), self.others)):
+            return False
+        return self._places(held) == self.places and (not self.adapters or self._notes() == self.notes)
 
 
 class ModelSteps:
@@ -134,7 +151,7 @@ class ModelSteps:
 
     def __init__(self, model: nn.Module):
         self.watch = Watch(model)
-        self.obstacle = _obstacle(model)
+        self.obstacle = "a module has a hook" if self.watch.hooked else _obstacle(model)
         self.steps: OrderedDict[int, TokenStep] = OrderedDict()
         self.lock = threading.Lock()
         if self.obstacle:
@@ -148,13 +165,11 @@ class ModelSteps:
         position_ids: Tensor | None,
         states: list[Tensor],
     ) -> Tensor | None:
-        if self.obstacle:
-            return None
         with self.lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(input_ids.device):
             rows, addresses = len(input_ids), list(map(Tensor.data_ptr, states))
             step = self.steps.get(rows)
             if step is None or step.addresses != addresses:
-                if not _fit(model, states, input_ids):
+                if self.watch.is_hooked() or not _fit(model, states, input_ids):
                     return None
                 step = step or self._captured(model, rows, addresses, input_ids.device)
                 if step is None:
@@ -322,8 +337,6 @@ def _obstacle(model: nn.Module) -> str:
         kind = type(module)
         if not f"{kind.__module__}.".startswith(_KNOWN_MODULES):
             return f"{name or 'the model'} is a {kind.__name__} of {kind.__module__}"
-        if name and ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks):
-            return f"{name} has a hook"
     for block in model.backbone.layers:
         if type(block.mixer) not in (SSDMixer, S6Mixer):
             return f"its mixer is a {type(block.mixer).__name__}"

@@ -3,10 +3,14 @@
 Shape legend: `b` batch, `t` token.
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
+
+from .decoding import captures
 
 
 UNKNOWN_POSITIONS = (
@@ -44,6 +48,10 @@ class StatefulGenerationMixin(GenerationMixin):
             kwargs["cache"] = cache
             cache.read = tokens_read(cache)
             cache.reading = (cache.read[0] + (next_sequence_length or input_ids.shape[1]), input_ids[:, -1:])
+            if next_sequence_length == 1 and cache.read[0] and not self.config.max_position_embeddings:
+                # a token that was made here: it is no padding, and needs no position
+                token = cache.reading[1].to(self.device).clone(memory_format=torch.contiguous_format)
+                return kwargs | {"input_ids": token}
         # Positions follow from the mask, on whichever side of the prompt its padding is.
         return super().prepare_inputs_for_generation(
             input_ids,
@@ -53,6 +61,18 @@ class StatefulGenerationMixin(GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict):
+        """None for a student without learned positions, whose states count for themselves."""
+        if self.config.max_position_embeddings is None:
+            return None
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """The call that a static cache asks for. A captured token is faster than a compiled one, and ready at once."""
+        if compile_config is None and self.device.type == "cuda" and captures(self):
+            return self.__call__
+        return super().get_compiled_call(compile_config)
 
     def _prefill(
         self,
