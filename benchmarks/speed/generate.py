@@ -5,10 +5,11 @@
 SmolLM2-135M's shape (random weights, which cost the same) in bfloat16, state 64. `cells` holds for each `model`,
 `way`, `batch_size` and `context` the median of milliseconds a token (`ms`) and their range. Caches of a long context
 are filled with random values, which cost what real ones do; a student's state has one size whatever was read. A `way`
-of `generate()` is the call as it comes, `static` is `generate` with a static cache, which transformers compiles, `step`
-a bare forward pass of one token, `eager` a student's `generate()` without its captured step, and `first call` a
+of `generate()` is the call as it comes, `static` is `generate` with a static cache, which transformers compiles,
+`step` a bare forward pass of one token, `eager` a student's `generate()` without its captured step, and `first call` a
 process's first `generate`. `prefill` holds the time to the first token of prompts, and the memory above what was there
-before. A cell that fails keeps its error.
+before. A
+cell that fails keeps its error.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def generated(model: PreTrainedModel, make_cache: Callable[[], Cache], batch_siz
     for _ in range(2):
         clock = Clock()
         model.generate(
-            torch.zeros(batch_size, 1, dtype=torch.long, device=model.device),
+            torch.ones(batch_size, 1, dtype=torch.long, device=model.device),
             attention_mask=torch.ones(batch_size, context + 1, dtype=torch.long, device=model.device),
             cache=make_cache(),
             max_new_tokens=TOKENS,

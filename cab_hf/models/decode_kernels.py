@@ -1,4 +1,4 @@
-"""Triton kernels of one token: a projection with its norm and residual, and what a mixer does between its projections.
+"""Triton kernels of one token: a row's projections with norm and residual, and what a mixer does between its own.
 
 A cache's states are reached through a table of their addresses, so that one CUDA graph serves any cache.
 
@@ -15,11 +15,8 @@ try:
 except ImportError:
     triton = None
 
-LARGEST_ROWS = 64
-"""Rows of a batch up to which a projection is a kernel of this file."""
-
 WIDEST_NORM = 2048
-"""Width up to which a projection of one row makes its own norm."""
+"""Width up to which a projection makes its own norm."""
 
 NORMS = {nn.RMSNorm: 1, nn.LayerNorm: 2}
 _PROGRAMS = 132  # an H100's multiprocessors; a smaller GPU runs two rounds
@@ -40,31 +37,38 @@ if triton is not None:
         return tl.where(x > 20.0, x, small)
 
     @triton.jit
+    def _normed(x, norm, norm_bias, column, is_column, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
+        x = x.to(norm.dtype.element_ty).to(tl.float32)
+        if NORM == 2:
+            x = tl.where(is_column, x - tl.sum(x) / WIDTH, 0.0)
+        x *= tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
+        x *= tl.load(norm + column, mask=is_column, other=0.0).to(tl.float32)
+        if norm_bias is not None:
+            x += tl.load(norm_bias + column, mask=is_column, other=0.0).to(tl.float32)
+        return x.to(norm.dtype.element_ty)
+
+    @triton.jit
     def _linear_kernel(
-        x,  # (b, WIDTH), rows `of_row` apart
+        x,  # (WIDTH,)
         weight,  # (OUT, WIDTH), contiguous
         gate_weight,  # the same, or nothing
         bias,  # (OUT,) or nothing
         norm,  # (WIDTH,) or nothing
         norm_bias,  # (WIDTH,) or nothing
-        residual,  # (b, OUT), contiguous, or nothing
-        out,  # (b, OUT), made
-        rows,
-        of_row,
+        residual,  # (OUT,) or nothing
+        out,  # (OUT,), made
         eps,
         WIDTH: tl.constexpr,
         OUT: tl.constexpr,
         NORM: tl.constexpr,
-        ROWS: tl.constexpr,
         FEATURES: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        row = tl.arange(0, ROWS)
         feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
-        is_row, is_feature = row < rows, feature < OUT
-        total = tl.zeros((ROWS, FEATURES), dtype=tl.float32)
-        gate_total = tl.zeros((ROWS, FEATURES), dtype=tl.float32)
-        for start in range(0, WIDTH, COLUMNS):
+        is_feature = feature < OUT
+        total = tl.zeros((FEATURES,), dtype=tl.float32)
+        gate_total = tl.zeros((FEATURES,), dtype=tl.float32)
+        for start in tl.static_range(0, WIDTH, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             is_column = column < WIDTH
             is_weight = is_feature[:, None] & is_column[None, :]
@@ -72,65 +76,71 @@ if triton is not None:
             part = tl.load(weight + place, mask=is_weight, other=0.0)
             if gate_weight is not None:
                 gate_part = tl.load(gate_weight + place, mask=is_weight, other=0.0)
-            read = tl.load(
-                x + row[:, None] * of_row + column[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0
-            )
+            read = tl.load(x + column, mask=is_column, other=0.0)
             if NORM:
-                wide = read.to(norm.dtype.element_ty).to(tl.float32)
-                if NORM == 2:
-                    wide = tl.where(is_column[None, :], wide - (tl.sum(wide, axis=1) / WIDTH)[:, None], 0.0)
-                scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / WIDTH + eps)
-                wide *= scale[:, None]
-                wide *= tl.load(norm + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-                if norm_bias is not None:
-                    wide += tl.load(norm_bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-                read = wide.to(norm.dtype.element_ty)
-            read = read.to(part.dtype)
-            if ROWS == 1:
-                wide = read.to(tl.float32)
-                total += tl.sum(part.to(tl.float32) * wide, axis=1)[None, :]
-                if gate_weight is not None:
-                    gate_total += tl.sum(gate_part.to(tl.float32) * wide, axis=1)[None, :]
-            else:
-                total = tl.dot(read, tl.trans(part), total, input_precision="ieee")
-                if gate_weight is not None:
-                    gate_total = tl.dot(read, tl.trans(gate_part), gate_total, input_precision="ieee")
+                read = _normed(read, norm, norm_bias, column, is_column, eps, WIDTH, NORM)
+            read = read.to(weight.dtype.element_ty).to(tl.float32)
+            total += tl.sum(part.to(tl.float32) * read[None, :], axis=1)
+            if gate_weight is not None:
+                gate_total += tl.sum(gate_part.to(tl.float32) * read[None, :], axis=1)
         if bias is not None:
-            total += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[None, :]
+            total += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)
         # rounded where the modules round
         total = total.to(weight.dtype.element_ty).to(tl.float32)
         if gate_weight is not None:
             gate_total = gate_total.to(weight.dtype.element_ty).to(tl.float32)
-            gate_total = _silu(gate_total).to(weight.dtype.element_ty).to(tl.float32)
-            total *= gate_total
-        place = row[:, None] * OUT + feature[None, :]
-        is_out = is_row[:, None] & is_feature[None, :]
+            total *= _silu(gate_total).to(weight.dtype.element_ty).to(tl.float32)
         if residual is not None:
-            total += tl.load(residual + place, mask=is_out, other=0.0).to(tl.float32)
-        tl.store(out + place, total, mask=is_out)
+            total += tl.load(residual + feature, mask=is_feature, other=0.0).to(tl.float32)
+        tl.store(out + feature, total, mask=is_feature)
 
     @triton.jit
-    def _convolved(stream, state, weight, bias, channel, is_channel, real, TAPS: tl.constexpr, SILU: tl.constexpr):
-        """One token's convolution, in float32, of channels of one row; the row's state takes the token in."""
+    def _norm_kernel(
+        x,  # (b, WIDTH), contiguous
+        norm,  # (WIDTH,)
+        norm_bias,  # (WIDTH,) or nothing
+        out,  # (b, WIDTH), made
+        eps,
+        WIDTH: tl.constexpr,
+        NORM: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        column = tl.arange(0, COLUMNS)
+        is_column = column < WIDTH
+        start = tl.program_id(0).to(tl.int64) * WIDTH
+        read = tl.load(x + start + column, mask=is_column, other=0.0)
+        read = _normed(read, norm, norm_bias, column, is_column, eps, WIDTH, NORM)
+        tl.store(out + start + column, read, mask=is_column)
+
+    @triton.jit
+    def _window(stream, state, channel, is_channel, real, TAPS: tl.constexpr, K: tl.constexpr):
+        """The last inputs (channels, K) of channels of one row, this token's last; zeros behind TAPS of them."""
+        tap = tl.arange(0, K)
+        is_past = is_channel[:, None] & (tap < TAPS - 1)[None, :]
+        past = tl.load(state + channel[:, None] * TAPS + tap[None, :] + 1, mask=is_past, other=0.0)
         is_taken = is_channel & (tl.load(real + 0 * channel) > 0)
         new = tl.load(stream + channel, mask=is_taken, other=0.0)
-        y = new.to(tl.float32) * tl.load(weight + channel * TAPS + TAPS - 1, mask=is_channel, other=0.0).to(tl.float32)
+        return tl.where((tap == TAPS - 1)[None, :], new[:, None], past)
+
+    @triton.jit
+    def _take(window, state, channel, is_channel, real, TAPS: tl.constexpr, K: tl.constexpr):
+        """Makes a window a row's new state; every thread must have read the old one."""
+        tap = tl.arange(0, K)
+        is_taken = is_channel & (tl.load(real + 0 * channel) > 0)
+        place = state + channel[:, None] * TAPS + tap[None, :]
+        tl.store(place, window, mask=is_taken[:, None] & (tap < TAPS)[None, :])
+
+    @triton.jit
+    def _convolved(window, weight, bias, channel, is_channel, TAPS: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr):
+        tap = tl.arange(0, K)
+        is_weight = is_channel[:, None] & (tap < TAPS)[None, :]
+        taps = tl.load(weight + channel[:, None] * TAPS + tap[None, :], mask=is_weight, other=0.0)
+        y = tl.sum(window.to(tl.float32) * taps.to(tl.float32), axis=1)
         if bias is not None:
             y += tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)
-        state += channel * TAPS
-        for tap in tl.static_range(TAPS - 1):
-            past = tl.load(state + tap + 1, mask=is_channel, other=0.0)
-            y += past.to(tl.float32) * tl.load(weight + channel * TAPS + tap, mask=is_channel, other=0.0).to(
-                tl.float32
-            )
-            # what another thread has yet to read must not be overwritten
-            tl.debug_barrier()
-            tl.store(state + tap, past, mask=is_taken)
-        tl.debug_barrier()
-        tl.store(state + TAPS - 1, new, mask=is_taken)
         if SILU:
             y = _silu(y)
-        return y.to(stream.dtype.element_ty).to(tl.float32)
+        return y.to(window.dtype).to(tl.float32)
 
     @triton.jit
     def _conv_kernel(
@@ -145,6 +155,7 @@ if triton is not None:
         CHANNELS: tl.constexpr,
         TAPS: tl.constexpr,
         SILU: tl.constexpr,
+        K: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
@@ -152,7 +163,10 @@ if triton is not None:
         is_channel = channel < CHANNELS
         state = tl.load(addresses + 2 * layer).to(tl.pointer_type(stream.dtype.element_ty)) + row * CHANNELS * TAPS
         real += row
-        y = _convolved(stream + row * of_row, state, weight, bias, channel, is_channel, real, TAPS, SILU)
+        window = _window(stream + row * of_row, state, channel, is_channel, real, TAPS, K)
+        tl.debug_barrier()
+        _take(window, state, channel, is_channel, real, TAPS, K)
+        y = _convolved(window, weight, bias, channel, is_channel, TAPS, SILU, K)
         tl.store(out + row * CHANNELS + channel, y, mask=is_channel)
 
     @triton.jit
@@ -179,6 +193,7 @@ if triton is not None:
         STATE: tl.constexpr,
         TAPS: tl.constexpr,
         SILU: tl.constexpr,
+        K: tl.constexpr,
         P: tl.constexpr,
         N: tl.constexpr,
     ):
@@ -201,9 +216,16 @@ if triton is not None:
             past = tl.load(addresses + 2 * layer).to(tl.pointer_type(stream.dtype.element_ty))
             past += row * CHANNELS * TAPS
             xBC = stream + WIDTH
-            x = _convolved(xBC, past, conv_weight, conv_bias, at_x, is_p, real, TAPS, SILU)
-            B = _convolved(xBC, past, conv_weight, conv_bias, at_B, is_n, real, TAPS, SILU)
-            C = _convolved(xBC, past, conv_weight, conv_bias, at_C, is_n, real, TAPS, SILU)
+            x_window = _window(xBC, past, at_x, is_p, real, TAPS, K)
+            B_window = _window(xBC, past, at_B, is_n, real, TAPS, K)
+            C_window = _window(xBC, past, at_C, is_n, real, TAPS, K)
+            tl.debug_barrier()
+            _take(x_window, past, at_x, is_p, real, TAPS, K)
+            _take(B_window, past, at_B, is_n, real, TAPS, K)
+            _take(C_window, past, at_C, is_n, real, TAPS, K)
+            x = _convolved(x_window, conv_weight, conv_bias, at_x, is_p, TAPS, SILU, K)
+            B = _convolved(B_window, conv_weight, conv_bias, at_B, is_n, TAPS, SILU, K)
+            C = _convolved(C_window, conv_weight, conv_bias, at_C, is_n, TAPS, SILU, K)
         else:
             convolved += row * CHANNELS
             x = tl.load(convolved + at_x, mask=is_p, other=0.0).to(tl.float32)
@@ -279,25 +301,19 @@ def linear(
     """`residual + module(norm(x))`; with a gate `silu(gate(norm(x))) * module(norm(x))`. One kernel.
 
     Args:
-        x: `(b, width)` of at most `LARGEST_ROWS` rows; with a norm one row of at most `WIDEST_NORM` columns.
+        x: `(1, width)`; with a norm of at most `WIDEST_NORM` columns.
         module, gate: without quantised weights; the gate has no bias.
         norm: an `nn.RMSNorm` or `nn.LayerNorm`.
-        residual: `(b, out)`.
+        residual: `(1, out)`.
 
     Returns:
-        `(b, out)` in the weight's dtype, or the residual's.
+        `(1, out)` in the weight's dtype, or the residual's.
     """
-    (rows, width), weight, features = x.shape, module.weight, module.out_features
-    x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(rows, features, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
-    if rows == 1:
-        columns = min(_power(width), 2048)
-        most = max(_ELEMENTS // columns // (1 if gate is None else 2), 1)
-        block = max(min(_power(features // _PROGRAMS + 1) // 2, most), 1)
-        warps = 4
-    else:
-        columns = 64 if weight.element_size() == 2 else 32
-        block, warps = (64 if features > 64 * _PROGRAMS else 16), 4
+    width, weight, features = x.shape[1], module.weight, module.out_features
+    out = torch.empty(1, features, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
+    columns = min(_power(width), WIDEST_NORM)
+    most = max(_ELEMENTS // columns // (1 if gate is None else 2), 1)
+    block = max(min(_power(features // _PROGRAMS + 1) // 2, most), 1)
     _linear_kernel[(triton.cdiv(features, block),)](
         x,
         weight,
@@ -307,17 +323,29 @@ def linear(
         getattr(norm, "bias", None),
         residual,
         out,
-        rows,
-        x.stride(0),
         0.0 if norm is None else norm.eps,
         WIDTH=width,
         OUT=features,
         NORM=0 if norm is None else NORMS[type(norm)],
-        ROWS=1 if rows == 1 else max(_power(rows), 16),
         FEATURES=block,
         COLUMNS=columns,
-        num_warps=warps,
-        num_stages=1 if rows == 1 else 4,
+    )
+    return out
+
+
+def normed(x: Tensor, norm: nn.Module) -> Tensor:
+    """`norm(x)` of `(b, width)` in the dtype of the norm's weight, an `nn.RMSNorm` or `nn.LayerNorm`. One kernel."""
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=norm.weight.dtype, device=x.device)
+    _norm_kernel[(rows,)](
+        x.contiguous(),
+        norm.weight,
+        getattr(norm, "bias", None),
+        out,
+        norm.eps,
+        WIDTH=width,
+        NORM=NORMS[type(norm)],
+        COLUMNS=_power(width),
     )
     return out
 
@@ -339,6 +367,7 @@ def convolve(stream: Tensor, mixer: nn.Module, addresses: Tensor, real: Tensor, 
         CHANNELS=channels,
         TAPS=taps,
         SILU=mixer.config.conv_activation == "silu",
+        K=_power(taps),
         BLOCK=256,
     )
     return out
@@ -381,6 +410,7 @@ def ssd_step(stream: Tensor, mixer: nn.Module, addresses: Tensor, real: Tensor, 
         STATE=config.state_size,
         TAPS=config.conv_kernel,
         SILU=config.conv_activation == "silu",
+        K=_power(config.conv_kernel),
         P=_power(config.head_dim),
         N=_power(config.state_size),
     )

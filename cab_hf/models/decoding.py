@@ -17,6 +17,7 @@ from operator import is_
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
@@ -36,6 +37,7 @@ MOST_GRAPHS = 4
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OWN_MODULES = f"{__name__.rpartition('.')[0]}."
 _KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations.", "peft.tuners.lora.", _OWN_MODULES)
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))
 _LORA_NOTES = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling", "training")
 _steps: "weakref.WeakKeyDictionary[nn.Module, ModelSteps]" = weakref.WeakKeyDictionary()
 
@@ -54,9 +56,10 @@ def one_token(
         input_ids: `(b, 1)`.
         attention_mask: `(b, past + 1)`; a zero in its last column leaves that row's states as they are.
         position_ids: `(b, 1)`, for learned positions.
-        cache: with the states of earlier tokens.
+        cache: with the states of earlier tokens. `generate` notes as `goes_on` that it made the token before, too.
     """
-    if not input_ids.is_cuda or not captures(model) or torch.cuda.is_current_stream_capturing():
+    goes_on = vars(cache).pop("goes_on", False)
+    if not input_ids.is_cuda or not captures(model, goes_on) or torch.cuda.is_current_stream_capturing():
         return None
     states = states_of(cache, len(model.backbone.layers))
     if states is None:
@@ -64,14 +67,19 @@ def one_token(
     return _steps[model](model, input_ids, attention_mask, position_ids, states)
 
 
-def captures(model: nn.Module) -> bool:
-    """Whether a model's tokens are captured, as far as the model decides that."""
+def captures(model: nn.Module, goes_on: bool = False) -> bool:
+    """Whether a model's tokens are captured, as far as the model decides that.
+
+    Args:
+        goes_on: the model has not changed since the token before, because one `generate` made both. Looking for
+            changes takes the host a tenth of a millisecond.
+    """
     if kernels.triton is None or model.training or torch.is_autocast_enabled("cuda"):
         return False
     if os.environ.get(DECODE_VARIABLE, "auto") == "eager" or os.environ.get(BACKEND_VARIABLE, "auto") != "auto":
         return False
     steps = _steps.get(model)
-    if steps is None or not steps.watch.holds():
+    if steps is None or not (goes_on or steps.watch.holds()):
         steps = _steps[model] = ModelSteps(model)
     return not steps.obstacle
 
@@ -279,39 +287,41 @@ def _mix(mixer: nn.Module, hidden: Tensor, norm: nn.Module, table: Tensor, real:
 
 def _inner(mlp: nn.Module, stream: Tensor, norm: nn.Module) -> Tensor:
     """What an MLP's last projection reads."""
-    if mlp.gate_proj is None:
-        return mlp.act_fn(_projected(mlp.up_proj, stream, norm))
-    is_plain = _is_plain(mlp.up_proj, stream) and _is_plain(mlp.gate_proj, stream) and mlp.gate_proj.bias is None
-    if is_plain and mlp.gate_proj.out_features == mlp.up_proj.out_features and isinstance(mlp.act_fn, nn.SiLU):
-        if not _makes_norm(norm, stream):
-            stream, norm = norm(stream.to(norm.weight.dtype)), None
-        return kernels.linear(stream, mlp.up_proj, norm, gate=mlp.gate_proj)
-    if not _makes_norm(norm, stream):
-        stream, norm = norm(stream.to(norm.weight.dtype)), None
-    return mlp.act_fn(_projected(mlp.gate_proj, stream, norm)) * _projected(mlp.up_proj, stream, norm)
+    gate, up = mlp.gate_proj, mlp.up_proj
+    if gate is None:
+        return mlp.act_fn(_projected(up, stream, norm))
+    fuses = _is_a_row(up, stream) and _is_a_row(gate, stream) and gate.bias is None
+    if fuses and up.out_features == gate.out_features and isinstance(mlp.act_fn, _SILU) and _makes_norm(norm, stream):
+        return kernels.linear(stream, up, norm, gate=gate)
+    stream = _normed(norm, stream)
+    return mlp.act_fn(_projected(gate, stream)) * _projected(up, stream)
 
 
 def _added(projection: nn.Module, x: Tensor, residual: Tensor, post_norm: nn.Module | None) -> Tensor:
-    if post_norm is None and _is_plain(projection, x) and projection.weight.dtype in (residual.dtype, x.dtype):
+    if post_norm is None and _is_a_row(projection, x):
         return kernels.linear(x, projection, residual=residual)
     x = _projected(projection, x)
-    return residual + (x if post_norm is None else post_norm(x.to(post_norm.weight.dtype)))
+    return residual + (x if post_norm is None else _normed(post_norm, x))
 
 
 def _projected(projection: nn.Module, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-    is_plain = _is_plain(projection, x)
-    if norm is not None and not (is_plain and _makes_norm(norm, x)):
-        x, norm = norm(x.to(norm.weight.dtype)), None
-    return kernels.linear(x, projection, norm) if is_plain else projection(fitted(x, projection))
+    is_a_row = _is_a_row(projection, x)
+    if norm is not None and not (is_a_row and _makes_norm(norm, x)):
+        x, norm = _normed(norm, x), None
+    return kernels.linear(x, projection, norm) if is_a_row else projection(fitted(x, projection))
 
 
-def _is_plain(projection: nn.Module, x: Tensor) -> bool:
-    return type(projection) is nn.Linear and len(x) <= kernels.LARGEST_ROWS and projection.weight.is_contiguous()
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    return kernels.normed(x, norm) if type(norm) in kernels.NORMS else norm(x.to(norm.weight.dtype))
+
+
+def _is_a_row(projection: nn.Module, x: Tensor) -> bool:
+    """Whether one kernel can make a projection: of one row, it is bound by reading the weights."""
+    return type(projection) is nn.Linear and len(x) == 1 and projection.weight.is_contiguous()
 
 
 def _makes_norm(norm: nn.Module, x: Tensor) -> bool:
-    """Whether the kernel of a projection can make the norm before it."""
-    return type(norm) in kernels.NORMS and len(x) == 1 and x.shape[1] <= kernels.WIDEST_NORM
+    return type(norm) in kernels.NORMS and x.shape[1] <= kernels.WIDEST_NORM
 
 
 def _fit(model: nn.Module, states: list[Tensor], input_ids: Tensor) -> bool:

@@ -72,8 +72,9 @@ def test_captured_steps_are_eager_steps(variant, rows):
     for one, other in zip(*(decoding.states_of(cache, 2) for cache in (ours, theirs))):
         assert largest_difference(one, other) < 1e-4
     mask = torch.ones_like(tokens)
-    pieces = [model(tokens[:, 12:], cache=cache, attention_mask=mask).logits for cache in (ours, theirs)]
-    assert largest_difference(*pieces) < 1e-4
+    # a longer piece goes on behind these steps; Triton's float32 products are tf32
+    got, right = (model(tokens[:, 12:], cache=cache, attention_mask=mask).logits for cache in (ours, theirs))
+    assert (got - right).norm() < 3e-3 * right.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -103,7 +104,8 @@ def test_generate_gives_the_eager_tokens(variant, way):
         torch.manual_seed(0)
         got = model.generate(prompt, attention_mask=mask, **SETTINGS, **WAYS[way])
         torch.manual_seed(0)
-        assert torch.equal(got, eagerly(model.generate, prompt, attention_mask=mask, **SETTINGS, **WAYS[way]))
+        options = {name: value for name, value in WAYS[way].items() if name != "cache_implementation"}
+        assert torch.equal(got, eagerly(model.generate, prompt, attention_mask=mask, **SETTINGS, **options))
     assert graphs(model)
 
 
