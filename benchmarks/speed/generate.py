@@ -8,8 +8,7 @@ are filled with random values, which cost what real ones do; a student's state h
 of `generate()` is the call as it comes, `static` is `generate` with a static cache, which transformers compiles,
 `step` a bare forward pass of one token, `eager` a student's `generate()` without its captured step, and `first call` a
 process's first `generate`. `prefill` holds the time to the first token of prompts, and the memory above what was there
-before. A
-cell that fails keeps its error.
+before. A cell that fails keeps its error.
 """
 
 import argparse
