@@ -4,6 +4,7 @@ Shape legend: `b` batch, `t` token.
 """
 
 from collections.abc import Callable
+from os import PathLike
 
 import torch
 from transformers.cache_utils import Cache
@@ -11,6 +12,7 @@ from transformers.generation import CompileConfig, GenerationConfig, GenerationM
 from transformers.utils import ModelOutput
 
 from .decoding import captures
+from .states import load_state, save_state
 
 
 UNKNOWN_POSITIONS = (
@@ -62,6 +64,31 @@ class StatefulGenerationMixin(GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+
+    def save_state(self, cache: Cache, file: str | PathLike) -> None:
+        """Writes what a cache remembers of a prompt as a safetensors file, with the model's fingerprint.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from cab_hf import CABMambaConfig, CABMambaForCausalLM
+            >>> model = CABMambaForCausalLM(CABMambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)).eval()
+            >>> prompt = torch.arange(20)[None]
+            >>> file = tempfile.mkdtemp() + "/prompt.safetensors"
+            >>> model.save_state(model(prompt, use_cache=True).cache, file)
+            >>> question = torch.tensor([[7, 8]])
+            >>> model.generate(question, cache=model.load_state(file), max_new_tokens=3).shape
+            torch.Size([1, 5])
+        """
+        save_state(self, cache, file)
+
+    def load_state(self, file: str | PathLike) -> Cache:
+        """The cache of a prompt that [`save_state`] wrote, for `generate(..., cache=cache)`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is cut, of another kind or of another model; one line says which.
+        """
+        return load_state(self, file)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict):
         """None for a student without learned positions, whose states count for themselves."""
