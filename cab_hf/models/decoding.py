@@ -56,7 +56,7 @@ def one_token(
         input_ids: `(b, 1)`.
         attention_mask: `(b, past + 1)`; a zero in its last column leaves that row's states as they are.
         position_ids: `(b, 1)`, for learned positions.
-        cache: with the states of earlier tokens. `generate` notes as `goes_on` that it made the token before, too.
+        cache: with the states of earlier tokens. `generate` notes as `goes_on` that it captured the token before, too.
     """
     goes_on = vars(cache).pop("goes_on", False)
     if not input_ids.is_cuda or not captures(model, goes_on) or torch.cuda.is_current_stream_capturing():
@@ -64,7 +64,9 @@ def one_token(
     states = states_of(cache, len(model.backbone.layers))
     if states is None:
         return None
-    return _steps[model](model, input_ids, attention_mask, position_ids, states)
+    logits = _steps[model](model, input_ids, attention_mask, position_ids, states, goes_on)
+    cache.has_begun = logits is not None
+    return logits
 
 
 def captures(model: nn.Module, goes_on: bool = False) -> bool:
@@ -172,12 +174,13 @@ class ModelSteps:
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         states: list[Tensor],
+        goes_on: bool,
     ) -> Tensor | None:
         with self.lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(input_ids.device):
             rows, addresses = len(input_ids), list(map(Tensor.data_ptr, states))
             step = self.steps.get(rows)
             if step is None or step.addresses != addresses:
-                if self.watch.is_hooked() or not _fit(model, states, input_ids):
+                if not goes_on and (self.watch.is_hooked() or not _fit(model, states, input_ids)):
                     return None
                 step = step or self._captured(model, rows, addresses, input_ids.device)
                 if step is None:

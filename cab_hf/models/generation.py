@@ -52,7 +52,7 @@ class StatefulGenerationMixin(GenerationMixin):
             cache.reading = (cache.read[0] + (next_sequence_length or input_ids.shape[1]), input_ids[:, -1:])
             if next_sequence_length == 1 and cache.read[0] and not self.config.max_position_embeddings:
                 # a token that was made here: it is no padding, and needs no position
-                cache.goes_on, cache.has_begun = vars(cache).get("has_begun", False), True
+                cache.goes_on = vars(cache).get("has_begun", False)
                 token = cache.reading[1].to(self.device).clone(memory_format=torch.contiguous_format)
                 return kwargs | {"input_ids": token}
         # Positions follow from the mask, on whichever side of the prompt its padding is.

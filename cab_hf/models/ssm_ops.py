@@ -11,6 +11,7 @@ Shape legend: `b` batch, `t` token, `d` width, `k` convolution taps, `h` head, `
 import importlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,11 @@ def _load_kernels(operation: str, backend: str) -> str:
     """Imports an operation's kernels once; returns why they can't be used, or an empty string."""
     if (operation, backend) in _unusable:
         return _unusable[operation, backend]
+    # What Triton finds best for a GPU, a later process need not look for again.
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+    kept = Path(os.environ.get("TRITON_CACHE_DIR") or Path(os.environ.get("TRITON_HOME") or Path.home(), ".triton"))
+    if not kept.is_dir():
+        logger.warning_once(f"Kernels are compiled and tuned at first use, for about a minute, and kept in {kept}.")
     for name, module_name in _KERNEL_MODULES[operation, backend].items():
         if name in _kernels:
             continue
