@@ -58,7 +58,7 @@ def one_token(
         position_ids: `(b, 1)`, for learned positions.
         cache: with the states of earlier tokens. `generate` notes as `goes_on` that it captured the token before, too.
     """
-    goes_on = vars(cache).pop("goes_on", False)
+    goes_on, cache.has_begun = vars(cache).pop("goes_on", False), False
     if not input_ids.is_cuda or not captures(model, goes_on) or torch.cuda.is_current_stream_capturing():
         return None
     states = states_of(cache, len(model.backbone.layers))

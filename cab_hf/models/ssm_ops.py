@@ -517,14 +517,13 @@ def _conv(tensors: list[Tensor | None], is_silu: int) -> tuple[Tensor]:
 def _conv_gradient(
     grads: list[Tensor | None], tensors: list[Tensor | None], y: Tensor, is_silu: int
 ) -> list[Tensor | None]:
-    from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
-
     x, weight, bias, states, runs = tensors
     x, kernel_bias, past = _conv_inputs(x, weight, bias, states)
     grad = grads[0].transpose(1, 2)
     if grad.stride(1) != x.stride(1):  # both channel-last, or neither
         grad = grad.contiguous()
-    grad_x, *rest, grad_past = causal_conv1d_bwd_function(
+    backward = importlib.import_module("causal_conv1d.cpp_functions").causal_conv1d_bwd_function
+    grad_x, *rest, grad_past = backward(
         x, weight.contiguous(), kernel_bias, grad, runs, past, None, None, past is not None, bool(is_silu)
     )
     found = [grad_x.transpose(1, 2), *rest] if bias is not None else [grad_x.transpose(1, 2), rest[0]]
@@ -534,17 +533,16 @@ def _conv_gradient(
 def _selective_scan_gradient(
     grads: list[Tensor | None], tensors: list[Tensor | None], y: Tensor, number: int
 ) -> list[Tensor | None]:
-    import selective_scan_cuda
-
+    kernels = importlib.import_module("selective_scan_cuda")
     x, dt, A, B, C = tensors
     columns = [one.transpose(1, 2).contiguous() for one in (x, dt)]
     columns += [A.contiguous(), *(one.transpose(1, 2).contiguous().unsqueeze(1) for one in (B, C))]
     found = [None] * 5
     if grads[0] is not None:
-        _, states, *_ = selective_scan_cuda.fwd(*columns, None, None, None, False)
+        _, states, *_ = kernels.fwd(*columns, None, None, None, False)
         grad = grads[0].transpose(1, 2).contiguous()
         given = (*columns, None, None, None, grad, states, None, None, False, False)
-        grad_x, grad_dt, grad_A, grad_B, grad_C, *_ = selective_scan_cuda.bwd(*given)
+        grad_x, grad_dt, grad_A, grad_B, grad_C, *_ = kernels.bwd(*given)
         found = [grad_x.transpose(1, 2), grad_dt.transpose(1, 2), grad_A]
         found += [one.squeeze(1).transpose(1, 2) for one in (grad_B, grad_C)]
     if grads[1] is not None:
@@ -556,10 +554,9 @@ def _selective_scan_gradient(
 def _ssd_gradient(
     grads: list[Tensor | None], tensors: list[Tensor | None], y: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
-    from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_bwd
-
+    backward = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")._mamba_chunk_scan_combined_bwd
     (x, dt, A, B, C, D, state, runs), (grad, grad_state) = tensors, grads
-    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, _, _, grad_initial = _mamba_chunk_scan_combined_bwd(
+    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, _, _, grad_initial = backward(
         torch.zeros_like(y) if grad is None else grad,
         *_ssd_inputs(x, dt, A, B, C),
         y,
