@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from . import decode_kernels as kernels
+from .decode_kernels import NORMS, WIDEST_NORM, convolve, linear, normed, s6_step, ssd_step, triton
 from .mixers import S6Mixer, SSDMixer, fitted
 from .ssm_ops import BACKEND_VARIABLE
 
@@ -76,7 +76,7 @@ def captures(model: nn.Module, goes_on: bool = False) -> bool:
         goes_on: the model has not changed since the token before, because one `generate` made both. Looking for
             changes takes the host a tenth of a millisecond.
     """
-    if kernels.triton is None or model.training or torch.is_autocast_enabled("cuda"):
+    if triton is None or model.training or torch.is_autocast_enabled("cuda"):
         return False
     if os.environ.get(DECODE_VARIABLE, "auto") == "eager" or os.environ.get(BACKEND_VARIABLE, "auto") != "auto":
         return False
@@ -280,12 +280,12 @@ def step_logits(model: nn.Module, ids: Tensor, positions: Tensor, table: Tensor,
 def _mix(mixer: nn.Module, hidden: Tensor, norm: nn.Module, table: Tensor, real: Tensor, layer: int) -> Tensor:
     stream = _projected(mixer.in_proj, hidden, norm)
     if isinstance(mixer, SSDMixer):
-        return kernels.ssd_step(stream, mixer, table, real, layer)
+        return ssd_step(stream, mixer, table, real, layer)
     width = mixer.config.mixer_width
-    convolved = kernels.convolve(stream[:, :width], mixer, table, real, layer)
+    convolved = convolve(stream[:, :width], mixer, table, real, layer)
     projected = _projected(mixer.x_proj, convolved)
     steps = _projected(mixer.dt_proj, projected[:, : mixer.config.time_step_rank]).float()
-    return kernels.s6_step(stream, convolved, projected, steps, mixer, table, real, layer)
+    return s6_step(stream, convolved, projected, steps, mixer, table, real, layer)
 
 
 def _inner(mlp: nn.Module, stream: Tensor, norm: nn.Module) -> Tensor:
@@ -295,14 +295,14 @@ def _inner(mlp: nn.Module, stream: Tensor, norm: nn.Module) -> Tensor:
         return mlp.act_fn(_projected(up, stream, norm))
     fuses = _is_a_row(up, stream) and _is_a_row(gate, stream) and gate.bias is None
     if fuses and up.out_features == gate.out_features and isinstance(mlp.act_fn, _SILU) and _makes_norm(norm, stream):
-        return kernels.linear(stream, up, norm, gate=gate)
+        return linear(stream, up, norm, gate=gate)
     stream = _normed(norm, stream)
     return mlp.act_fn(_projected(gate, stream)) * _projected(up, stream)
 
 
 def _added(projection: nn.Module, x: Tensor, residual: Tensor, post_norm: nn.Module | None) -> Tensor:
     if post_norm is None and _is_a_row(projection, x):
-        return kernels.linear(x, projection, residual=residual)
+        return linear(x, projection, residual=residual)
     x = _projected(projection, x)
     return residual + (x if post_norm is None else _normed(post_norm, x))
 
@@ -311,11 +311,11 @@ def _projected(projection: nn.Module, x: Tensor, norm: nn.Module | None = None) 
     is_a_row = _is_a_row(projection, x)
     if norm is not None and not (is_a_row and _makes_norm(norm, x)):
         x, norm = _normed(norm, x), None
-    return kernels.linear(x, projection, norm) if is_a_row else projection(fitted(x, projection))
+    return linear(x, projection, norm) if is_a_row else projection(fitted(x, projection))
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    return kernels.normed(x, norm) if type(norm) in kernels.NORMS else norm(x.to(norm.weight.dtype))
+    return normed(x, norm) if type(norm) in NORMS else norm(x.to(norm.weight.dtype))
 
 
 def _is_a_row(projection: nn.Module, x: Tensor) -> bool:
@@ -324,7 +324,7 @@ def _is_a_row(projection: nn.Module, x: Tensor) -> bool:
 
 
 def _makes_norm(norm: nn.Module, x: Tensor) -> bool:
-    return type(norm) in kernels.NORMS and x.shape[1] <= kernels.WIDEST_NORM
+    return type(norm) in NORMS and x.shape[1] <= WIDEST_NORM
 
 
 def _fit(model: nn.Module, states: list[Tensor], input_ids: Tensor) -> bool:
