@@ -1,5 +1,7 @@
 """The captured step of one token: its kernels, by Triton's interpreter where there is no GPU, and when it is used."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import VARIANTS, largest_difference, random_ids, tiny_model
@@ -58,3 +60,89 @@ def test_padding_leaves_a_rows_states_alone(variant, monkeypatch):
     steps(model, cache, ids[:, 7:8], mask=torch.tensor([[1], [0]], device=DEVICE))
     for was, now in zip(before, decoding.states_of(cache, 2)):
         assert torch.equal(was[1], now[1]) and not torch.equal(was[0], now[0])
+
+
+def with_another_parameter(model):
+    model.backbone.norm_f.weight = torch.nn.Parameter(model.backbone.norm_f.weight.clone())
+
+
+def with_another_module(model):
+    model.backbone.layers[0].mixer.out_proj = copy.deepcopy(model.backbone.layers[0].mixer.out_proj)
+
+
+def rebound(model):
+    model.backbone.layers[1].mixer.A_log.data = model.backbone.layers[1].mixer.A_log.data.clone()
+
+
+def doubled(model):
+    model.double()
+
+
+def with_a_bias(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(99))
+
+
+def hooked(model):
+    model.backbone.layers[0].mixer.in_proj.register_forward_hook(lambda module, given, output: output)
+
+
+@pytest.mark.parametrize(
+    "change", [with_another_parameter, with_another_module, rebound, doubled, with_a_bias, hooked]
+)
+def test_what_no_longer_is_the_captured_model_is_told(change):
+    model = tiny_model(mixer_type="mamba2")
+    watch = decoding.Watch(model)
+    with torch.no_grad():  # what changes in place is read anew
+        model.load_state_dict({name: 0.5 * value for name, value in model.state_dict().items()})
+        model.lm_head.weight.mul_(2)
+    hook = torch.nn.Linear(1, 1).register_forward_hook(print)  # of another model
+    assert watch.holds()
+    hook.remove()
+    change(model)
+    assert not watch.holds()
+
+
+def test_a_hook_that_is_gone_hinders_no_more():
+    model = tiny_model(mixer_type="mamba2")
+    hook = model.backbone.layers[0].mlp or model.backbone.layers[0].mixer
+    hook = hook.register_forward_pre_hook(lambda module, given: None)
+    watch = decoding.Watch(model)
+    assert watch.hooked and watch.holds()
+    hook.remove()
+    assert not watch.holds() and decoding.Watch(model).holds()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_adapters_that_are_switched_are_told():
+    peft = pytest.importorskip("peft")
+    model = tiny_model(mixer_type="mamba2")
+    before = decoding.Watch(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["in_proj", "out_proj"], r=4)).eval()
+    assert not before.holds()
+    watch = decoding.Watch(model)
+    assert watch.holds()
+    with adapted.disable_adapter():
+        assert not watch.holds()
+    assert watch.holds()
+    adapted.merge_adapter()
+    assert not watch.holds()
+
+
+@torch.no_grad()
+def test_only_what_is_known_is_captured(monkeypatch):
+    class Custom(torch.nn.Linear):
+        pass
+
+    model = tiny_model(mixer_type="mamba2")
+    assert "is on cpu" in decoding._obstacle(model)
+    model.lm_head = Custom(32, 99)
+    assert "lm_head is a Custom" in decoding._obstacle(model)
+    cache = model(random_ids(1, 3), use_cache=True).cache
+    assert decoding.one_token(model, random_ids(1, 1), None, None, cache) is None
+    assert decoding.states_of(type(cache)(config=model.config), 2) is None
+    for name, value in ((decoding.DECODE_VARIABLE, "eager"), ("CAB_SSM_BACKEND", "torch")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert not decoding.captures(tiny_model(mixer_type="mamba2"))
+    again = copy.deepcopy(model)
+    decoding.release_graphs(again)
