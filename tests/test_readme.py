@@ -171,12 +171,12 @@ def test_the_lines_of_python_run(tiny_teacher, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default::FutureWarning")  # peft's own
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_the_lines_of_the_guide_run(number, tiny_teacher, monkeypatch):
     if number == 2:
         pytest.importorskip("peft")
     lines = blocks(ROOT / "docs/guide.md", "python")
-    assert len(lines) == 3 and lines[0] == blocks(README, "python")[0]
+    assert len(lines) == 4 and lines[0] == blocks(README, "python")[0]
     monkeypatch.chdir(tiny_teacher)
     teacher, tokenizer = load_teacher("teacher")
     text = load_documents("text.txt")

@@ -190,17 +190,13 @@ def main() -> None:
     parser.add_argument("--only", choices=("student", "all"), default="all", help="leave the teacher out")
     arguments = parser.parse_args()
     if arguments.first_call:
-        return first_call()
+        first_call()
+        return
     report = Report(arguments.output)
-    command = [sys.executable, __file__, "--first_call"]
-    for state in ("compiled anew", "compiled before"):
-        ran = subprocess.run(command, capture_output=True, text=True)
-        lines = ran.stdout.splitlines()
-        first = json.loads(lines[-1]) if ran.returncode == 0 else {"error": ran.stderr[-300:]}
-        report.cells.append(
-            {"model": "student", "way": f"first call, {state}", "batch_size": 1, "context": 512} | first
-        )
-        print(report.cells[-1], flush=True)
+    ran = subprocess.run([sys.executable, __file__, "--first_call"], capture_output=True, text=True)
+    first = json.loads(ran.stdout.splitlines()[-1]) if ran.returncode == 0 else {"error": ran.stderr[-300:]}
+    report.cells.append({"model": "student", "way": "first call", "batch_size": 1, "context": 512} | first)
+    print(first, flush=True)
     teacher, student = models()
     for context, batch_sizes in CONTEXTS.items():
         for rows in batch_sizes:
@@ -212,21 +208,19 @@ def main() -> None:
     os.environ[DECODE_VARIABLE] = "eager"
     report.measure("student", "eager", 1, 512, lambda: generated(student, lambda: read(student, 1), 1, 512))
     del os.environ[DECODE_VARIABLE]
+    if arguments.only == "all":
+        for context, batch_sizes in CONTEXTS.items():
+            for rows in batch_sizes:
+                for way, make in (("generate()", full_cache), ("static", static_cache)):
+                    if context == 512 and rows > 1:
+                        continue  # a minute of compiling for figures that decide nothing
+                    run = partial(generated, teacher, partial(make, teacher, rows, context), rows, context)
+                    report.measure("teacher", way, rows, context, run)
     for context in PREFILLS:
         report.measure_prefill("student", student, context)
         if arguments.only == "all":
             report.measure_prefill("teacher", teacher, context)
     report.measure_prefill("student", student, PREFILLS[-1], PIECE)
-    if arguments.only == "student":
-        return None
-    for context, batch_sizes in CONTEXTS.items():
-        for rows in batch_sizes:
-            for way, make in (("generate()", full_cache), ("static", static_cache)):
-                if context == 512 and rows > 1 and way == "static":
-                    continue  # a minute of compiling for a figure that decides nothing
-                run = partial(generated, teacher, partial(make, teacher, rows, context), rows, context)
-                report.measure("teacher", way, rows, context, run)
-    return None
 
 
 if __name__ == "__main__":
