@@ -60,7 +60,7 @@ def graphs(model):
     return [] if held is None else list(held.steps)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 70])
+@pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_captured_steps_are_eager_steps(variant, rows):
     model, tokens = cuda_model(variant), ids(rows, 14)
