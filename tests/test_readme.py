@@ -444,6 +444,32 @@ def test_decoding():
         assert f">{memory}<" in picture
 
 
+@pytest.mark.parametrize(
+    ("start", "model", "way", "rows"),
+    [
+        ("one row: student |", "student", "generate()", 1),
+        ("one row: student without", "student", "eager", 1),
+        ("one row: teacher |", "teacher", "generate()", 1),
+        ("one row: teacher with", "teacher", "static", 1),
+        ("16 rows: student", "student", "generate()", 16),
+        ("64 rows: student", "student", "generate()", 64),
+    ],
+)
+def test_tokens_of_generate(start, model, way, rows):
+    cells = [
+        next((c["ms"] for c in result("speed/results/generate_h200.json")["cells"] if key.items() <= c.items()), None)
+        for context in (512, 32000)
+        for key in ({"model": model, "way": way, "batch_size": rows, "context": context},)
+    ]
+    assert row(RESULTS, start) == ["" if ms is None else f"{ms:.1f}" if ms > 10 else f"{ms:.2f}" for ms in cells]
+
+
+def test_first_tokens():
+    cells = result("speed/results/generate_h200_first.json")["prefill"]
+    for start, name in (("first token, milliseconds", "ms"), ("first token, MiB", "peak_mib")):
+        assert row(RESULTS, start) == [f"{cell[name]:,.0f}" for cell in cells]
+
+
 @pytest.mark.parametrize(("start", "method"), [("the bridge", "bridge"), ("whole attention maps", "matrix")])
 def test_alignment(start, method):
     cells = [
