@@ -62,6 +62,36 @@ def test_padding_leaves_a_rows_states_alone(variant, monkeypatch):
         assert torch.equal(was[1], now[1]) and not torch.equal(was[0], now[0])
 
 
+def uncaptured(model, input_ids, attention_mask, position_ids, cache):
+    """What `one_token` gives, by the same code without a graph."""
+    states = decoding.states_of(cache, len(model.backbone.layers))
+    if states is None:
+        return None
+    table = torch.tensor([one.data_ptr() for one in states], device=input_ids.device)
+    real = torch.ones_like(input_ids[:, 0]) if attention_mask is None else attention_mask[:, -1] != 0
+    return decoding.step_logits(model, input_ids, position_ids, table, real.to(torch.int8))[:, None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("variant", ["s6", "ssd 2 groups, gated mlp"])
+def test_generate_goes_through_the_step(variant, way, monkeypatch):
+    monkeypatch.setenv("CAB_SSM_BACKEND", "torch")
+    model, prompt = tiny_model(**VARIANTS[variant]).to(DEVICE), random_ids(2, 7).to(DEVICE)
+    left = torch.ones_like(prompt)
+    left[0, :3] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **way}
+    masks = (torch.ones_like(prompt), left)
+    right = [model.generate(prompt, attention_mask=mask, **options) for mask in masks]
+    calls = []
+    monkeypatch.setattr(
+        "cab_hf.models.modeling_cab_mamba.one_token", lambda *given: calls.append(1) or uncaptured(*given)
+    )
+    for mask, tokens in zip(masks, right):
+        assert torch.equal(model.generate(prompt, attention_mask=mask, **options), tokens)
+    assert len(calls) == 8  # four tokens behind each prompt
+
+
 def with_another_parameter(model):
     model.backbone.norm_f.weight = torch.nn.Parameter(model.backbone.norm_f.weight.clone())
 
