@@ -53,8 +53,9 @@ class StatefulGenerationMixin(GenerationMixin):
             if next_sequence_length == 1 and cache.read[0] and not self.config.max_position_embeddings:
                 # a token that was made here: it is no padding, and needs no position
                 cache.goes_on = vars(cache).get("has_begun", False)
-                token = cache.reading[1].to(self.device).clone(memory_format=torch.contiguous_format)
-                return kwargs | {"input_ids": token}
+                token = cache.reading[1].clone(memory_format=torch.contiguous_format)
+                on_meta = self.device.type == "meta"  # weights that are offloaded
+                return kwargs | {"input_ids": token if on_meta else token.to(self.device)}
         # Positions follow from the mask, on whichever side of the prompt its padding is.
         return super().prepare_inputs_for_generation(
             input_ids,
