@@ -172,12 +172,12 @@ def test_the_lines_of_python_run(tiny_teacher, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default::FutureWarning")  # peft's own
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_the_lines_of_the_guide_run(number, tiny_teacher, monkeypatch):
     if number == 2:
         pytest.importorskip("peft")
     lines = blocks(ROOT / "docs/guide.md", "python")
-    assert len(lines) == 3 and lines[0] == blocks(README, "python")[0]
+    assert len(lines) == 4 and lines[0] == blocks(README, "python")[0]
     monkeypatch.chdir(tiny_teacher)
     teacher, tokenizer = load_teacher("teacher")
     text = load_documents("text.txt")
@@ -443,6 +443,32 @@ def test_decoding():
         memory = f"{cells[model, 32768]['cache_mib']:,.0f} MiB"
         assert row(RESULTS, start) == [*shown, memory]
         assert f">{memory}<" in picture
+
+
+@pytest.mark.parametrize(
+    ("start", "model", "way", "rows"),
+    [
+        ("one row: student |", "student", "generate()", 1),
+        ("one row: student without", "student", "eager", 1),
+        ("one row: teacher |", "teacher", "generate()", 1),
+        ("one row: teacher with", "teacher", "static", 1),
+        ("16 rows: student", "student", "generate()", 16),
+        ("64 rows: student", "student", "generate()", 64),
+    ],
+)
+def test_tokens_of_generate(start, model, way, rows):
+    cells = [
+        next((c["ms"] for c in result("speed/results/generate_h200.json")["cells"] if key.items() <= c.items()), None)
+        for context in (512, 32000)
+        for key in ({"model": model, "way": way, "batch_size": rows, "context": context},)
+    ]
+    assert row(RESULTS, start) == ["" if ms is None else f"{ms:.1f}" if ms > 10 else f"{ms:.2f}" for ms in cells]
+
+
+def test_first_tokens():
+    cells = result("speed/results/generate_h200_first.json")["prefill"]
+    for start, name in (("first token, milliseconds", "ms"), ("first token, MiB", "peak_mib")):
+        assert row(RESULTS, start) == [f"{cell[name]:,.0f}" for cell in cells]
 
 
 @pytest.mark.parametrize(("start", "method"), [("the bridge", "bridge"), ("whole attention maps", "matrix")])

@@ -3,10 +3,16 @@
 Shape legend: `b` batch, `t` token.
 """
 
+from collections.abc import Callable
+from os import PathLike
+
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
+
+from .decoding import captures
+from .states import load_state, save_state
 
 
 UNKNOWN_POSITIONS = (
@@ -44,6 +50,12 @@ class StatefulGenerationMixin(GenerationMixin):
             kwargs["cache"] = cache
             cache.read = tokens_read(cache)
             cache.reading = (cache.read[0] + (next_sequence_length or input_ids.shape[1]), input_ids[:, -1:])
+            if next_sequence_length == 1 and cache.read[0] and not self.config.max_position_embeddings:
+                # a token that was made here: it is no padding, and needs no position
+                cache.goes_on = vars(cache).get("has_begun", False)
+                token = cache.reading[1].clone(memory_format=torch.contiguous_format)
+                on_meta = self.device.type == "meta"  # weights that are offloaded
+                return kwargs | {"input_ids": token if on_meta else token.to(self.device)}
         # Positions follow from the mask, on whichever side of the prompt its padding is.
         return super().prepare_inputs_for_generation(
             input_ids,
@@ -53,6 +65,43 @@ class StatefulGenerationMixin(GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+
+    def save_state(self, cache: Cache, file: str | PathLike) -> None:
+        """Writes what a cache remembers of a prompt as a safetensors file, with the model's fingerprint.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from cab_hf import CABMambaConfig, CABMambaForCausalLM
+            >>> model = CABMambaForCausalLM(CABMambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)).eval()
+            >>> prompt = torch.arange(20)[None]
+            >>> file = tempfile.mkdtemp() + "/prompt.safetensors"
+            >>> model.save_state(model(prompt, use_cache=True).cache, file)
+            >>> question = torch.tensor([[7, 8]])
+            >>> model.generate(question, cache=model.load_state(file), max_new_tokens=3).shape
+            torch.Size([1, 5])
+        """
+        save_state(self, cache, file)
+
+    def load_state(self, file: str | PathLike) -> Cache:
+        """The cache of a prompt that [`save_state`] wrote, for `generate(..., cache=cache)`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is cut, of another kind or of another model; one line says which.
+        """
+        return load_state(self, file)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict):
+        """None for a student without learned positions, whose states count for themselves."""
+        if self.config.max_position_embeddings is None:
+            return None
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """The call that a static cache asks for. A captured token is faster than a compiled one, and ready at once."""
+        if compile_config is None and self.device.type == "cuda" and captures(self):
+            return self.__call__
+        return super().get_compiled_call(compile_config)
 
     def _prefill(
         self,
@@ -94,6 +143,8 @@ class StatefulGenerationMixin(GenerationMixin):
                 f"`max_position_embeddings` of {table}. Ask for at most {max(table - real + 1, 0)} new tokens, or "
                 "shorten the prompt."
             )
+        if cache is not None:
+            cache.has_begun = False
         size = generation_config.prefill_chunk_size
         if size is None or cache is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)

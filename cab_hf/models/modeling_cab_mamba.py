@@ -16,6 +16,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.versions import require_version
 
 from .configuration_cab_mamba import CABMambaConfig
+from .decoding import one_token
 from .generation import UNKNOWN_POSITIONS, StatefulGenerationMixin, tokens_read
 from .mixers import MIXERS, SSMProjections, fitted
 from .students import CABMambaMLP, MixerPreTrainedModel, make_norm
@@ -373,6 +374,20 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, StatefulGenerationMixin):
             logits_to_keep: compute logits for the last that many tokens (0: all), or for these positions.
         """
         self._refuse_past(**kwargs)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        # A token behind a cache, of which nothing but logits is asked, is a CUDA graph where there can be one.
+        if not torch.compiler.is_compiling() and cache is not None and not torch.is_grad_enabled():
+            is_one = input_ids is not None and input_ids.shape[1] == 1 and isinstance(logits_to_keep, int)
+            is_plain = inputs_embeds is None and seq_idx is None and labels is None
+            is_plain = is_plain and (self.config.use_cache if use_cache is None else use_cache)
+            shows = output_projections or output_attentions or output_hidden_states
+            shows = shows or self.config.output_attentions or self.config.output_hidden_states
+            if is_one and is_plain and not shows:
+                logits = one_token(self, input_ids, attention_mask, position_ids, cache)
+                if logits is not None:
+                    cache.read = (tokens_read(cache, "read")[0] + 1, input_ids)
+                    output = CABMambaCausalLMOutput(logits=logits, cache=cache)
+                    return output if return_dict else output.to_tuple()
         outputs = self.backbone(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -399,7 +414,6 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, StatefulGenerationMixin):
             projections=outputs.projections,
             attentions=outputs.attentions,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
 

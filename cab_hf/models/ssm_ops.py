@@ -2,7 +2,8 @@
 
 Every operation is token-first, computes in float32 (float64 for float64 inputs), returns its output in `x.dtype` and
 its states in float32 (float64). Each call takes its backend from `backend_for`; the torch paths run on any device and
-are what the kernels are tested against.
+are what the kernels are tested against. A compiler is given the kernels as operators, but the torch path of one token,
+of which it makes faster code than a kernel is.
 
 Shape legend: `b` batch, `t` token, `d` width, `k` convolution taps, `h` head, `p` head_dim, `g` group, `n` state.
 """
@@ -10,12 +11,14 @@ Shape legend: `b` batch, `t` token, `d` width, `k` convolution taps, `h` head, `
 import importlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
+from .kernel_operators import kernel_operator
 from .s6_scan import chunked_scan, chunked_scan_backward
 from .ssd_scan import scan_chunks
 
@@ -101,6 +104,11 @@ def _load_kernels(operation: str, backend: str) -> str:
     """Imports an operation's kernels once; returns why they can't be used, or an empty string."""
     if (operation, backend) in _unusable:
         return _unusable[operation, backend]
+    # What Triton finds best for a GPU, a later process need not look for again.
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+    kept = Path(os.environ.get("TRITON_CACHE_DIR") or Path(os.environ.get("TRITON_HOME") or Path.home(), ".triton"))
+    if not kept.is_dir():
+        logger.warning_once(f"Kernels are compiled and tuned at first use, for about a minute, and kept in {kept}.")
     for name, module_name in _KERNEL_MODULES[operation, backend].items():
         if name in _kernels:
             continue
@@ -162,6 +170,8 @@ def causal_conv1d(
     if d % 8 and (initial_states is not None or runs is not None):
         lacks = f"with initial_states or seq_idx its width must be a multiple of 8, x has width {d}"
     if backend_for("causal_conv1d", x.device, x.dtype, lacks) == "mamba_ssm":
+        if torch.compiler.is_compiling():
+            return _conv_operator(x, weight, bias, initial_states, runs, int(activation == "silu"))
         return _conv_kernel(x, weight, bias, activation, initial_states, runs)
 
     dtype = _compute_dtype(x)
@@ -197,7 +207,7 @@ def causal_conv1d_update(
     lacks = _conv_kernel_lacks(weight.shape[-1])
     if conv_state.dtype != x.dtype:
         lacks = f"conv_state is {conv_state.dtype} and x {x.dtype}, it needs one dtype"
-    if backend_for("causal_conv1d", x.device, x.dtype, lacks) == "mamba_ssm":
+    if not torch.compiler.is_compiling() and backend_for("causal_conv1d", x.device, x.dtype, lacks) == "mamba_ssm":
         return _conv_update_kernel(x, conv_state, weight, bias, activation)
     dtype = _compute_dtype(x)
     conv_state.copy_(torch.cat([conv_state[..., 1:], x.unsqueeze(-1).to(conv_state.dtype)], dim=-1))
@@ -211,8 +221,6 @@ def _conv_kernel_lacks(k: int) -> str:
     return "" if 2 <= k <= 4 else f"its convolution has 2 to 4 taps, weight has {k}"
 
 
-# Kernel calls stay out of torch.compile's graphs: not all of them can be traced.
-@torch.compiler.disable
 def _conv_kernel(
     x: Tensor,
     weight: Tensor,
@@ -221,6 +229,17 @@ def _conv_kernel(
     initial_states: Tensor | None,
     runs: Tensor | None,
 ) -> Tensor:
+    x, bias, initial_states = _conv_inputs(x, weight, bias, initial_states)
+    y = _kernels["causal_conv1d_fn"](
+        x, weight.contiguous(), bias, seq_idx=runs, initial_states=initial_states, activation=activation
+    )
+    return y.transpose(1, 2)
+
+
+def _conv_inputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x `(b, d, t)`, the bias and the states `(b, d, k-1)` as the kernel takes them."""
     if x.shape[2] % 8:
         x = x.transpose(1, 2).contiguous()
     else:
@@ -232,18 +251,9 @@ def _conv_kernel(
     if initial_states is not None:
         past = initial_states[..., 1:].to(x.dtype)
         initial_states = past.transpose(1, 2).contiguous().transpose(1, 2)  # (b, d, k-1), channel-last
-    y = _kernels["causal_conv1d_fn"](
-        x,
-        weight.contiguous(),
-        None if bias is None else bias.to(weight.dtype),
-        seq_idx=runs,
-        initial_states=initial_states,
-        activation=activation,
-    )
-    return y.transpose(1, 2)
+    return x, None if bias is None else bias.to(weight.dtype), initial_states
 
 
-@torch.compiler.disable
 def _conv_update_kernel(
     x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
@@ -286,7 +296,10 @@ def selective_scan(
     dtype = _compute_dtype(x)
     wide, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
     if backend_for("selective_scan", x.device, x.dtype, lacks, "it has no S6 scan") == "mamba_ssm":
-        y, final_state = _selective_scan_kernel(wide, dt, A, B, C)
+        if torch.compiler.is_compiling():
+            y, final_state = _selective_scan_operator(wide, dt, A, B, C, 0)
+        else:
+            y, final_state = _selective_scan_kernel(wide, dt, A, B, C)
     else:
         state = x.new_zeros(b, d, n, dtype=dtype) if initial_state is None else initial_state.to(dtype)
         keep = None
@@ -316,7 +329,8 @@ def selective_scan_update(
         `(b, d)` in `x.dtype`.
     """
     dtype = _compute_dtype(x)
-    if backend_for("selective_scan", x.device, x.dtype, fla_lacks="it has no S6 scan") == "mamba_ssm":
+    lacks = {"fla_lacks": "it has no S6 scan"}
+    if not torch.compiler.is_compiling() and backend_for("selective_scan", x.device, x.dtype, **lacks) == "mamba_ssm":
         return _state_update_kernel(state, x, dt.to(dtype), A.to(dtype), B, C, D)
     wide, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
     state.mul_(torch.exp(dt.unsqueeze(-1) * A)).add_((dt * wide).unsqueeze(-1) * B.unsqueeze(1))
@@ -334,16 +348,20 @@ class _FinalStateGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_state):
-        x, dt, A, B = ctx.saved_tensors
-        u, A, no_C, grad_state = dt * x, A.t(), torch.zeros_like(B), grad_state.transpose(1, 2)
-        *_, incoming = chunked_scan(u, dt, A, B, no_C, torch.zeros_like(grad_state), None)
-        grad_u, grad_dt, grad_A, grad_B, *_ = chunked_scan_backward(
-            torch.zeros_like(u), grad_state, u, dt, A, B, no_C, incoming, None
-        )
-        return None, grad_u * dt, grad_dt + grad_u * x, grad_A.t(), grad_B
+        return None, *_final_state_gradient(grad_state, *ctx.saved_tensors)
 
 
-@torch.compiler.disable
+def _final_state_gradient(
+    grad_state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    u, A, no_C, grad_state = dt * x, A.t(), torch.zeros_like(B), grad_state.transpose(1, 2)
+    *_, incoming = chunked_scan(u, dt, A, B, no_C, torch.zeros_like(grad_state), None)
+    grad_u, grad_dt, grad_A, grad_B, *_ = chunked_scan_backward(
+        torch.zeros_like(u), grad_state, u, dt, A, B, no_C, incoming, None
+    )
+    return grad_u * dt, grad_dt + grad_u * x, grad_A.t(), grad_B
+
+
 def _selective_scan_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     # The kernel takes one dtype for x, dt, B and C. They come in float32: a common bfloat16 would round dt.
     columns = [tensor.transpose(1, 2).contiguous() for tensor in (x, dt, B, C)]
@@ -351,7 +369,6 @@ def _selective_scan_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tenso
     return y.transpose(1, 2), _FinalStateGradient.apply(final_state.detach(), x, dt, A, B)
 
 
-@torch.compiler.disable
 def _state_update_kernel(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
 ) -> Tensor:
@@ -394,6 +411,8 @@ def ssd_scan(
     fla_lacks = "its scan takes no seq_idx" if lacks == "" and runs is not None else lacks
     backend = backend_for("ssd_scan", x.device, x.dtype, lacks, fla_lacks)
     if backend == "mamba_ssm":
+        if torch.compiler.is_compiling():
+            return _ssd_operator(x, dt, A, B, C, D, initial_state, runs, chunk_size)
         return _ssd_kernel(x, dt, A, B, C, D, chunk_size, initial_state, runs)
     if backend == "fla":
         return _ssd_fla_kernel(x, dt, A, B, C, D, initial_state)
@@ -427,7 +446,7 @@ def ssd_scan_update(
     """
     (b, h, p), (g, n) = x.shape, B.shape[-2:]
     dtype = _compute_dtype(x)
-    if backend_for("ssd_scan", x.device, x.dtype) == "mamba_ssm":
+    if not torch.compiler.is_compiling() and backend_for("ssd_scan", x.device, x.dtype) == "mamba_ssm":
         # strides of 0 tell the kernel that a head's channels and states share one decay
         dt, A = dt.to(dtype).unsqueeze(-1).expand(b, h, p), A.to(dtype)[:, None, None].expand(h, p, n)
         return _state_update_kernel(state, x, dt, A, B, C, None if D is None else D.unsqueeze(-1).expand(h, p))
@@ -438,7 +457,6 @@ def ssd_scan_update(
     return (y if D is None else y + wide * D.to(dtype).unsqueeze(-1)).to(x.dtype)
 
 
-@torch.compiler.disable
 def _ssd_kernel(
     x: Tensor,
     dt: Tensor,
@@ -451,13 +469,8 @@ def _ssd_kernel(
     runs: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     y, final_state = _kernels["mamba_chunk_scan_combined"](
-        x,
-        dt.float(),
-        A.float(),
-        B.to(x.dtype),
-        C.to(x.dtype),
-        # tiles are powers of two, and a tensor-core product has 16 rows or more
-        min(max(1 << (chunk_size - 1).bit_length(), 16), 256),
+        *_ssd_inputs(x, dt, A, B, C),
+        _ssd_chunk(chunk_size),
         D=None if D is None else D.float(),
         initial_states=None if initial_state is None else initial_state.float(),
         seq_idx=runs,
@@ -465,6 +478,15 @@ def _ssd_kernel(
         return_final_states=True,
     )
     return y, final_state.float()
+
+
+def _ssd_inputs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, ...]:
+    return x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype)
+
+
+def _ssd_chunk(chunk_size: int) -> int:
+    # tiles are powers of two, and a tensor-core product has 16 rows or more
+    return min(max(1 << (chunk_size - 1).bit_length(), 16), 256)
 
 
 @torch.compiler.disable
@@ -485,3 +507,98 @@ def _ssd_fla_kernel(
     if D is not None:
         y = torch.addcmul(y.float(), x.float(), D.float().unsqueeze(-1))
     return y.to(x.dtype), final_state.float().transpose(2, 3).contiguous()
+
+
+def _conv(tensors: list[Tensor | None], is_silu: int) -> tuple[Tensor]:
+    x, weight, bias, initial_states, runs = tensors
+    return (_conv_kernel(x, weight, bias, "silu" if is_silu else None, initial_states, runs),)
+
+
+def _conv_gradient(
+    grads: list[Tensor | None], tensors: list[Tensor | None], y: Tensor, is_silu: int
+) -> list[Tensor | None]:
+    x, weight, bias, states, runs = tensors
+    x, kernel_bias, past = _conv_inputs(x, weight, bias, states)
+    grad = grads[0].transpose(1, 2)
+    if grad.stride(1) != x.stride(1):  # both channel-last, or neither
+        grad = grad.contiguous()
+    backward = importlib.import_module("causal_conv1d.cpp_functions").causal_conv1d_bwd_function
+    grad_x, *rest, grad_past = backward(
+        x, weight.contiguous(), kernel_bias, grad, runs, past, None, None, past is not None, bool(is_silu)
+    )
+    found = [grad_x.transpose(1, 2), *rest] if bias is not None else [grad_x.transpose(1, 2), rest[0]]
+    return found if states is None else [*found, F.pad(grad_past, (1, 0))]
+
+
+def _selective_scan_gradient(
+    grads: list[Tensor | None], tensors: list[Tensor | None], y: Tensor, number: int
+) -> list[Tensor | None]:
+    kernels = importlib.import_module("selective_scan_cuda")
+    x, dt, A, B, C = tensors
+    columns = [one.transpose(1, 2).contiguous() for one in (x, dt)]
+    columns += [A.contiguous(), *(one.transpose(1, 2).contiguous().unsqueeze(1) for one in (B, C))]
+    found = [None] * 5
+    if grads[0] is not None:
+        _, states, *_ = kernels.fwd(*columns, None, None, None, False)
+        grad = grads[0].transpose(1, 2).contiguous()
+        given = (*columns, None, None, None, grad, states, None, None, False, False)
+        grad_x, grad_dt, grad_A, grad_B, grad_C, *_ = kernels.bwd(*given)
+        found = [grad_x.transpose(1, 2), grad_dt.transpose(1, 2), grad_A]
+        found += [one.squeeze(1).transpose(1, 2) for one in (grad_B, grad_C)]
+    if grads[1] is not None:
+        of_state = [*_final_state_gradient(grads[1], x, dt, A, B), None]
+        found = [one if two is None else two if one is None else one + two for one, two in zip(found, of_state)]
+    return found
+
+
+def _ssd_gradient(
+    grads: list[Tensor | None], tensors: list[Tensor | None], y: Tensor, chunk_size: int
+) -> list[Tensor | None]:
+    backward = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")._mamba_chunk_scan_combined_bwd
+    (x, dt, A, B, C, D, state, runs), (grad, grad_state) = tensors, grads
+    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, _, _, grad_initial = backward(
+        torch.zeros_like(y) if grad is None else grad,
+        *_ssd_inputs(x, dt, A, B, C),
+        y,
+        _ssd_chunk(chunk_size),
+        D=None if D is None else D.float(),
+        initial_states=None if state is None else state.float(),
+        dfinal_states=grad_state,
+        seq_idx=runs,
+        dt_softplus=False,
+    )
+    found = [grad_x, grad_dt, grad_A, grad_B, grad_C]
+    return found + [one for given, one in ((D, grad_D), (state, grad_initial)) if given is not None]
+
+
+def _empty_scan(tensors: list[Tensor | None], number: int) -> tuple[Tensor, Tensor]:
+    """The shapes of a scan's output and of its final state, for S6 and SSD."""
+    x, _, _, B = tensors[:4]
+    state = (x.shape[0], *x.shape[2:], B.shape[-1])
+    return x.new_empty(x.shape), x.new_empty(state, dtype=torch.float32)
+
+
+_conv_operator = kernel_operator(
+    "causal_conv1d",
+    5,
+    1,
+    _conv,
+    lambda *given: _conv_gradient(*given),
+    lambda tensors, _: (tensors[0].new_empty(tensors[0].shape),),
+)
+_selective_scan_operator = kernel_operator(
+    "selective_scan",
+    5,
+    2,
+    lambda tensors, _: _selective_scan_kernel(*tensors),
+    lambda *given: _selective_scan_gradient(*given),
+    _empty_scan,
+)
+_ssd_operator = kernel_operator(
+    "ssd_scan",
+    8,
+    2,
+    lambda tensors, chunk_size: _ssd_kernel(*tensors[:6], chunk_size, *tensors[6:]),
+    lambda *given: _ssd_gradient(*given),
+    _empty_scan,
+)

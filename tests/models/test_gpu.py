@@ -140,3 +140,18 @@ def test_compiled_samples_are_the_models_own():
         for compiles in (False, True)
     ]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("mixer_type", ["mamba", "mamba2"])
+def test_a_whole_graph_holds_the_kernels(mixer_type):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.compiler.reset()
+    model = scattered(CABMambaForCausalLM(config(mixer_type))).train()
+    ids = torch.randint(99, (2, 77), device="cuda")
+    found = []
+    for call in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        output = call(input_ids=ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        found.append({"logits": output.logits} | {name: one.grad.clone() for name, one in model.named_parameters()})
+    assert_close(found[1], found[0], 1e-3 if mixer_type == "mamba" else 1e-2)

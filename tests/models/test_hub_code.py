@@ -120,8 +120,9 @@ def test_travelling_files_import_only_what_travels(tmp_path):
     tiny_model(mixer_type="mamba2").save_pretrained(tmp_path)
     travelling = {path.stem for path in tmp_path.glob("*.py")}
     models = {"configuration_cab_mamba", "generation", "modeling_cab_mamba", "students"}
-    assert travelling == models | {"mixers", "ssm_ops", "s6_scan", "ssd_scan"}
-    allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+    decoding = {"decoding", "decode_kernels", "kernel_operators", "states"}
+    assert travelling == models | decoding | {"mixers", "ssm_ops", "s6_scan", "ssd_scan"}
+    allowed = {"torch", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
     for stem in sorted(travelling):
         for node in ast.walk(ast.parse((CODE / f"{stem}.py").read_text())):
             if isinstance(node, ast.Import):
@@ -133,7 +134,9 @@ def test_travelling_files_import_only_what_travels(tmp_path):
                 continue
             else:
                 continue
-            assert found <= allowed, f"{stem}: {ast.unparse(node)}"
+            # the one that may be missing, in a `try` that transformers passes over
+            optional = {"triton"} if stem == "decode_kernels" else set()
+            assert found <= allowed | optional, f"{stem}: {ast.unparse(node)}"
 
 
 class TestOtherVersions:

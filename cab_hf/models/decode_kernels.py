@@ -1,0 +1,461 @@
+"""Triton kernels of one token: a row's projections with norm and residual, and what a mixer does between its own.
+
+A cache's states are reached through a table of their addresses, so that one CUDA graph serves any cache.
+
+Shape legend: `b` batch, `d` width, `k` convolution taps, `h` head, `p` head_dim, `g` group, `n` state.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+WIDEST_NORM = 2048
+"""Width up to which a projection makes its own norm."""
+
+NORMS = {nn.RMSNorm: 1, nn.LayerNorm: 2}
+_PROGRAMS = 132  # an H100's multiprocessors; a smaller GPU runs two rounds
+_ELEMENTS = 16384  # weights that a program holds in registers
+
+
+if triton is not None:
+
+    @triton.jit
+    def _silu(x):
+        return x * tl.sigmoid(x)
+
+    @triton.jit
+    def _softplus(x):
+        exponential = tl.exp(tl.minimum(x, 20.0))
+        total = 1.0 + exponential
+        small = tl.where(total == 1.0, exponential, tl.log(total) * (exponential / (total - 1.0)))
+        return tl.where(x > 20.0, x, small)
+
+    @triton.jit
+    def _normed(x, norm, norm_bias, column, is_column, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
+        x = x.to(norm.dtype.element_ty).to(tl.float32)
+        if NORM == 2:
+            x = tl.where(is_column, x - tl.sum(x) / WIDTH, 0.0)
+        x *= tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
+        x *= tl.load(norm + column, mask=is_column, other=0.0).to(tl.float32)
+        if norm_bias is not None:
+            x += tl.load(norm_bias + column, mask=is_column, other=0.0).to(tl.float32)
+        return x.to(norm.dtype.element_ty)
+
+    @triton.jit
+    def _linear_kernel(
+        x,  # (WIDTH,)
+        weight,  # (OUT, WIDTH), contiguous
+        gate_weight,  # the same, or nothing
+        bias,  # (OUT,) or nothing
+        norm,  # (WIDTH,) or nothing
+        norm_bias,  # (WIDTH,) or nothing
+        residual,  # (OUT,) or nothing
+        out,  # (OUT,), made
+        eps,
+        WIDTH: tl.constexpr,
+        OUT: tl.constexpr,
+        NORM: tl.constexpr,
+        FEATURES: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+        is_feature = feature < OUT
+        total = tl.zeros((FEATURES,), dtype=tl.float32)
+        gate_total = tl.zeros((FEATURES,), dtype=tl.float32)
+        for start in tl.static_range(0, WIDTH, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            is_column = column < WIDTH
+            is_weight = is_feature[:, None] & is_column[None, :]
+            place = feature[:, None].to(tl.int64) * WIDTH + column[None, :]
+            part = tl.load(weight + place, mask=is_weight, other=0.0)
+            if gate_weight is not None:
+                gate_part = tl.load(gate_weight + place, mask=is_weight, other=0.0)
+            read = tl.load(x + column, mask=is_column, other=0.0)
+            if NORM:
+                read = _normed(read, norm, norm_bias, column, is_column, eps, WIDTH, NORM)
+            read = read.to(weight.dtype.element_ty).to(tl.float32)
+            total += tl.sum(part.to(tl.float32) * read[None, :], axis=1)
+            if gate_weight is not None:
+                gate_total += tl.sum(gate_part.to(tl.float32) * read[None, :], axis=1)
+        if bias is not None:
+            total += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)
+        # rounded where the modules round
+        total = total.to(weight.dtype.element_ty).to(tl.float32)
+        if gate_weight is not None:
+            gate_total = gate_total.to(weight.dtype.element_ty).to(tl.float32)
+            total *= _silu(gate_total).to(weight.dtype.element_ty).to(tl.float32)
+        if residual is not None:
+            total += tl.load(residual + feature, mask=is_feature, other=0.0).to(tl.float32)
+        tl.store(out + feature, total, mask=is_feature)
+
+    @triton.jit
+    def _norm_kernel(
+        x,  # (b, WIDTH), contiguous
+        norm,  # (WIDTH,)
+        norm_bias,  # (WIDTH,) or nothing
+        out,  # (b, WIDTH), made
+        eps,
+        WIDTH: tl.constexpr,
+        NORM: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        column = tl.arange(0, COLUMNS)
+        is_column = column < WIDTH
+        start = tl.program_id(0).to(tl.int64) * WIDTH
+        read = tl.load(x + start + column, mask=is_column, other=0.0)
+        read = _normed(read, norm, norm_bias, column, is_column, eps, WIDTH, NORM)
+        tl.store(out + start + column, read, mask=is_column)
+
+    @triton.jit
+    def _window(stream, state, channel, is_channel, real, TAPS: tl.constexpr, K: tl.constexpr):
+        """The last inputs (channels, K) of channels of one row, this token's last; zeros behind TAPS of them."""
+        tap = tl.arange(0, K)
+        is_past = is_channel[:, None] & (tap < TAPS - 1)[None, :]
+        past = tl.load(state + channel[:, None] * TAPS + tap[None, :] + 1, mask=is_past, other=0.0)
+        is_taken = is_channel & (tl.load(real + 0 * channel) > 0)
+        new = tl.load(stream + channel, mask=is_taken, other=0.0)
+        return tl.where((tap == TAPS - 1)[None, :], new[:, None], past)
+
+    @triton.jit
+    def _take(window, state, channel, is_channel, real, TAPS: tl.constexpr, K: tl.constexpr):
+        """Makes a window a row's new state; every thread must have read the old one."""
+        tap = tl.arange(0, K)
+        is_taken = is_channel & (tl.load(real + 0 * channel) > 0)
+        place = state + channel[:, None] * TAPS + tap[None, :]
+        tl.store(place, window, mask=is_taken[:, None] & (tap < TAPS)[None, :])
+
+    @triton.jit
+    def _convolved(window, weight, bias, channel, is_channel, TAPS: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr):
+        tap = tl.arange(0, K)
+        is_weight = is_channel[:, None] & (tap < TAPS)[None, :]
+        taps = tl.load(weight + channel[:, None] * TAPS + tap[None, :], mask=is_weight, other=0.0)
+        y = tl.sum(window.to(tl.float32) * taps.to(tl.float32), axis=1)
+        if bias is not None:
+            y += tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)
+        if SILU:
+            y = _silu(y)
+        return y.to(window.dtype).to(tl.float32)
+
+    @triton.jit
+    def _conv_kernel(
+        stream,  # (b, d), rows `of_row` apart
+        addresses,  # (layers, 2), of convolution and recurrent states
+        real,  # (b,), 0 at padding
+        weight,  # (d, k)
+        bias,  # (d,) or nothing
+        out,  # (b, d), made
+        layer,
+        of_row,
+        CHANNELS: tl.constexpr,
+        TAPS: tl.constexpr,
+        SILU: tl.constexpr,
+        K: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        is_channel = channel < CHANNELS
+        state = tl.load(addresses + 2 * layer).to(tl.pointer_type(stream.dtype.element_ty)) + row * CHANNELS * TAPS
+        real += row
+        window = _window(stream + row * of_row, state, channel, is_channel, real, TAPS, K)
+        tl.debug_barrier()
+        _take(window, state, channel, is_channel, real, TAPS, K)
+        y = _convolved(window, weight, bias, channel, is_channel, TAPS, SILU, K)
+        tl.store(out + row * CHANNELS + channel, y, mask=is_channel)
+
+    @triton.jit
+    def _ssd_kernel(
+        stream,  # (b, gate (d), x (d), B (g, n), C (g, n), dt (h)), rows `of_row` apart
+        convolved,  # (b, d + 2 g n), contiguous; nothing where this kernel convolves and norms
+        addresses,  # (layers, 2), of convolution and recurrent states
+        real,  # (b,), 0 at padding
+        conv_weight,  # (d + 2 g n, k)
+        conv_bias,  # (d + 2 g n,) or nothing
+        dt_bias,  # (h,)
+        A_log,  # (h,)
+        D,  # (h,)
+        norm,  # (d,)
+        out,  # (b, d), made
+        layer,
+        of_row,
+        eps,
+        least,
+        most,
+        HEADS: tl.constexpr,
+        HEAD_DIM: tl.constexpr,
+        GROUPS: tl.constexpr,
+        STATE: tl.constexpr,
+        TAPS: tl.constexpr,
+        SILU: tl.constexpr,
+        K: tl.constexpr,
+        P: tl.constexpr,
+        N: tl.constexpr,
+    ):
+        row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        p, n = tl.arange(0, P), tl.arange(0, N)
+        is_p, is_n = p < HEAD_DIM, n < STATE
+        WIDTH: tl.constexpr = HEADS * HEAD_DIM
+        CHANNELS: tl.constexpr = WIDTH + 2 * GROUPS * STATE
+        real += row
+        stream += row * of_row
+        at_x = head * HEAD_DIM + p
+        at_B = WIDTH + head // (HEADS // GROUPS) * STATE + n
+        at_C = at_B + GROUPS * STATE
+        states = tl.load(addresses + 2 * layer + 1).to(tl.pointer_type(tl.float32))
+        states += (row * HEADS + head) * HEAD_DIM * STATE
+        place = states + p[:, None] * STATE + n[None, :]
+        is_state = is_p[:, None] & is_n[None, :]
+        state = tl.load(place, mask=is_state, other=0.0)
+        if convolved is None:
+            past = tl.load(addresses + 2 * layer).to(tl.pointer_type(stream.dtype.element_ty))
+            past += row * CHANNELS * TAPS
+            xBC = stream + WIDTH
+            x_window = _window(xBC, past, at_x, is_p, real, TAPS, K)
+            B_window = _window(xBC, past, at_B, is_n, real, TAPS, K)
+            C_window = _window(xBC, past, at_C, is_n, real, TAPS, K)
+            tl.debug_barrier()
+            _take(x_window, past, at_x, is_p, real, TAPS, K)
+            _take(B_window, past, at_B, is_n, real, TAPS, K)
+            _take(C_window, past, at_C, is_n, real, TAPS, K)
+            x = _convolved(x_window, conv_weight, conv_bias, at_x, is_p, TAPS, SILU, K)
+            B = _convolved(B_window, conv_weight, conv_bias, at_B, is_n, TAPS, SILU, K)
+            C = _convolved(C_window, conv_weight, conv_bias, at_C, is_n, TAPS, SILU, K)
+        else:
+            convolved += row * CHANNELS
+            x = tl.load(convolved + at_x, mask=is_p, other=0.0).to(tl.float32)
+            B = tl.load(convolved + at_B, mask=is_n, other=0.0).to(tl.float32)
+            C = tl.load(convolved + at_C, mask=is_n, other=0.0).to(tl.float32)
+        dt = tl.load(stream + WIDTH + CHANNELS + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
+        dt = tl.minimum(tl.maximum(_softplus(dt), least), most)
+        dt = tl.where(tl.load(real) > 0, dt, 0.0)
+        decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * dt)
+        state = state * decay + (dt * x)[:, None] * B[None, :]
+        tl.store(place, state, mask=is_state)
+        y = tl.sum(state * C[None, :], axis=1) + tl.load(D + head).to(tl.float32) * x
+        if convolved is None:
+            gate = tl.load(stream + at_x, mask=is_p, other=0.0).to(tl.float32)
+            gated = y.to(stream.dtype.element_ty).to(tl.float32) * _silu(gate)
+            scale = tl.rsqrt(tl.sum(gated * gated) / HEAD_DIM + eps)
+            y = (gated * scale).to(stream.dtype.element_ty).to(tl.float32)
+            y *= tl.load(norm + at_x, mask=is_p, other=0.0).to(tl.float32)
+        tl.store(out + row * WIDTH + at_x, y, mask=is_p)
+
+    @triton.jit
+    def _s6_kernel(
+        stream,  # (b, x (d), gate (d)), rows `of_row` apart
+        convolved,  # (b, d), contiguous
+        projected,  # (b, rank + B (n) + C (n)), contiguous
+        steps,  # (b, d), contiguous, before softplus
+        addresses,  # (layers, 2), of convolution and recurrent states
+        real,  # (b,), 0 at padding
+        A_log,  # (d, n)
+        D,  # (d,)
+        out,  # (b, d), made
+        layer,
+        of_row,
+        WIDTH: tl.constexpr,
+        RANK: tl.constexpr,
+        STATE: tl.constexpr,
+        P: tl.constexpr,
+        N: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        p, n = tl.program_id(1) * P + tl.arange(0, P), tl.arange(0, N)
+        is_p, is_n = p < WIDTH, n < STATE
+        is_state = is_p[:, None] & is_n[None, :]
+        states = tl.load(addresses + 2 * layer + 1).to(tl.pointer_type(tl.float32)) + row * WIDTH * STATE
+        place = p[:, None] * STATE + n[None, :]
+        x = tl.load(convolved + row * WIDTH + p, mask=is_p, other=0.0).to(tl.float32)
+        dt = _softplus(tl.load(steps + row * WIDTH + p, mask=is_p, other=0.0).to(tl.float32))
+        dt = tl.where(tl.load(real + row) > 0, dt, 0.0)
+        projected += row * (RANK + 2 * STATE) + RANK
+        B = tl.load(projected + n, mask=is_n, other=0.0).to(tl.float32)
+        C = tl.load(projected + STATE + n, mask=is_n, other=0.0).to(tl.float32)
+        A = -tl.exp(tl.load(A_log + place, mask=is_state, other=0.0).to(tl.float32))
+        state = tl.load(states + place, mask=is_state, other=0.0)
+        state = state * tl.exp(A * dt[:, None]) + (dt * x)[:, None] * B[None, :]
+        tl.store(states + place, state, mask=is_state)
+        y = tl.sum(state * C[None, :], axis=1) + tl.load(D + p, mask=is_p, other=0.0).to(tl.float32) * x
+        gate = tl.load(stream + row * of_row + WIDTH + p, mask=is_p, other=0.0).to(tl.float32)
+        y = y.to(stream.dtype.element_ty).to(tl.float32) * _silu(gate).to(stream.dtype.element_ty).to(tl.float32)
+        tl.store(out + row * WIDTH + p, y, mask=is_p)
+
+
+def _power(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def linear(
+    x: Tensor,
+    module: nn.Linear,
+    norm: nn.Module | None = None,
+    residual: Tensor | None = None,
+    gate: nn.Linear | None = None,
+) -> Tensor:
+    """`residual + module(norm(x))`; with a gate `silu(gate(norm(x))) * module(norm(x))`. One kernel.
+
+    Args:
+        x: `(1, width)`; with a norm of at most `WIDEST_NORM` columns.
+        module, gate: without quantised weights; the gate has no bias.
+        norm: an `nn.RMSNorm` or `nn.LayerNorm`.
+        residual: `(1, out)`.
+
+    Returns:
+        `(1, out)` in the weight's dtype, or the residual's.
+    """
+    width, weight, features = x.shape[1], module.weight, module.out_features
+    out = torch.empty(1, features, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
+    columns = min(_power(width), WIDEST_NORM)
+    most = max(_ELEMENTS // columns // (1 if gate is None else 2), 1)
+    block = max(min(_power(features // _PROGRAMS + 1) // 2, most), 1)
+    _linear_kernel[(triton.cdiv(features, block),)](
+        x,
+        weight,
+        None if gate is None else gate.weight,
+        module.bias,
+        None if norm is None else norm.weight,
+        getattr(norm, "bias", None),
+        residual,
+        out,
+        0.0 if norm is None else norm.eps,
+        WIDTH=width,
+        OUT=features,
+        NORM=0 if norm is None else NORMS[type(norm)],
+        FEATURES=block,
+        COLUMNS=columns,
+    )
+    return out
+
+
+def normed(x: Tensor, norm: nn.Module) -> Tensor:
+    """`norm(x)` of `(b, width)` in the dtype of the norm's weight, an `nn.RMSNorm` or `nn.LayerNorm`. One kernel."""
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=norm.weight.dtype, device=x.device)
+    _norm_kernel[(rows,)](
+        x.contiguous(),
+        norm.weight,
+        getattr(norm, "bias", None),
+        out,
+        norm.eps,
+        WIDTH=width,
+        NORM=NORMS[type(norm)],
+        COLUMNS=_power(width),
+    )
+    return out
+
+
+def convolve(stream: Tensor, mixer: nn.Module, addresses: Tensor, real: Tensor, layer: int) -> Tensor:
+    """`mixer.conv1d` of a token `(b, d)` behind the state at `addresses[layer, 0]`, which takes it in."""
+    conv = mixer.conv1d
+    (rows, channels), taps = stream.shape, conv.weight.shape[-1]
+    out = torch.empty(rows, channels, dtype=stream.dtype, device=stream.device)
+    _conv_kernel[(rows, triton.cdiv(channels, 256))](
+        stream,
+        addresses,
+        real,
+        conv.weight,
+        conv.bias,
+        out,
+        layer,
+        stream.stride(0),
+        CHANNELS=channels,
+        TAPS=taps,
+        SILU=mixer.config.conv_activation == "silu",
+        K=_power(taps),
+        BLOCK=256,
+    )
+    return out
+
+
+def ssd_step(stream: Tensor, mixer: nn.Module, addresses: Tensor, real: Tensor, layer: int) -> Tensor:
+    """From the input projection's output `(b, d + d + 2 g n + h)` of an SSD mixer to what its output projection reads.
+
+    The convolution's and the scan's states at `addresses[layer]` take the token in; nothing changes where `real`
+    `(b,)` is 0. One kernel where each head has its own B and C.
+    """
+    config, rows = mixer.config, stream.shape[0]
+    heads, groups = config.num_heads, config.n_groups
+    channels = mixer.conv1d.weight.shape[0]
+    convolved = None
+    if heads != groups:
+        convolved = convolve(stream[:, config.mixer_width :][:, :channels], mixer, addresses, real, layer)
+    out = torch.empty(rows, config.mixer_width, dtype=stream.dtype, device=stream.device)
+    least, most = config.time_step_limit
+    _ssd_kernel[(rows, heads)](
+        stream,
+        convolved,
+        addresses,
+        real,
+        mixer.conv1d.weight,
+        mixer.conv1d.bias,
+        mixer.dt_bias,
+        mixer.A_log,
+        mixer.D,
+        mixer.norm.weight,
+        out,
+        layer,
+        stream.stride(0),
+        mixer.norm.eps,
+        float(least),
+        float(most),
+        HEADS=heads,
+        HEAD_DIM=config.head_dim,
+        GROUPS=groups,
+        STATE=config.state_size,
+        TAPS=config.conv_kernel,
+        SILU=config.conv_activation == "silu",
+        K=_power(config.conv_kernel),
+        P=_power(config.head_dim),
+        N=_power(config.state_size),
+    )
+    return out if convolved is None else mixer.norm(out, stream[:, : config.mixer_width])
+
+
+def s6_step(
+    stream: Tensor,
+    convolved: Tensor,
+    projected: Tensor,
+    steps: Tensor,
+    mixer: nn.Module,
+    addresses: Tensor,
+    real: Tensor,
+    layer: int,
+) -> Tensor:
+    """The scan and the gate of an S6 mixer: one token `(b, d)`, which the state at `addresses[layer, 1]` takes in.
+
+    Args:
+        stream: `(b, 2 d)`, x and the gate.
+        convolved: `(b, d)`, x behind its convolution.
+        projected: `(b, rank + 2 n)`, with B and C.
+        steps: `(b, d)`, time steps before softplus.
+        real: `(b,)`, 0 at padding.
+    """
+    config, (rows, width) = mixer.config, convolved.shape
+    out = torch.empty(rows, width, dtype=stream.dtype, device=stream.device)
+    states = _power(config.state_size)
+    block = max(4096 // states, 1)
+    _s6_kernel[(rows, triton.cdiv(width, block))](
+        stream,
+        convolved,
+        projected,
+        steps,
+        addresses,
+        real,
+        mixer.A_log,
+        mixer.D,
+        out,
+        layer,
+        stream.stride(0),
+        WIDTH=width,
+        RANK=config.time_step_rank,
+        STATE=config.state_size,
+        P=block,
+        N=states,
+    )
+    return out

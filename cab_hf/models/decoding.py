@@ -1,0 +1,364 @@
+"""One token of a student as a CUDA graph: the host starts hundreds of kernels with one call.
+
+`CABMambaForCausalLM.forward` asks `one_token` for each token behind a cache. The first one of a batch size is
+captured, which takes a fraction of a second; later ones, of any cache, replay it. Whatever a graph can't hold runs
+eagerly.
+
+Shape legend: `b` batch, `d` width, `V` vocabulary.
+"""
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from itertools import chain, compress
+from operator import is_
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
+from .decode_kernels import NORMS, WIDEST_NORM, convolve, linear, normed, s6_step, ssd_step, triton
+from .mixers import S6Mixer, SSDMixer, fitted
+from .ssm_ops import BACKEND_VARIABLE
+
+
+logger = logging.get_logger(__name__)
+
+DECODE_VARIABLE = "CAB_DECODE"
+"""Set to `eager`, this environment variable keeps `one_token` from using a graph."""
+
+MOST_GRAPHS = 4
+"""Batch sizes that one model keeps a graph of; the one that was used longest ago goes first."""
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OWN_MODULES = f"{__name__.rpartition('.')[0]}."
+_KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations.", "peft.tuners.lora.", _OWN_MODULES)
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))
+_LORA_NOTES = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling", "training")
+_steps: "weakref.WeakKeyDictionary[nn.Module, ModelSteps]" = weakref.WeakKeyDictionary()
+
+
+def one_token(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: Cache,
+) -> Tensor | None:
+    """Logits `(b, 1, V)` of one token a row, which the cache's states take in; None where the model must run eagerly.
+
+    Args:
+        model: a causal language model in eval mode.
+        input_ids: `(b, 1)`.
+        attention_mask: `(b, past + 1)`; a zero in its last column leaves that row's states as they are.
+        position_ids: `(b, 1)`, for learned positions.
+        cache: with the states of earlier tokens. `generate` notes as `goes_on` that it captured the token before, too.
+    """
+    goes_on, cache.has_begun = vars(cache).pop("goes_on", False), False
+    if not input_ids.is_cuda or not captures(model, goes_on) or torch.cuda.is_current_stream_capturing():
+        return None
+    states = states_of(cache, len(model.backbone.layers))
+    if states is None:
+        return None
+    logits = _steps[model](model, input_ids, attention_mask, position_ids, states, goes_on)
+    cache.has_begun = logits is not None
+    return logits
+
+
+def captures(model: nn.Module, goes_on: bool = False) -> bool:
+    """Whether a model's tokens are captured, as far as the model decides that.
+
+    Args:
+        goes_on: the model has not changed since the token before, because one `generate` made both. Looking for
+            changes takes the host a tenth of a millisecond.
+    """
+    if triton is None or model.training or torch.is_autocast_enabled("cuda"):
+        return False
+    if os.environ.get(DECODE_VARIABLE, "auto") == "eager" or os.environ.get(BACKEND_VARIABLE, "auto") != "auto":
+        return False
+    steps = _steps.get(model)
+    if steps is None or not (goes_on or steps.watch.holds()):
+        steps = _steps[model] = ModelSteps(model)
+    return not steps.obstacle
+
+
+def release_graphs(model: nn.Module) -> None:
+    """Frees a model's graphs and their memory. The next token is captured again.
+
+    Example:
+        >>> from cab_hf import CABMambaConfig, CABMambaForCausalLM
+        >>> from cab_hf.models.decoding import release_graphs
+        >>> config = CABMambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)
+        >>> release_graphs(CABMambaForCausalLM(config))
+    """
+    _steps.pop(model, None)
+
+
+def states_of(cache: Cache, layers: int) -> list[Tensor] | None:
+    """Convolution and recurrent state of every layer, in turn; None before the first token, or where it records."""
+    states = []
+    if cache.is_recording_past(0):
+        return None
+    for layer in range(layers):
+        conv = cache.get_conv_state(layer)
+        if conv is None:
+            return None
+        states += (conv, cache.get_recurrent_state(layer))
+    return None if any(state is None for state in states) else states
+
+
+class Watch:
+    """Knows the parts of a model, and tells when one was replaced, moved or got a hook.
+
+    Values that change in place need no telling: a graph reads them anew each time.
+    """
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self.tables = [part for one in modules for part in (one._parameters, one._buffers, one._modules) if part]
+        held = self._held()
+        self.are_tensors = [isinstance(one, Tensor) for one in held]
+        self.are_others = [not is_tensor for is_tensor in self.are_tensors]
+        self.places = self._places(held)
+        self.others = list(compress(held, self.are_others))
+        self.modules = modules[1:]
+        self.hooked, self.hooks_ever = self.is_hooked(), RemovableHandle.next_id
+        self.adapters = [one for one in modules if type(one).__module__.startswith("peft.")]
+        self.notes = self._notes()
+
+    def _held(self) -> list:
+        return list(chain.from_iterable(map(dict.values, self.tables)))
+
+    def _places(self, held: list) -> list[int]:
+        return list(map(Tensor.data_ptr, compress(held, self.are_tensors)))
+
+    def _notes(self) -> list[str]:
+        return [repr([getattr(one, name, None) for name in _LORA_NOTES]) for one in self.adapters]
+
+    def is_hooked(self) -> bool:
+        return any("forward" in vars(one) or one._forward_hooks or one._forward_pre_hooks for one in self.modules)
+
+    def holds(self) -> bool:
+        if self.hooked or RemovableHandle.next_id != self.hooks_ever:  # somewhere a hook was made
+            if self.is_hooked() != self.hooked:
+                return False
+            self.hooks_ever = RemovableHandle.next_id
+        held = self._held()
+        if len(held) != len(self.are_tensors) or not all(map(is_, compress(held, self.are_others), self.others)):
+            return False
+        return self._places(held) == self.places and (not self.adapters or self._notes() == self.notes)
+
+
+class ModelSteps:
+    """The graphs of a model as it is now, one a batch size.
+
+    Holds no reference to the model itself.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.watch = Watch(model)
+        self.obstacle = "a module has a hook" if self.watch.hooked else _obstacle(model)
+        self.steps: OrderedDict[int, TokenStep] = OrderedDict()
+        self.lock = threading.Lock()
+        if self.obstacle:
+            logger.info(f"Tokens are decoded eagerly: {self.obstacle}.")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        states: list[Tensor],
+        goes_on: bool,
+    ) -> Tensor | None:
+        with self.lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(input_ids.device):
+            rows, addresses = len(input_ids), list(map(Tensor.data_ptr, states))
+            step = self.steps.get(rows)
+            if step is None or step.addresses != addresses:
+                if not goes_on and (self.watch.is_hooked() or not _fit(model, states, input_ids)):
+                    return None
+                step = step or self._captured(model, rows, addresses, input_ids.device)
+                if step is None:
+                    return None
+                step.point(addresses)
+            self.steps.move_to_end(rows)
+            return step.replay(input_ids, attention_mask, position_ids)
+
+    def _captured(self, model: nn.Module, rows: int, addresses: list[int], device: torch.device) -> "TokenStep | None":
+        while len(self.steps) >= MOST_GRAPHS:
+            self.steps.popitem(last=False)
+        before = torch.cuda.memory_reserved(device)
+        try:
+            step = TokenStep(model, rows, addresses, device)
+        except Exception as error:  # whatever a kernel, a module or the driver raises: eager decoding is right
+            self.obstacle = f"the step can't be captured ({type(error).__name__}: {error})"
+            logger.warning(f"Tokens are decoded eagerly: {self.obstacle}.")
+            return None
+        self.steps[rows] = step
+        mebibytes = max(torch.cuda.memory_reserved(device) - before, 0) / 2**20
+        logger.info(
+            f"Captured the step of {rows} row(s) as a CUDA graph of {mebibytes:.0f} MiB, one of {len(self.steps)}; "
+            f"a model keeps at most {MOST_GRAPHS}."
+        )
+        return step
+
+
+class TokenStep:
+    """A captured token of one batch size: what it reads, the graph, and its logits."""
+
+    def __init__(self, model: nn.Module, rows: int, addresses: list[int], device: torch.device):
+        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.real = torch.zeros(rows, dtype=torch.int8, device=device)  # while zero, no state changes
+        self.table = torch.zeros(len(addresses), dtype=torch.long, device=device)
+        self.has_positions = model.backbone.position_embeddings is not None
+        self.makes_positions = model.backbone._position_ids
+        self.point(addresses)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles and loads what is to be captured
+                self.run(model)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads, such as one that reads the next prompt, may talk to the device meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.logits = self.run(model)
+        self.real.fill_(1)
+        self.is_masked = False
+        self.stream = torch.cuda.current_stream(device)
+
+    def point(self, addresses: list[int]) -> None:
+        """Turns to the states at these addresses."""
+        self.table.copy_(torch.tensor(addresses), non_blocking=True)
+        self.addresses = addresses
+
+    def run(self, model: nn.Module) -> Tensor:
+        return step_logits(model, self.ids, self.positions, self.table, self.real)
+
+    def replay(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        stream = torch.cuda.current_stream()
+        if stream != self.stream:
+            stream.wait_stream(self.stream)
+            self.stream = stream
+        self.ids.copy_(input_ids)
+        if self.has_positions:
+            if position_ids is None:
+                position_ids = self.makes_positions(input_ids[..., None], attention_mask, None, True)
+            self.positions.copy_(position_ids.expand_as(self.ids))
+        if attention_mask is not None:
+            self.real.copy_(attention_mask[:, -1] != 0)
+        elif self.is_masked:
+            self.real.fill_(1)
+        self.is_masked = attention_mask is not None
+        self.graph.replay()
+        return self.logits[:, None].clone()
+
+
+def step_logits(model: nn.Module, ids: Tensor, positions: Tensor, table: Tensor, real: Tensor) -> Tensor:
+    """One token `(b, 1)` through a model, to logits `(b, V)`; states at the addresses in `table` take it in."""
+    backbone = model.backbone
+    hidden = backbone.embeddings(ids)[:, 0]  # (b, d)
+    if backbone.position_embeddings is not None:
+        hidden = hidden + backbone.position_embeddings(positions)[:, 0]
+    for layer, block in enumerate(backbone.layers):
+        residual = hidden.float() if block.residual_in_fp32 else hidden
+        mixed = _mix(block.mixer, hidden, block.norm, table, real, layer)
+        hidden = _added(block.mixer.out_proj, mixed, residual, block.post_norm)
+        if block.mlp is not None:
+            stream = residual if block.parallel_residual else hidden
+            inner = _inner(block.mlp, stream, block.norm if block.mlp_norm is None else block.mlp_norm)
+            hidden = _added(block.mlp.down_proj, inner, hidden, block.post_mlp_norm)
+    return _projected(model.lm_head, hidden, backbone.norm_f)
+
+
+def _mix(mixer: nn.Module, hidden: Tensor, norm: nn.Module, table: Tensor, real: Tensor, layer: int) -> Tensor:
+    stream = _projected(mixer.in_proj, hidden, norm)
+    if isinstance(mixer, SSDMixer):
+        return ssd_step(stream, mixer, table, real, layer)
+    width = mixer.config.mixer_width
+    convolved = convolve(stream[:, :width], mixer, table, real, layer)
+    projected = _projected(mixer.x_proj, convolved)
+    steps = _projected(mixer.dt_proj, projected[:, : mixer.config.time_step_rank]).float()
+    return s6_step(stream, convolved, projected, steps, mixer, table, real, layer)
+
+
+def _inner(mlp: nn.Module, stream: Tensor, norm: nn.Module) -> Tensor:
+    """What an MLP's last projection reads."""
+    gate, up = mlp.gate_proj, mlp.up_proj
+    if gate is None:
+        return mlp.act_fn(_projected(up, stream, norm))
+    fuses = _is_a_row(up, stream) and _is_a_row(gate, stream) and gate.bias is None
+    if fuses and up.out_features == gate.out_features and isinstance(mlp.act_fn, _SILU) and _makes_norm(norm, stream):
+        return linear(stream, up, norm, gate=gate)
+    stream = _normed(norm, stream)
+    return mlp.act_fn(_projected(gate, stream)) * _projected(up, stream)
+
+
+def _added(projection: nn.Module, x: Tensor, residual: Tensor, post_norm: nn.Module | None) -> Tensor:
+    if post_norm is None and _is_a_row(projection, x):
+        return linear(x, projection, residual=residual)
+    x = _projected(projection, x)
+    return residual + (x if post_norm is None else _normed(post_norm, x))
+
+
+def _projected(projection: nn.Module, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    is_a_row = _is_a_row(projection, x)
+    if norm is not None and not (is_a_row and _makes_norm(norm, x)):
+        x, norm = _normed(norm, x), None
+    return linear(x, projection, norm) if is_a_row else projection(fitted(x, projection))
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    return normed(x, norm) if type(norm) in NORMS else norm(x.to(norm.weight.dtype))
+
+
+def _is_a_row(projection: nn.Module, x: Tensor) -> bool:
+    """Whether one kernel can make a projection: of one row, it is bound by reading the weights."""
+    return type(projection) is nn.Linear and len(x) == 1 and projection.weight.is_contiguous()
+
+
+def _makes_norm(norm: nn.Module, x: Tensor) -> bool:
+    return type(norm) in NORMS and x.shape[1] <= WIDEST_NORM
+
+
+def _fit(model: nn.Module, states: list[Tensor], input_ids: Tensor) -> bool:
+    """Whether a cache's states are such as the kernels expect."""
+    rows, device = len(input_ids), model.lm_head.weight.device
+    for layer, block in enumerate(model.backbone.layers):
+        mixer, (conv, recurrent) = block.mixer, states[2 * layer : 2 * layer + 2]
+        if (
+            conv.dtype != mixer.conv1d.weight.dtype
+            or recurrent.dtype != torch.float32
+            or conv.shape != (rows, *mixer.conv1d.weight.shape[::2])
+            or len(recurrent) != rows
+            or not (conv.is_contiguous() and recurrent.is_contiguous())
+            or not conv.device == recurrent.device == device == input_ids.device
+        ):
+            return False
+    return True
+
+
+def _obstacle(model: nn.Module) -> str:
+    """Why a model's token can't be captured, or an empty string."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        if not f"{kind.__module__}.".startswith(_KNOWN_MODULES):
+            return f"{name or 'the model'} is a {kind.__name__} of {kind.__module__}"
+    for block in model.backbone.layers:
+        if type(block.mixer) not in (SSDMixer, S6Mixer):
+            return f"its mixer is a {type(block.mixer).__name__}"
+    dtype = model.backbone.layers[0].mixer.conv1d.weight.dtype
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if type(tensor) not in (nn.Parameter, Tensor) or tensor.dtype not in _DTYPES:
+            return f"{name} is a {type(tensor).__name__} of {tensor.dtype}"
+        if not tensor.is_cuda or tensor.device != model.lm_head.weight.device:
+            return f"{name} is on {tensor.device}"
+        if tensor.dtype not in (dtype, torch.float32):
+            return f"{name} is {tensor.dtype}, others are {dtype}"
+    return ""
