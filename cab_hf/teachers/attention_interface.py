@@ -75,6 +75,11 @@ def _own_eager_function(module: nn.Module) -> Callable:
     )
 
 
+def recorded_function(base: str, module: nn.Module) -> Callable:
+    """The attention function of implementation `base` for one module."""
+    return _own_eager_function(module) if base == "eager" else AttentionInterface()[base]
+
+
 @contextmanager
 def asked_maps() -> Iterator[list[Callable[[], Tensor]]]:
     """Collects, for each attention that is called inside the block, a function that makes its map `(b, h, t, t)`."""
@@ -114,14 +119,10 @@ def _recording_attention(base: str) -> Callable:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, AttentionCall]:
         kwargs.pop("output_attentions", None)
-        function, owner = None, module
-        if base == "eager":
-            function = _own_eager_function(module)
-        else:
-            function = AttentionInterface()[base]
-            if "flash" in base:
-                # The flash path picks its kernel by the name that the config holds, which is ours at this moment.
-                owner = _View(module, config=_View(module.config, _attn_implementation=base))
+        function, owner = recorded_function(base, module), module
+        if "flash" in base:
+            # The flash path picks its kernel by the name that the config holds, which is ours at this moment.
+            owner = _View(module, config=_View(module.config, _attn_implementation=base))
         output = function(owner, query, key, value, attention_mask, **kwargs)[0]
         if _asked_maps is not None:
             rest = functools.partial(function, owner, query, key, attention_mask=attention_mask, **kwargs)
