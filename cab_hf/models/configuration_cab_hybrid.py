@@ -67,8 +67,8 @@ class CABHybridConfig(PreTrainedConfig):
         kind = self.teacher.get("model_type")
         if kind not in CONFIG_MAPPING or kind.startswith("cab_"):
             raise ValueError(
-                f"`teacher` has the model type {kind!r}, which is none of this transformers'. Install the version that "
-                "the student was saved with, or take a teacher of transformers itself."
+                f"`teacher` has the model type {kind!r}, which is none of this transformers'. Install the version "
+                "that the student was saved with, or take a teacher of transformers itself."
             )
         for path in self.mixers:
             settings = self.settings(path)

@@ -58,8 +58,9 @@ class HandedOver(NamedTuple):
     with_gradients: bool = False
 
 
+_NOTHING = HandedOver()
 # A pass belongs to a thread and ends: nothing of it may stay in a module, where copies and later passes would find it.
-_handed: ContextVar[HandedOver] = ContextVar("handed", default=HandedOver())
+_handed: ContextVar[HandedOver] = ContextVar("handed", default=_NOTHING)
 
 
 @contextmanager
@@ -415,7 +416,7 @@ def _parameters(owner: type[PreTrainedModel]) -> tuple[str, ...]:
 
 
 def _hand_mask_over(part: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Before a part's forward pass: its 2-D mask, if any, is that of its mixers; other masks say nothing of padding."""
+    """Before a part's forward pass: its 2-D mask, if any, is that of its mixers; others say nothing of padding."""
     names = _parameters(type(part))[1:]
     place = names.index("attention_mask") if "attention_mask" in names else len(args)
     mask = args[place] if place < len(args) else kwargs.get("attention_mask")

@@ -15,8 +15,7 @@ from cab_hf.teachers.alignment import align_with_student
 from cab_hf.teachers.alignment import layer_map as map_layers
 from cab_hf.teachers.examination import check_whole
 from cab_hf.teachers.teacher import borrowed_teacher
-from cab_hf.transfer.families import family_of
-from cab_hf.transfer.vision import vision_family_of
+from cab_hf.transfer.reading import read_layers
 
 
 @torch.no_grad()
@@ -53,9 +52,8 @@ def fit_output_projection(
     depth = teacher.config.get_text_config().num_hidden_layers
     layers = map_layers(layer_map, student.config.num_hidden_layers, depth)
     reads_images = isinstance(student, CABVisionMambaPreTrainedModel)
-    family = vision_family_of(teacher.config) if reads_images else family_of(teacher.config)
-    blocks = (teacher.base_model if reads_images else teacher.get_decoder()).get_submodule(family.layers)
-    outputs = [family.read_layer(blocks[layer]).output for layer in layers]
+    readings = read_layers(teacher)
+    outputs = [readings[layer].output for layer in layers]
     grams: list[Tensor | float] = [0.0] * len(layers)
     products: list[Tensor | float] = [0.0] * len(layers)
 

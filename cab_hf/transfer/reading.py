@@ -2,8 +2,8 @@
 
 transformers' attention interface says which modules attend, and shows their queries, keys and values. Each module is
 called alone, on one token at position 0 (a rotary embedding does nothing there). A projection that a linear layer
-inside explains is that layer's weight. Any other is what the module makes of unit vectors; norms inside are replaced by
-what is linear in them. Answered with vectors in attention's place, the module shows its output projection.
+inside explains is that layer's weight. Any other is what the module makes of unit vectors; norms inside are replaced
+by what is linear in them. Answered with vectors in attention's place, the module shows its output projection.
 
 All four are then verified on random input, and what is not linear is refused with its error.
 
@@ -26,7 +26,7 @@ from transformers.utils import logging
 from cab_hf.inference import evaluating
 from cab_hf.teachers.attention_interface import base_of, recorded_function
 from cab_hf.teachers.examination import body_of, named, tiny_batch
-from cab_hf.transfer.families import Affine, read_affine
+from cab_hf.transfer.families import Affine, read_affine, refuse_codes
 
 
 logger = logging.get_logger(__name__)
@@ -206,17 +206,19 @@ def read_attention(model: PreTrainedModel) -> tuple[dict[str, Reading], dict[str
         0.0
     """
     body = body_of(model)
+    for module in body.modules():
+        if "in_features" in vars(module):
+            refuse_codes(module)
     batch = tiny_batch(model, body)
     is_text = "input_ids" in batch
     one = {name: value[:1, :1] if is_text else value[:1] for name, value in batch.items()}
     readings: dict[str, Reading] = {}
     left_out: dict[str, str] = {}
-    tolerance = TOLERANCES.get(body.dtype, ROUNDED)
-    if vars(model).get("hf_quantizer") is not None:
-        tolerance = ROUNDED
     with evaluating(model):
         modules, left_out, hidden = _find(model, body, batch)
-        whole, single = (_record(model, body, inputs, modules) for inputs in ({k: v[:1] for k, v in batch.items()}, one))
+        whole, single = (
+            _record(model, body, inputs, modules) for inputs in ({k: v[:1] for k, v in batch.items()}, one)
+        )
         probing = _without_probe() if hidden else _probing(body)
         with probing as probe:
             for index, (path, module) in enumerate(modules.items()):
@@ -225,7 +227,7 @@ def read_attention(model: PreTrainedModel) -> tuple[dict[str, Reading], dict[str
                     continue
                 try:
                     if hidden:
-                        reading = _read_by_name(single[path], whole[path], tolerance)
+                        reading = _read_by_name(single[path], whole[path])
                     else:
                         reading = _read(single[path], whole[path], probe)
                     layer = getattr(module, "layer_idx", None)
@@ -235,10 +237,53 @@ def read_attention(model: PreTrainedModel) -> tuple[dict[str, Reading], dict[str
                     left_out[path] = str(reason)
     if not readings and not left_out:
         raise ValueError(
-            f"{named(model)} shows no attention: none of its modules calls transformers' attention interface, and none "
-            "has query, key and value under usual names."
+            f"{named(model)} shows no attention: none of its modules calls transformers' attention interface, and "
+            "none has query, key and value under usual names."
         )
     return readings, left_out
+
+
+def read_layers(model: PreTrainedModel, accept_inexact: float = 0.0) -> list[Reading]:
+    """Readings of a model whose layers all attend, one a layer.
+
+    Raises:
+        ValueError: attention that can't be read, or not exactly.
+    """
+    readings, left_out = read_attention(model)
+    check_readings(model, readings, left_out, accept_inexact)
+    return list(readings.values())
+
+
+def check_readings(
+    model: PreTrainedModel, readings: Mapping[str, Reading], left_out: Mapping[str, str], accept_inexact: float = 0.0
+) -> None:
+    """That what stands for attention was read, and exactly.
+
+    Args:
+        model: the teacher.
+        readings: of what a mixer will stand for.
+        left_out: of that what was not read, with the reason.
+        accept_inexact: largest relative error that is taken all the same.
+
+    Raises:
+        ValueError: the first that was not read, or the worst; the message holds its path and number.
+    """
+    way_out = "Keep it as attention (`keep_attention`)"
+    for path, reason in left_out.items():
+        raise ValueError(f"{named(model)} can't be read at {path!r}: {reason}. {way_out}.")
+    errors = {(path, part): error for path, one in readings.items() for part, error in one.errors.items()}
+    (path, part), worst = max(errors.items(), key=lambda item: item[1])
+    if worst > max(exactness(model), accept_inexact):
+        raise ValueError(
+            f"{named(model)} is not linear at {path!r}: on random input its {part} is off by {worst:.1%}, as where a "
+            f"norm or gate stands inside. {way_out}, or accept it: `accept_inexact={worst * 1.1:.2g}`."
+        )
+
+
+def exactness(model: PreTrainedModel) -> float:
+    """Largest relative error of what counts as exactly read."""
+    is_quantised = vars(model).get("hf_quantizer") is not None
+    return ROUNDED if is_quantised else TOLERANCES.get(model.dtype, ROUNDED)
 
 
 class _NotLinear(ValueError):
@@ -380,7 +425,11 @@ def _returned(output: Any) -> int:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape[-1] == other.shape[-1] and one.numel() == other.numel() and torch.equal(one.reshape(-1), other.reshape(-1))
+    return (
+        one.shape[-1] == other.shape[-1]
+        and one.numel() == other.numel()
+        and torch.equal(one.reshape(-1), other.reshape(-1))
+    )
 
 
 def _relative(read: Tensor, seen: Tensor) -> float:
@@ -460,7 +509,10 @@ def _explained(
         index = fits.int().argmax(1)
         if torch.equal(blocks[:, index], wanted):
             weight, bias = read_affine(child)
-            chosen = [None if one is None else one.unflatten(0, (-1, head_dim))[index].flatten(0, 1) for one in (weight, bias)]
+            chosen = [
+                None if one is None else one.unflatten(0, (-1, head_dim))[index].flatten(0, 1)
+                for one in (weight, bias)
+            ]
             return Affine(*chosen)
     return None
 
@@ -520,7 +572,7 @@ def _named_children(module: nn.Module) -> dict[str, nn.Module | None] | None:
     return None if None in (found["query"], found["key"], found["value"]) else found
 
 
-def _read_by_name(single: _Site, whole: _Site, tolerance: float) -> Reading:
+def _read_by_name(single: _Site, whole: _Site) -> Reading:
     """Of a module that computes attention itself: what its children would compute must be what it computes."""
     module, hidden = single.module, whole.hidden_states
     children = _named_children(module)
@@ -547,7 +599,6 @@ def _read_by_name(single: _Site, whole: _Site, tolerance: float) -> Reading:
     # One token reads itself alone: its output is that of values and output projection, whatever the positions are.
     first = single.hidden_states
     noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(3)).to(first)
-    made = _apply(affine["value"], noise).unflatten(2, (-1, head_dim)).repeat_interleave(heads // value.shape[1], 2)
     made = _apply(affine["value"], noise).unflatten(2, (-1, head_dim))
     made = made.repeat_interleave(heads // made.shape[2], 2).flatten(2)
     made = made if affine["output"] is None else _apply(affine["output"], made)

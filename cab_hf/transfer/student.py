@@ -19,8 +19,10 @@ from cab_hf.models.students import cast
 from cab_hf.teachers.alignment import layer_map as map_layers
 from cab_hf.teachers.examination import check_whole
 from cab_hf.transfer.calibration import calibrate_output_norm
-from cab_hf.transfer.from_teacher import copy_teacher_weights, has_output_bias, student_config, with_labels
+from cab_hf.transfer.copying import fill_the_rest, has_output_bias, unfilled
+from cab_hf.transfer.from_teacher import copy_teacher_weights, student_config, with_labels
 from cab_hf.transfer.gate import fit_gate
+from cab_hf.transfer.reading import read_layers
 from cab_hf.transfer.vision import copy_vision_teacher_weights, vision_student_config
 
 
@@ -77,6 +79,7 @@ def student_from_teacher(
         True
     """
     check_whole("teacher", teacher)
+    readings = read_layers(teacher) if copy_weights and copy_attention else []
     options = {"num_hidden_layers": num_hidden_layers, "mixer_type": mixer_type}
     if teacher.main_input_name == "pixel_values":
         student_class = student_class or CABVisionMambaForImageClassification
@@ -86,15 +89,18 @@ def student_from_teacher(
         student_class = student_class or CABMambaForCausalLM
         if issubclass(student_class, CABMambaForSequenceClassification):
             config_overrides = with_labels(teacher, config_overrides)
-        if start == "served" and copy_weights and copy_attention and has_output_bias(teacher):
+        if start == "served" and has_output_bias(readings):
             config_overrides = {"use_bias": True} | config_overrides
         config = student_config(teacher.config, start=start, **options, **config_overrides)
         copy_weights_of = copy_teacher_weights
     depth = teacher.config.get_text_config().num_hidden_layers
     layers = map_layers(layer_map, config.num_hidden_layers, depth)
-    student = student_class(config).to(teacher.device)
+    student = unfilled(student_class, config, teacher.device)
     if copy_weights:
-        copy_weights_of(student, teacher, layers, copy_attention)
+        copy_weights_of(student, teacher, layers, copy_attention=False)
+    blocks = student.base_model.layers
+    fill_the_rest(student, {block.mixer: readings[layer] for block, layer in zip(blocks, layers) if readings})
+    if copy_weights:
         if config.gate_init == "fitted":
             fit_gate(student, teacher, calibration_inputs, layers)
     if calibration_inputs is not None:
