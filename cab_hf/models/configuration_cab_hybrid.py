@@ -108,6 +108,28 @@ class CABHybridConfig(PreTrainedConfig):
         """The mixer type of each mixer."""
         return [self.mixer_config(path).mixer_type for path in self.mixers]
 
+    @property
+    def mixer_widths(self) -> list[int]:
+        """Channels inside each mixer."""
+        return [self.mixer_config(path).mixer_width for path in self.mixers]
+
+    @property
+    def projection_sizes(self) -> list[int]:
+        """Width of each mixer's B, and of its C."""
+        return [size for path in self.mixers for size in self.mixer_config(path).projection_sizes]
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """The number of the layer that each mixer stands in, as its path has it."""
+        return [
+            next((int(part) for part in path.split(".") if part.isdigit()), index)
+            for index, path in enumerate(self.mixers)
+        ]
+
+    @property
+    def bidirectional(self) -> bool:
+        return not all(self.settings(path)["causal"] for path in self.mixers)
+
     def settings(self, path: str) -> dict[str, Any]:
         """All settings of a mixer, shared ones and its own."""
         return {**self.mixer, **self.mixers[path]}

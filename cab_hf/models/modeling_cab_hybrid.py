@@ -31,7 +31,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_cab_hybrid import CABHybridConfig
 from .mixers import BIDIRECTIONAL_MIXERS, MIXERS, BidirectionalProjections, SSMProjections, StateSpaceBranch
-from .students import MixerPreTrainedModel
+from .students import MixerPreTrainedModel, body_of
 
 
 AUTO_MAP = {
@@ -242,12 +242,17 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
     @property
     def body(self) -> PreTrainedModel:
         """The part that reads tokens and writes hidden states."""
-        return self.inner.base_model
+        return body_of(self.inner)
 
     @property
     def mixers(self) -> dict[str, MixerAdapter]:
         """The mixers by the path of the attention that they stand for, in the order of their calls."""
         return {path: self.body.get_submodule(path) for path in self.config.mixers}
+
+    @property
+    def mixer_list(self) -> list[nn.Module]:
+        """The mixers, in the order of their calls."""
+        return [adapter.mixer for adapter in self.mixers.values()]
 
     @classmethod
     def _make_inner(cls, config: CABHybridConfig) -> PreTrainedModel:
@@ -349,7 +354,7 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
         projections_callback: Callable[[int, SSMProjections], None] | None = None,
         **inputs: Any,
     ) -> ModelOutput:
-        """The body's forward pass, without a head; where logits are more than the head's, the whole model's."""
+        """The body's forward pass, as a distillation makes it; where logits are more than the head's, the model's."""
         part = self.body if self.config.has_plain_head else self.inner
         return self._run(part, inputs, seq_idx, False, projections_callback)
 
@@ -451,10 +456,6 @@ class CABHybridModel(CABHybridPreTrainedModel):
         # By the name that it has inside a model with a head, so that the folder of either loads as the other.
         self._inner_name = inner.base_model_prefix or "body"
         setattr(self, self._inner_name, inner)
-
-    @property
-    def body(self) -> PreTrainedModel:
-        return self.inner
 
 
 class CABHybridForCausalLM(CABHybridPreTrainedModel, GenerationMixin):

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 _PREFIX = "cab_"
 _asked_maps: list[Callable[[], Tensor]] | None = None  # where those go that `asked_maps` asks for
+_collected: list[tuple[nn.Module, "AttentionCall"]] | None = None  # where calls go that `collected_calls` asks for
 _BASES: dict[str, str] = {}  # name of a recording attention implementation -> the one that it records
 
 
@@ -91,6 +92,17 @@ def asked_maps() -> Iterator[list[Callable[[], Tensor]]]:
         _asked_maps = before
 
 
+@contextmanager
+def collected_calls() -> Iterator[list[tuple[nn.Module, AttentionCall]]]:
+    """Collects the calls of attention inside the block, with the module that makes them."""
+    global _collected
+    before, _collected = _collected, []
+    try:
+        yield _collected
+    finally:
+        _collected = before
+
+
 def _answer_map(attention: Callable, value: Tensor, whole: bool) -> Tensor:
     """The map that an attention applies: what it makes of unit vectors in its values' place.
 
@@ -127,7 +139,10 @@ def _recording_attention(base: str) -> Callable:
         if _asked_maps is not None:
             rest = functools.partial(function, owner, query, key, attention_mask=attention_mask, **kwargs)
             _asked_maps.append(functools.partial(_answer_map, rest, value, whole=base in ("eager", "sdpa")))
-        return output, AttentionCall(TeacherAttention(query, key, output), kwargs.get("scaling"))
+        call = AttentionCall(TeacherAttention(query, key, output), kwargs.get("scaling"))
+        if _collected is not None:
+            _collected.append((module, call))
+        return output, call
 
     return attention
 

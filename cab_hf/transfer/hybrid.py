@@ -15,8 +15,9 @@ from cab_hf.inference import evaluating
 from cab_hf.models.configuration_cab_hybrid import CABHybridConfig
 from cab_hf.models.configuration_cab_mamba import MixerConfig
 from cab_hf.models.modeling_cab_hybrid import CABHybridForCausalLM, CABHybridPreTrainedModel
+from cab_hf.models.students import body_of
 from cab_hf.teachers.attention_interface import base_of
-from cab_hf.teachers.examination import body_of, named, tiny_batch
+from cab_hf.teachers.examination import named, tiny_batch
 from cab_hf.transfer.copying import check_fields, fill_the_rest, transparent_start
 from cab_hf.transfer.reading import Reading, check_readings, exactness, read_attention
 
@@ -65,8 +66,8 @@ def hybrid_from_teacher(
     readings = {path: one for path, one in readings.items() if path not in kept}
     if not readings:
         raise ValueError(
-            f"`keep_attention` is {keep_attention!r}, which keeps all {len(paths)} layers that attend: nothing is left "
-            "for mixers. Keep fewer."
+            f"`keep_attention` is {keep_attention!r}, which keeps all {len(paths)} layers that attend: nothing is "
+            "left for mixers. Keep fewer."
         )
     left_out = {path: reason for path, reason in left_out.items() if path not in kept and reason != "cross-attention"}
     check_readings(teacher, readings, left_out, accept_inexact)
@@ -128,6 +129,19 @@ def kept_paths(keep_attention: int | Sequence[int | str], paths: Sequence[str]) 
             )
         kept += found
     return kept
+
+
+def parse_kept(given: Sequence[str | int]) -> int | list[int | str]:
+    """The `keep_attention` of a recipe: 'n=4' is a number of layers, digits are indices, the rest paths.
+
+    Example:
+        >>> parse_kept(["n=4"]), parse_kept(["3", "layers.7.self_attn"])
+        (4, [3, 'layers.7.self_attn'])
+    """
+    given = [str(one) for one in given]
+    if len(given) == 1 and given[0].removeprefix("n=").isdigit() and given[0].startswith("n="):
+        return int(given[0][2:])
+    return [int(one) if one.isdigit() else one for one in given]
 
 
 def norm_epsilon(teacher: PreTrainedModel) -> float:

@@ -24,8 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from cab_hf.inference import evaluating
+from cab_hf.models.students import body_of
 from cab_hf.teachers.attention_interface import base_of, recorded_function
-from cab_hf.teachers.examination import body_of, named, tiny_batch
+from cab_hf.teachers.examination import named, tiny_batch
+from cab_hf.teachers.named_attention import is_cross_attention, named_modules, named_projections, num_heads
 from cab_hf.transfer.families import Affine, read_affine, refuse_codes
 
 
@@ -38,13 +40,6 @@ ROUNDED = 3e-2
 _PREFIX = "cab_probing_"
 _ROWS, _UNITS_AT_ONCE = 8, 1024
 _INPUTS = ("hidden_states", "x", "hidden_state", "inputs", "input", "query_states")
-_NAMES = {
-    "query": ("q", "q_proj", "query", "query_proj", "q_lin", "linear_q"),
-    "key": ("k", "k_proj", "key", "key_proj", "k_lin", "linear_k"),
-    "value": ("v", "v_proj", "value", "value_proj", "v_lin", "linear_v"),
-    "output": ("o", "o_proj", "out_proj", "out_lin", "linear_out", "out", "dense"),
-}
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads")
 
 
 @dataclass
@@ -314,24 +309,19 @@ def _find(
             body(**batch)
         except Exception as error:
             raise ValueError(f"{named(model)} fails on a tiny batch: {type(error).__name__}: {error}") from error
-        found = {path: module for path, module in body.named_modules() if _named_children(module) is not None}
-        return {path: one for path, one in found.items() if not _is_cross(path)}, left_out, True
+        return named_modules(body), left_out, True
     counts: dict[str, list[_Call]] = {}
     for call in calls:
         counts.setdefault(paths.get(id(call.module), ""), []).append(call)
     modules = {}
     for path, made in counts.items():
-        if _is_cross(path):
+        if is_cross_attention(path):
             left_out[path] = "cross-attention"
         elif len(made) > 1:
             left_out[path] = f"it attends {len(made)} times in one pass"
         else:
             modules[path] = made[0].module
     return modules, left_out, False
-
-
-def _is_cross(path: str) -> bool:
-    return any(part in path.lower() for part in ("cross", "encoder_attn", "encdec"))
 
 
 def _record(
@@ -563,22 +553,13 @@ def _is_causal(site: _Site) -> bool:
     return _relative(one, other) < TOLERANCES.get(hidden.dtype, ROUNDED)
 
 
-def _named_children(module: nn.Module) -> dict[str, nn.Module | None] | None:
-    """Query, key, value and, if inside, output by their usual names; None where one of the first three lacks."""
-    children = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear | Conv1D)}
-    found = {}
-    for part, names in _NAMES.items():
-        found[part] = next((children[name] for name in names if name in children), None)
-    return None if None in (found["query"], found["key"], found["value"]) else found
-
-
 def _read_by_name(single: _Site, whole: _Site) -> Reading:
     """Of a module that computes attention itself: what its children would compute must be what it computes."""
     module, hidden = single.module, whole.hidden_states
-    children = _named_children(module)
+    children = named_projections(module)
     affine = {part: None if child is None else read_affine(child) for part, child in children.items()}
-    heads = next((int(value) for name in _HEADS if (value := getattr(module, name, None))), None)
-    if hidden.ndim != 3 or heads is None or affine["query"].weight.shape[0] % heads:
+    heads = num_heads(module)
+    if hidden.ndim != 3 or affine["query"].weight.shape[0] % heads:
         raise _NotLinear("it computes attention itself, over heads that are not told")
     key_dim = affine["query"].weight.shape[0] // heads
     head_dim = key_dim if affine["value"].weight.shape[0] % key_dim == 0 else affine["value"].weight.shape[0] // heads
