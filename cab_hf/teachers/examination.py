@@ -129,7 +129,8 @@ def examine(model: PreTrainedModel, body: PreTrainedModel, base: str | None, run
     expected, last = plain.last_hidden_state, output.last_hidden_state
     shown, obstacle = _readable(body, calls, expected)
     given = [call for call in output.get("attentions") or () if isinstance(call, AttentionCall)]
-    is_whole = len(given) == len(output.get("attentions") or ()) == len(calls) == config.num_hidden_layers
+    depth = config.to_dict().get("num_hidden_layers")
+    is_whole = len(given) == len(output.get("attentions") or ()) == len(calls) == depth
     shown_by = "names" if named_ones else "outputs" if is_whole and len(shown) == len(calls) else "calls"
     seen = list(shown.values())
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
@@ -188,7 +189,7 @@ def _readable(
         if is_cross_attention(path):
             continue
         if len(query) != len(expected):
-            obstacle = f"it attends inside {len(query)} windows of {len(expected)} inputs"
+            return {}, f"it attends inside {len(query)} windows of {len(expected)} inputs"
         elif counts[id(module)] > 1:
             obstacle = f"{path!r} attends {counts[id(module)]} times in one pass"
         elif query.ndim != 4 or call.attention.key.ndim != 4:

@@ -265,13 +265,17 @@ class Teacher:
     @property
     def num_hidden_layers(self) -> int:
         """Layers that can teach: those whose attention can be read; all where none can."""
-        return len(self.paths) or self.config.num_hidden_layers
+        return len(self.paths) or self._depth
+
+    @property
+    def _depth(self) -> int:
+        return self.config.to_dict().get("num_hidden_layers", 0)
 
     @property
     def layer_numbers(self) -> tuple[int, ...]:
         """The number of each such layer among all, by which hidden states are counted."""
-        if len(self.paths) in (0, self.config.num_hidden_layers):
-            return tuple(range(self.config.num_hidden_layers))
+        if len(self.paths) in (0, self._depth):
+            return tuple(range(self._depth))
         numbers = ((int(part) for part in path.split(".") if part.isdigit()) for path in self.paths)
         return tuple(next(number, index) for index, number in enumerate(numbers))
 

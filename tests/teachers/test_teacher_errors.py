@@ -101,9 +101,8 @@ def test_a_teacher_that_attends_in_part_shows_that_part():
 
 
 def test_projections_of_usual_names_teach_where_a_module_attends_itself():
-    model = make(
-        AutoConfig.for_model("gpt_neo", **SIZES, num_layers=2, num_heads=4, attention_types=[[["global"], 2]])
-    )
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 99, **IDS}
+    model = make(AutoConfig.for_model("gpt_neo", **sizes, attention_types=[[["global"], 2]]), "eager")
     teacher = Teacher(model)
     assert teacher.paths == ("h.0.attn.attention", "h.1.attn.attention")
     seen = teacher(batch(), attentions=True)
