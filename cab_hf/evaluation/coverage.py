@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from cab_hf.evaluation.tiny_families import CAUSAL_FAMILIES, tiny_model, tiny_tokens
 from cab_hf.inference import evaluating
@@ -90,8 +91,8 @@ def check_family(family: str) -> Row:
     row["left_padding"] = _noted(lambda: all(_left_padding(one, tokens) for one in (student, half) if one is not None))
     row["teacher_cache"] = _noted(lambda: _cache(teacher, tokens))
     row["teacher_left_padding"] = _noted(lambda: _left_padding(teacher, tokens))
-    for name, options in (("saved", {}), ("remote", {"trust_remote_code": True})):
-        row[name] = _noted(lambda options=options: _reloaded(student, tokens, **options))
+    row["saved"] = _noted(lambda: _reloaded(student, tokens, remote=False))
+    row["remote"] = _noted(lambda: _reloaded(student, tokens, remote=True))
     return row
 
 
@@ -237,12 +238,13 @@ def _left_padding(model: PreTrainedModel, tokens: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _reloaded(student: CABHybridForCausalLM, tokens: Tensor, **options: Any) -> bool | str:
+def _reloaded(student: CABHybridForCausalLM, tokens: Tensor, remote: bool) -> bool | str:
+    """With `remote`, by the code in the folder, as `trust_remote_code` loads it where this package is not imported."""
     with tempfile.TemporaryDirectory() as folder:
         student.save_pretrained(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    if options and not type(loaded).__module__.startswith("transformers_modules."):
-        return f"it was loaded as {type(loaded).__module__}.{type(loaded).__name__}"
+        name = student.hub_classes["AutoModelForCausalLM"]
+        loader = get_class_from_dynamic_module(name, folder) if remote else AutoModelForCausalLM
+        loaded = loader.from_pretrained(folder).eval()
     difference = float((loaded(tokens).logits - student(tokens).logits).abs().max())
     return difference == 0 or f"logits differ by {difference:.1e}"
 

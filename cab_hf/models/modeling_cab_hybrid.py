@@ -20,11 +20,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
-    DynamicSlidingWindowLayer,
     EncoderDecoderCache,
     LinearAttentionAndFullAttentionLayer,
-    LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
+    QuantizedLayer,
+    StaticLayer,
 )
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
@@ -192,13 +192,10 @@ class MixerAdapter(nn.Module):
             layers.append(DynamicLayer())
         if isinstance(layers[index], MixerCacheLayer):
             return
-        kinds = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin)
-        if getattr(cache, "offloading", False) or type(layers[index]).__module__ != kinds[0].__module__:
-            raise ValueError(f"The {type(cache).__name__} is offloaded or not transformers' own; use a DynamicCache.")
-        if not isinstance(layers[index], kinds):
+        if getattr(cache, "offloading", False) or isinstance(layers[index], StaticLayer | QuantizedLayer):
             raise ValueError(
-                f"The cache has a {type(layers[index]).__name__} for {self.path}, but a mixer's states and a padding "
-                "mask need a DynamicCache: leave `cache_implementation` out."
+                f"The {type(cache).__name__} has a {type(layers[index]).__name__} for {self.path}, but a hybrid needs "
+                "a DynamicCache that stays in place: leave `cache_implementation` out."
             )
         layers[index] = MixerCacheLayer()
 

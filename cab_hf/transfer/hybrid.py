@@ -15,7 +15,7 @@ from cab_hf.inference import evaluating
 from cab_hf.models.configuration_cab_hybrid import CABHybridConfig
 from cab_hf.models.configuration_cab_mamba import MixerConfig
 from cab_hf.models.modeling_cab_hybrid import CABHybridForCausalLM, CABHybridPreTrainedModel
-from cab_hf.models.students import body_of
+from cab_hf.models.students import body_of, cast
 from cab_hf.teachers.attention_interface import base_of
 from cab_hf.teachers.examination import named, tiny_batch
 from cab_hf.transfer.copying import check_fields, fill_the_rest, transparent_start
@@ -89,6 +89,7 @@ def hybrid_from_teacher(
     student = _copied(teacher, student_class, config)
     fill_the_rest(student, {student.mixers[path].mixer: one for path, one in readings.items() if copy_attention})
     student.requires_grad_(True)
+    cast(student, torch.float32)
     with evaluating(student):
         config.has_plain_head = _has_plain_head(student)
         config.packs_documents = _packs_documents(student)

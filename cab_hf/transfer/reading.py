@@ -211,9 +211,8 @@ def read_attention(model: PreTrainedModel) -> tuple[dict[str, Reading], dict[str
     left_out: dict[str, str] = {}
     with evaluating(model):
         modules, left_out, hidden = _find(model, body, batch)
-        whole, single = (
-            _record(model, body, inputs, modules) for inputs in ({k: v[:1] for k, v in batch.items()}, one)
-        )
+        row = {name: value[:1] for name, value in batch.items()}
+        whole, single = (_record(body, inputs, modules) for inputs in (row, one))
         probing = _without_probe() if hidden else _probing(body)
         with probing as probe:
             for index, (path, module) in enumerate(modules.items()):
@@ -324,9 +323,7 @@ def _find(
     return modules, left_out, False
 
 
-def _record(
-    model: PreTrainedModel, body: PreTrainedModel, batch: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
-) -> dict[str, _Site]:
+def _record(body: PreTrainedModel, batch: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> dict[str, _Site]:
     """One forward pass, and how each module was called in it."""
     sites: dict[str, _Site] = {}
 
@@ -371,6 +368,7 @@ def _read(single: _Site, whole: _Site, probe: _Probe) -> Reading:
     with _linears_recorded(module) as behind:
         spoken, _ = ask(noise, lambda query, value: answers)
     seen = {name: getattr(call, name).transpose(1, 2).flatten(2) for name in ("query", "key", "value")}
+    seen = {name: x if len(x) == _ROWS else x[:1].expand(_ROWS, -1, -1) for name, x in seen.items()}
     maps = {name: _explained(noise, seen[name], linears, getattr(call, name).shape[3]) for name in seen}
     flat = answers.flatten(2)
     outside = spoken.shape == flat.shape and torch.equal(spoken, flat)
@@ -385,7 +383,8 @@ def _read(single: _Site, whole: _Site, probe: _Probe) -> Reading:
             error = _relative(_apply(maps[name], noise), seen[name])
             if name != "value":
                 error = min(error, _up_to_length(_apply(maps[name], noise), seen[name], getattr(call, name).shape[3]))
-            errors[name] = error
+            # Another layer's keys and values, which do not follow the input, are no map of it.
+            errors[name] = 1.0 if torch.equal(seen[name][0], seen[name][1]) else error
     if "output" in lacking:
         width = heads * head_dim
         rows = []
@@ -457,7 +456,8 @@ def _answers_to_units(noise: Tensor, ask: Callable[[Tensor], _Call], module: nn.
             units = _units(noise.shape[2], start, noise)
             call = ask(units[:, None].expand(-1, noise.shape[1], -1))
             for name, parts in rows.items():
-                parts.append(getattr(call, name)[:, :, 0].flatten(1))
+                shown = getattr(call, name)[:, :, 0].flatten(1)
+                parts.append(shown if len(shown) == len(units) else shown[:1].expand(len(units), -1))
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
