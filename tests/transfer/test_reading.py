@@ -65,9 +65,7 @@ def test_patches_that_are_rotated_everywhere_are_read_without_their_rotation(mon
     assert not any(one.causal for one in read_attention(model)[0].values())
     # Rotated, queries and keys of one token are no map of another's: their errors must show it, values' must not.
     rows = reading._for_rows
-    monkeypatch.setattr(
-        reading, "_for_rows", lambda value, count: value if type(value) is tuple else rows(value, count)
-    )
+    monkeypatch.setattr(reading, "_for_rows", lambda x, count: x if type(x) is tuple else rows(x, count))
     errors = largest_errors(model)
     assert errors["query"] > 0.3 and errors["key"] > 0.3 and errors["value"] < 1e-5
     with pytest.raises(ValueError, match=r"its (key|query) is off by \d+\.\d%"):
