@@ -129,7 +129,7 @@ def examine(model: PreTrainedModel, body: PreTrainedModel, base: str | None, run
     expected, last = plain.last_hidden_state, output.last_hidden_state
     shown, obstacle = _readable(body, calls, expected)
     given = [call for call in output.get("attentions") or () if isinstance(call, AttentionCall)]
-    depth = config.to_dict().get("num_hidden_layers")
+    depth = getattr(config, "num_hidden_layers", None)
     is_whole = len(given) == len(output.get("attentions") or ()) == len(calls) == depth
     shown_by = "names" if named_ones else "outputs" if is_whole and len(shown) == len(calls) else "calls"
     seen = list(shown.values())

@@ -269,7 +269,7 @@ class Teacher:
 
     @property
     def _depth(self) -> int:
-        return self.config.to_dict().get("num_hidden_layers", 0)
+        return getattr(self.config, "num_hidden_layers", 0)
 
     @property
     def layer_numbers(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -91,8 +92,7 @@ def hybrid_from_teacher(
     student.requires_grad_(True)
     cast(student, torch.float32)
     with evaluating(student):
-        config.has_plain_head = _has_plain_head(student)
-        config.packs_documents = _packs_documents(student)
+        _measure(student)
     return student.eval()
 
 
@@ -196,29 +196,30 @@ def _copied(
     return student
 
 
-def _has_plain_head(student: CABHybridPreTrainedModel) -> bool:
-    head = student.get_output_embeddings()
-    if head is None or student.body is student.inner:
-        return False
-    batch = tiny_batch(student, student.body)
-    last = student.body(**batch).last_hidden_state
-    return torch.equal(head(last), student.inner(**batch).logits)
-
-
-def _packs_documents(student: CABHybridPreTrainedModel) -> bool:
-    """Whether the second of two packed documents ignores the first, by what the student does."""
-    student.config.packs_documents = True
+def _measure(student: CABHybridPreTrainedModel) -> None:
+    """Notes in a student's config what one forward pass on packed documents tells of its head and of packing."""
+    config, head = student.config, student.get_output_embeddings()
+    seen: list[Tensor] = []
+    handle = student.body.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     tokens = tiny_batch(student, student.body).get("input_ids")
-    if tokens is None:
-        return False
-    seq_idx = torch.tensor([[0, 0, 0, 1, 1]], device=tokens.device)
     try:
-        first, second = (
-            student.read(input_ids=torch.cat((start, tokens[:, 3:]), dim=1), seq_idx=seq_idx)[0][:, 3:]
-            for start in (tokens[:, :3], tokens[:, :3].flip(0))
-        )
-        alone = student.read(input_ids=tokens[:, 3:])[0]
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    tolerance = 1e-3 * float(first.norm())
-    return float((first - second).norm()) < tolerance and float((first - alone).norm()) < tolerance
+        if tokens is None:
+            return
+        config.packs_documents = True
+        start, end = tokens[:1, :3], tokens[:1, 3:]
+        rows = torch.cat([torch.cat(parts, 1) for parts in ((start, end), (start.flip(1), end), (end, start))])
+        seq_idx = torch.tensor([[0, 0, 0, 1, 1]] * 2 + [[0, 0, 1, 1, 1]], device=rows.device)
+        try:
+            output = student(rows, seq_idx=seq_idx)
+        except (TypeError, ValueError, RuntimeError):
+            config.packs_documents = False
+            output = student(rows)
+    finally:
+        handle.remove()
+    last = seen[0]
+    behind, behind_other, alone = last[0, 3:], last[1, 3:], last[2, :2]
+    errors = [float((behind - other).norm() / behind.norm()) for other in (behind_other, alone)]
+    config.packs_documents = config.packs_documents and max(errors) < 1e-3
+    logits = output.get("logits")
+    is_whole = head is not None and logits is not None and student.body is not student.inner
+    config.has_plain_head = is_whole and torch.equal(head(last), logits)

@@ -11,6 +11,7 @@ Shapes: `b` batch, `t` token, `h` head, `p` features of a head, `d` width, `n` f
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -210,21 +211,17 @@ def read_attention(model: PreTrainedModel) -> tuple[dict[str, Reading], dict[str
     readings: dict[str, Reading] = {}
     left_out: dict[str, str] = {}
     with evaluating(model):
-        modules, left_out, hidden = _find(model, body, batch)
-        row = {name: value[:1] for name, value in batch.items()}
-        whole, single = (_record(body, inputs, modules) for inputs in (row, one))
+        single, left_out, hidden = _find(model, body, one)
+        whole = _record(body, batch, {path: site.module for path, site in single.items()})
         probing = _without_probe() if hidden else _probing(body)
         with probing as probe:
-            for index, (path, module) in enumerate(modules.items()):
-                if path not in single or path not in whole:
-                    left_out[path] = "it is not called on a single row"
+            for index, (path, site) in enumerate(single.items()):
+                if path not in whole:
+                    left_out[path] = "it is called on a single token only"
                     continue
                 try:
-                    if hidden:
-                        reading = _read_by_name(single[path], whole[path])
-                    else:
-                        reading = _read(single[path], whole[path], probe)
-                    layer = getattr(module, "layer_idx", None)
+                    reading = _read_by_name(site, whole[path]) if hidden else _read(site, whole[path], probe)
+                    layer = getattr(site.module, "layer_idx", None)
                     reading.call["cache_layer"] = index if layer is None else layer
                     readings[path] = reading
                 except _NotLinear as reason:
@@ -291,36 +288,33 @@ def _without_probe() -> Iterator[None]:
 
 def _find(
     model: PreTrainedModel, body: PreTrainedModel, batch: Mapping[str, Tensor]
-) -> tuple[dict[str, nn.Module], dict[str, str], bool]:
-    """Modules that attend, those left out, and whether they were found by the names of their children alone."""
+) -> tuple[dict[str, _Site], dict[str, str], bool]:
+    """How modules that attend are called, what is left out, and whether the names of children alone tell of them."""
     paths = {id(module): path for path, module in body.named_modules()}
+    candidates = {path: module for path, module in body.named_modules() if any(module.children())}
     left_out: dict[str, str] = {}
     calls: list[_Call] = []
-    follows = True
     try:
         with _probing(body) as probe:
-            body(**batch)
+            sites = _record(body, batch, candidates)
             calls = probe.calls
     except (ValueError, AttributeError):
-        follows = False  # parts of it refuse another attention implementation
-    if not follows or not calls:
+        pass  # parts of it refuse another attention implementation
+    if not calls:
         try:
-            body(**batch)
+            return _record(body, batch, named_modules(body)), left_out, True
         except Exception as error:
             raise ValueError(f"{named(model)} fails on a tiny batch: {type(error).__name__}: {error}") from error
-        return named_modules(body), left_out, True
-    counts: dict[str, list[_Call]] = {}
-    for call in calls:
-        counts.setdefault(paths.get(id(call.module), ""), []).append(call)
-    modules = {}
-    for path, made in counts.items():
+    found = {}
+    counts = Counter(paths[id(call.module)] for call in calls)
+    for path, count in counts.items():
         if is_cross_attention(path):
             left_out[path] = "cross-attention"
-        elif len(made) > 1:
-            left_out[path] = f"it attends {len(made)} times in one pass"
+        elif count > 1 or path not in sites:
+            left_out[path] = f"it attends {count} times in one pass"
         else:
-            modules[path] = made[0].module
-    return modules, left_out, False
+            found[path] = sites[path]
+    return found, left_out, False
 
 
 def _record(body: PreTrainedModel, batch: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> dict[str, _Site]:

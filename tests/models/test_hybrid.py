@@ -167,7 +167,7 @@ def test_caches_that_can_not_hold_states_are_refused():
         student(tokens, past_key_values=StaticCache(config=student.config, max_cache_len=30))
     with pytest.raises(ValueError, match="DynamicCache.*cache_implementation"):
         student(tokens, past_key_values=DynamicCache(config=student.config, offloading=True))
-    with pytest.raises(ValueError, match="can't be rolled back"):
+    with pytest.raises((ValueError, RuntimeError), match="can't be rolled back|cache that can be cropped"):
         student.generate(tokens[:1], assistant_model=tiny_model("llama"), **GREEDY)
 
 
