@@ -216,8 +216,8 @@ def _as_llama(
     if foreign or len(shapes) > 1:
         reason = f"weights such as {foreign[0]!r}" if foreign else f"mixers of {len(shapes)} shapes"
         raise ValueError(
-            f"GraniteMoeHybridForCausalLM can't hold this hybrid of a {config.teacher['model_type']!r}: it has {reason}"
-            ". It loads by trust_remote_code=True."
+            f"GraniteMoeHybridForCausalLM can't hold this hybrid of a {config.teacher['model_type']!r}: it has "
+            f"{reason}. It loads by trust_remote_code=True."
         )
     mixer = config.mixer_config(next(iter(config.mixers))).to_dict()
     depth = len(student.body.layers)
@@ -253,15 +253,15 @@ def _as_llama(
 
 @torch.no_grad()
 def _check_equal(student: CABHybridForCausalLM, stock: PreTrainedModel) -> None:
-    """That a hybrid's export computes what it does: windows, norms inside of attention and the like show here."""
+    """That a hybrid's export computes what it does: windows, norms inside attention and the like show here."""
     ids = (7919 * torch.arange(1, 33, device=student.device) % student.config.vocab_size)[None]
     expected, found = student.eval()(ids, use_cache=False).logits, stock(ids, use_cache=False).logits
     error = float((found.float() - expected.float()).norm() / expected.float().norm())
     if error > (1e-3 if student.dtype == torch.float32 else 0.05):
         raise ValueError(
-            f"As a {type(stock).__name__} this hybrid of a {student.config.teacher['model_type']!r} gives other logits "
-            f"(relative difference {error:.1e}): its attention or its blocks do more than a Llama's. It loads by "
-            "trust_remote_code=True."
+            f"As a {type(stock).__name__} this hybrid of a {student.config.teacher['model_type']!r} gives other "
+            f"logits (relative difference {error:.1e}): its attention or its blocks do more than a Llama's. It loads "
+            "by trust_remote_code=True."
         )
 
 
