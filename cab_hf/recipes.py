@@ -94,7 +94,7 @@ class ModelArguments:
         default_factory=list,
         metadata={
             "help": "Layers whose attention stays: one number 'n=4' (evenly spread), or indices among the layers that "
-            "attend, or paths of their modules. The student is a hybrid then."
+            "attend, or paths of their modules. The student is a hybrid then, with 'n=0' too."
         },
     )
     accept_inexact: float = field(

@@ -132,17 +132,17 @@ def kept_paths(keep_attention: int | Sequence[int | str], paths: Sequence[str]) 
     return kept
 
 
-def parse_kept(given: Sequence[str | int]) -> int | list[int | str]:
-    """The `keep_attention` of a recipe: 'n=4' is a number of layers, digits are indices, the rest paths.
+def parse_kept(given: Sequence[str | int]) -> int | list[int | str] | None:
+    """The `keep_attention` of a recipe: 'n=4' is a number of layers, digits are indices, the rest paths; None if empty.
 
     Example:
         >>> parse_kept(["n=4"]), parse_kept(["3", "layers.7.self_attn"])
         (4, [3, 'layers.7.self_attn'])
     """
     given = [str(one) for one in given]
-    if len(given) == 1 and given[0].removeprefix("n=").isdigit() and given[0].startswith("n="):
+    if len(given) == 1 and given[0].startswith("n=") and given[0][2:].isdigit():
         return int(given[0][2:])
-    return [int(one) if one.isdigit() else one for one in given]
+    return None if not given else [int(one) if one.isdigit() else one for one in given]
 
 
 def norm_epsilon(teacher: PreTrainedModel) -> float:

@@ -42,7 +42,7 @@ def student_from_teacher(
     start: str = "linear",
     copy_attention: bool = True,
     copy_weights: bool = True,
-    keep_attention: int | Sequence[int | str] = (),
+    keep_attention: int | Sequence[int | str] | None = None,
     accept_inexact: float = 0.0,
     calibration_inputs: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -69,7 +69,7 @@ def student_from_teacher(
         copy_attention: copy attention's projections into the mixers.
         copy_weights: copy anything at all; without, the student is random in the teacher's shape.
         keep_attention: layers to leave as they are: how many, evenly spread, or their indices among the layers that
-            attend, or the paths of their attention modules.
+            attend, or the paths of their attention modules. Anything but None makes a hybrid, 0 too.
         accept_inexact: largest relative error of what is read of the teacher's attention; what is no linear map of
             its input, such as MLA, is refused without.
         calibration_inputs: one batch (`input_ids`, and `attention_mask` if padded; or `pixel_values`) on which the
@@ -108,7 +108,7 @@ def student_from_teacher(
         student = hybrid_from_teacher(
             teacher,
             student_class,
-            keep_attention=keep_attention,
+            keep_attention=() if keep_attention is None else keep_attention,
             accept_inexact=accept_inexact,
             start=start,
             copy_attention=copy_attention,
@@ -140,10 +140,10 @@ def student_from_teacher(
 def _student_class(
     teacher: PreTrainedModel,
     student_class: type[MixerPreTrainedModel] | None,
-    keep_attention: int | Sequence[int | str],
+    keep_attention: int | Sequence[int | str] | None,
 ) -> tuple[type[MixerPreTrainedModel], str]:
     """The class of a student, and why it is that one."""
-    keeps = bool(keep_attention) or keep_attention == [0]
+    keeps = keep_attention is not None
     if student_class is not None:
         if keeps and not issubclass(student_class, CABHybridPreTrainedModel):
             raise ValueError(
@@ -160,7 +160,7 @@ def _student_class(
             )
         return CABVisionMambaForImageClassification, "the teacher reads images"
     if keeps:
-        return CABHybridForCausalLM, f"attention is kept (keep_attention={keep_attention!r})"
+        return CABHybridForCausalLM, f"keep_attention is {keep_attention!r}"
     if kind in FAMILIES:
         return CABMambaForCausalLM, f"a table says what a pure student of {kind!r} is"
     return CABHybridForCausalLM, f"no table says what a pure student of {kind!r} is"
