@@ -30,7 +30,7 @@ from cab_hf.transfer.reading import exactness, read_attention
 
 CHECKS = ("forward", "gradients", "cache", "half", "left_padding", "saved", "remote")
 NEW_TOKENS = 8
-_MEMORY, _SECONDS = 9 << 30, 180
+_MEMORY, _SECONDS = 9 << 30, 400
 Row = dict[str, Any]
 
 

@@ -120,9 +120,11 @@ def fill_the_rest(student: PreTrainedModel, readings: Mapping[SSDMixer | S6Mixer
         config = mixer.config
         is_decided = config.gate_init != "usual" and config.transition_init == "moving_average"
         if isinstance(mixer, SSDMixer) and is_decided and config.state_size == reading.key_dim:
-            _filled(mixer.in_proj.weight.zero_())
+            gate, *_, steps = mixer.in_proj.weight.split(_rows_of(mixer))
+            gate.zero_(), steps.zero_()
+            _filled(mixer.in_proj.weight)
             if reading.output is not None:
-                _filled(mixer.out_proj.weight.zero_())
+                _filled(mixer.out_proj.weight)
     student.initialize_weights()
     for name, mixer in student.named_modules():
         if mixer in readings:
@@ -216,6 +218,12 @@ def _copy_rows(
     copy_bias(f"{name}.bias", None if bias is None else bias[:, :head_dim], rows)
 
 
+def _rows_of(mixer: SSDMixer) -> list[int]:
+    """Rows of an input projection: gate, x, B, C and time step."""
+    width, states = mixer.config.mixer_width, mixer.state_width
+    return [width, width, states, states, mixer.config.num_heads]
+
+
 def _check_heads(name: str, mixer: SSDMixer | S6Mixer, attention: Reading) -> int:
     """Returns the teacher's head count, or says why the mixer can't take its heads."""
     head_dim, width = mixer.config.head_dim, mixer.config.mixer_width
@@ -238,8 +246,7 @@ def _copy_attention_to_ssd(name: str, mixer: SSDMixer, attention: Reading) -> No
             f"{heads} query heads of {key_dim}. Each head brings its own queries and keys: set n_groups={heads} and "
             f"state_size={key_dim} (or more), or pass copy_attention=False."
         )
-    width, states = config.mixer_width, mixer.state_width
-    sizes = [width, width, states, states, config.num_heads]
+    sizes = _rows_of(mixer)
     weights = mixer.in_proj.weight.split(sizes)
     is_causal = not isinstance(mixer, BidirectionalSSDMixer)
     has_silu = is_causal and config.conv_activation == "silu"
@@ -249,7 +256,8 @@ def _copy_attention_to_ssd(name: str, mixer: SSDMixer, attention: Reading) -> No
     if in_convolution:
         biases = (None, *mixer.conv1d.bias.split(sizes[1:4]), None)
     # Wider states than keys: B = 0 leaves the output as it is, and a random C lets B learn.
-    weights[2].zero_()
+    if config.state_size > key_dim:
+        weights[2].zero_()
     if biases[2] is not None:
         biases[2].zero_()
     # Where a SiLU follows, keys and queries are of about one size; without, only their product counts.

@@ -133,7 +133,7 @@ def kept_paths(keep_attention: int | Sequence[int | str], paths: Sequence[str]) 
 
 
 def parse_kept(given: Sequence[str | int]) -> int | list[int | str] | None:
-    """The `keep_attention` of a recipe: 'n=4' is a number of layers, digits are indices, the rest paths; None if empty.
+    """The `keep_attention` of a recipe: 'n=4' is a number, digits are indices, the rest paths; None if empty.
 
     Example:
         >>> parse_kept(["n=4"]), parse_kept(["3", "layers.7.self_attn"])
