@@ -262,10 +262,12 @@ def _apart(family: str) -> Row:
         transformers.logging.disable_progress_bar()
         torch.set_num_threads(1)
         sys.stderr = sys.stdout = open(os.devnull, "w")
-        row = _noted(lambda: check_family(family))
-        row = row if isinstance(row, dict) else {"family": family, "built": row}
-        os.write(write_end, json.dumps(row).encode())
-        os._exit(0)
+        try:
+            row = _noted(lambda: check_family(family))
+            row = row if isinstance(row, dict) else {"family": family, "built": row}
+            os.write(write_end, json.dumps(row).encode())
+        finally:
+            os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end, "rb") as pipe:
         data = pipe.read()

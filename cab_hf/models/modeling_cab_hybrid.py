@@ -353,15 +353,15 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
     ) -> ModelOutput:
         """The body's forward pass, as a distillation makes it; where logits are more than the head's, the model's."""
         part = self.body if self.config.has_plain_head else self.inner
-        return self._run(part, inputs, seq_idx, False, projections_callback)
+        return self._run(part, inputs, seq_idx, projections_callback=projections_callback)
 
     def _run(
         self,
         part: PreTrainedModel,
         given: dict[str, Any],
         seq_idx: torch.Tensor | None,
-        output_projections: bool,
-        projections_callback: Callable[[int, SSMProjections], None] | None,
+        output_projections: bool = False,
+        projections_callback: Callable[[int, SSMProjections], None] | None = None,
     ) -> ModelOutput | tuple:
         given = {name: value for name, value in given.items() if value is not None}
         accepted = _parameters(type(part))

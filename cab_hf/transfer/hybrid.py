@@ -209,17 +209,22 @@ def _measure(student: CABHybridPreTrainedModel) -> None:
         start, end = tokens[:1, :3], tokens[:1, 3:]
         rows = torch.cat([torch.cat(parts, 1) for parts in ((start, end), (start.flip(1), end), (end, start))])
         seq_idx = torch.tensor([[0, 0, 0, 1, 1]] * 2 + [[0, 0, 1, 1, 1]], device=rows.device)
+        packed = True
         try:
             output = student(rows, seq_idx=seq_idx)
         except (TypeError, ValueError, RuntimeError):
-            config.packs_documents = False
+            packed = config.packs_documents = False
             output = student(rows)
     finally:
         handle.remove()
-    last = seen[0]
-    behind, behind_other, alone = last[0, 3:], last[1, 3:], last[2, :2]
+    said = output[0]
+    behind, behind_other, alone = said[0, 3:], said[1, 3:], said[2, :2]
     errors = [float((behind - other).norm() / behind.norm()) for other in (behind_other, alone)]
-    config.packs_documents = config.packs_documents and max(errors) < 1e-3
     logits = output.get("logits")
-    is_whole = head is not None and logits is not None and student.body is not student.inner
-    config.has_plain_head = is_whole and torch.equal(head(last), logits)
+    if head is not None and logits is not None and student.body is not student.inner:
+        # Some heads call a part of the body, whose hook never runs.
+        own = {"seq_idx": seq_idx} if packed else {}
+        config.has_plain_head = True
+        last = seen[-1] if seen else student.read(input_ids=rows, **own)[0]
+        config.has_plain_head = torch.equal(head(last), logits)
+    config.packs_documents = packed and max(errors) < 1e-3
