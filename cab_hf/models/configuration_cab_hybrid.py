@@ -35,6 +35,7 @@ class CABHybridConfig(PreTrainedConfig):
             - `inexact` (`dict`, *optional*): relative errors of what was not read exactly, by projection.
         has_plain_head (`bool`, defaults to `False`): whether logits are the head of the last hidden state and no more.
         packs_documents (`bool`, defaults to `False`): whether documents whose positions restart are kept apart.
+        tie_word_embeddings, pad_token_id, bos_token_id, eos_token_id: the teacher's when not given.
 
     Raises:
         ValueError: a teacher's model type that is none of transformers', or a mixer without sizes.
@@ -53,12 +54,21 @@ class CABHybridConfig(PreTrainedConfig):
     has_plain_head: bool = False
     packs_documents: bool = False
 
+    tie_word_embeddings: bool | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
     def __post_init__(self, **kwargs):
         self.teacher = _without_code(self.teacher or {"model_type": "llama"})
         self.mixer, self.mixers = self.mixer or {}, self.mixers or {}
-        kwargs.setdefault("tie_word_embeddings", self.teacher.get("tie_word_embeddings", False))
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "is_encoder_decoder", "id2label", "label2id"):
-            if self.teacher.get(name) is not None:
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(self.teacher.get("tie_word_embeddings", False))
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(self, name) is None:
+                setattr(self, name, self.teacher.get(name))
+        for name in ("id2label", "label2id"):
+            if self.teacher.get(name) is not None and "num_labels" not in kwargs:
                 kwargs.setdefault(name, self.teacher[name])
         super().__post_init__(**kwargs)
 

@@ -5,8 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM, GraniteMoeHybridForCausalLM
 
 from cab_hf.evaluation.tiny_families import tiny_model, tiny_tokens
+from cab_hf.export import gguf as gguf_export
+from cab_hf.export.check import check_export
+from cab_hf.export.gguf import export_gguf
 from cab_hf.export.loading import read_student
 from cab_hf.export.stock import export_stock, to_stock
+from cab_hf.teachers.demo import random_llama
 from cab_hf.transfer import student_from_teacher
 
 
@@ -49,3 +53,21 @@ def test_what_is_no_llama_is_refused(family, fields, said):
     student = student_from_teacher(tiny_model(family, **fields), keep_attention=[1])
     with pytest.raises(ValueError, match=f"{said}.*trust_remote_code"):
         to_stock(student)
+
+
+def test_llama_cpp_rotates_kept_attention_as_transformers_does(tmp_path):
+    pytest.importorskip("xllamacpp")
+    teacher, _ = random_llama()
+    for index, parameter in enumerate(teacher.parameters()):
+        if parameter.ndim > 1:
+            generator = torch.Generator().manual_seed(index)
+            parameter.data = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+    student = student_from_teacher(teacher, keep_attention=[1, 2], start="served")
+    student.save_pretrained(tmp_path / "student")
+    export_gguf(tmp_path / "student", tmp_path / "gguf")
+    report = check_export(tmp_path / "gguf")
+    assert report and all(found["agrees"] and found["mean_difference"] < 1e-3 for found in report.values()), report
+    stock = to_stock(student)
+    stock.config.rope_parameters = {"rope_type": "linear", "factor": 2.0}
+    with pytest.raises(ValueError, match="rope_type 'linear'.*--to stock"):
+        gguf_export._add_granite(gguf_export.gguf.GGUFWriter(None, "granitehybrid"), stock.config)
