@@ -65,12 +65,12 @@ def hybrid_from_teacher(
     paths = list(dict.fromkeys((*readings, *left_out)))
     kept = kept_paths(keep_attention, paths)
     readings = {path: one for path, one in readings.items() if path not in kept}
-    if not readings:
+    left_out = {path: reason for path, reason in left_out.items() if path not in kept and reason != "cross-attention"}
+    if not readings and not left_out:
         raise ValueError(
             f"`keep_attention` is {keep_attention!r}, which keeps all {len(paths)} layers that attend: nothing is "
             "left for mixers. Keep fewer."
         )
-    left_out = {path: reason for path, reason in left_out.items() if path not in kept and reason != "cross-attention"}
     check_readings(teacher, readings, left_out, accept_inexact)
     fields = {**transparent_start(start, readings.values()), "layer_norm_epsilon": norm_epsilon(teacher), **overrides}
     tolerance = exactness(teacher)
@@ -217,7 +217,7 @@ def _measure(student: CABHybridPreTrainedModel) -> None:
             output = student(rows)
     finally:
         handle.remove()
-    said = output[0]
+    said = seen[-1] if seen else output[0]
     behind, behind_other, alone = said[0, 3:], said[1, 3:], said[2, :2]
     errors = [float((behind - other).norm() / behind.norm()) for other in (behind_other, alone)]
     logits = output.get("logits")
