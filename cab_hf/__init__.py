@@ -8,6 +8,10 @@ from cab_hf.distillation import (
     DistillationTrainingArguments,
 )
 from cab_hf.models import (
+    CABHybridConfig,
+    CABHybridForCausalLM,
+    CABHybridForSequenceClassification,
+    CABHybridModel,
     CABMambaConfig,
     CABMambaForCausalLM,
     CABMambaForSequenceClassification,
@@ -26,6 +30,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionBridge",
+    "CABHybridConfig",
+    "CABHybridForCausalLM",
+    "CABHybridForSequenceClassification",
+    "CABHybridModel",
     "CABMambaConfig",
     "CABMambaForCausalLM",
     "CABMambaForSequenceClassification",

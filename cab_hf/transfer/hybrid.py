@@ -62,10 +62,11 @@ def hybrid_from_teacher(
             "Load it dequantised (`teacher.dequantize()`), or by a class of transformers (trust_remote_code=False)."
         )
     readings, left_out = read_attention(teacher)
-    paths = list(dict.fromkeys((*readings, *left_out)))
+    left_out = {path: reason for path, reason in left_out.items() if reason != "cross-attention"}
+    paths = [path for path, _ in body_of(teacher).named_modules() if path in readings or path in left_out]
     kept = kept_paths(keep_attention, paths)
     readings = {path: one for path, one in readings.items() if path not in kept}
-    left_out = {path: reason for path, reason in left_out.items() if path not in kept and reason != "cross-attention"}
+    left_out = {path: reason for path, reason in left_out.items() if path not in kept}
     if not readings and not left_out:
         raise ValueError(
             f"`keep_attention` is {keep_attention!r}, which keeps all {len(paths)} layers that attend: nothing is "
