@@ -109,6 +109,16 @@ class CABHybridConfig(PreTrainedConfig):
         return getattr(self.get_text_config(), "max_position_embeddings", None)
 
     @property
+    def depth(self) -> int:
+        """All layers of the teacher."""
+        return getattr(self.get_text_config(), "num_hidden_layers", len(self.mixers))
+
+    @property
+    def state_size(self) -> int:
+        """Width of the widest B."""
+        return max((self.mixer_config(path).state_size for path in self.mixers), default=0)
+
+    @property
     def num_hidden_layers(self) -> int:
         """Mixers, which a distillation counts; kept attention is none."""
         return len(self.mixers)
