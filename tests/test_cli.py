@@ -147,5 +147,5 @@ def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*([command] if command else []), "--help"])
     assert stopped.value.code == 0
-    first = {"": "COMMAND", "sample": "TEACHER OUT.npz"}.get(command or "", "FOLDER")
+    first = {"": "COMMAND", "sample": "TEACHER OUT.npz", "coverage": "FAMILY"}.get(command or "", "FOLDER")
     assert first in capsys.readouterr().out

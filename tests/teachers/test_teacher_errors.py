@@ -124,3 +124,10 @@ def test_attention_that_depends_on_the_implementations_name_raises():
     model.transformer.h[0].attn._upcast_and_reordered_attn = lambda q, k, v, mask: (v.transpose(1, 2), None)
     with pytest.raises(ValueError, match="gives another output.*'eager' specially"):
         Teacher(model)
+
+
+def test_the_encoder_of_an_encoder_decoder_teaches():
+    sizes = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 99}
+    teacher = Teacher(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, **IDS)).get_encoder())
+    assert len(teacher.paths) == 2 and not teacher.is_causal
+    assert teacher(batch(), attentions=True).attentions[1].key.shape == (2, 4, 7, 8)
