@@ -9,6 +9,10 @@ from cab_hf.distillation import (
     DistillationTrainingArguments,
 )
 from cab_hf.models import (
+    CABHybridConfig,
+    CABHybridForCausalLM,
+    CABHybridForSequenceClassification,
+    CABHybridModel,
     CABMambaConfig,
     CABMambaForCausalLM,
     CABMambaForSequenceClassification,
@@ -27,6 +31,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionBridge",
+    "CABHybridConfig",
+    "CABHybridForCausalLM",
+    "CABHybridForSequenceClassification",
+    "CABHybridModel",
     "CABMambaConfig",
     "CABMambaForCausalLM",
     "CABMambaForSequenceClassification",

@@ -345,6 +345,18 @@ def _card(arguments: argparse.Namespace) -> None:
     print(write_card_of(arguments.folder, license=arguments.license, overwrite=arguments.overwrite))
 
 
+def _coverage_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="model types (default: all causal ones)")
+    parser.add_argument("--output", metavar="FILE.md", help="page to write; its numbers go beside it as JSON")
+
+
+def _coverage(arguments: argparse.Namespace) -> None:
+    from cab_hf.evaluation.coverage import cover, passes
+
+    rows = cover(arguments.families, arguments.output)
+    print(f"{sum(map(passes, rows))} of {len(rows)} families become students that pass every check.")
+
+
 COMMANDS = {
     "distill": Command(
         "turn a Transformer into a Mamba: one command from a teacher and data to a student",
@@ -358,6 +370,7 @@ COMMANDS = {
     "export": Command("write a student as a model that runs without cab_hf's code", _export_options, _export),
     "check": Command("compare an export with its student in every runtime", _check_options, _check),
     "sample": Command("write training text with the teacher itself", _sample_options, _sample),
+    "coverage": Command("check which families of transformers become students", _coverage_options, _coverage),
     "inspect": Command("show a student's layers and parameters, and how it attends", _inspect_options, _inspect),
 }
 

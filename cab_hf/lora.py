@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 
 _PROJECTIONS = ["in_proj", "x_proj", "dt_proj", "out_proj", "gate_proj", "up_proj", "down_proj"]
 
-LORA_TARGETS: dict[str, list[str]] = {"cab_mamba": [*_PROJECTIONS], "cab_vision_mamba": [*_PROJECTIONS]}
-"""Default targets of each `model_type`: the projections of S6 and SSD mixers, of both directions, and of MLPs.
+LORA_TARGETS: dict[str, list[str]] = {
+    "cab_mamba": [*_PROJECTIONS],
+    "cab_hybrid": [*_PROJECTIONS, "q_proj", "k_proj", "v_proj", "o_proj"],
+    "cab_vision_mamba": [*_PROJECTIONS],
+}
+"""Default targets of each `model_type`: the projections of S6 and SSD mixers, of both directions, and of MLPs; of a
+hybrid those of kept attention, too, by their usual names.
 
 Targets on request: `embeddings` and `lm_head` where they are not tied, `position_embeddings` of language students, and
 `patch_embedding` and `classifier` of image students. The head of a classifier is trained whole by default.
@@ -32,6 +37,9 @@ _TASKS = {
     "CABMambaForCausalLM": "CAUSAL_LM",
     "CABMambaForSequenceClassification": "SEQ_CLS",
     "CABMambaModel": "FEATURE_EXTRACTION",
+    "CABHybridForCausalLM": "CAUSAL_LM",
+    "CABHybridForSequenceClassification": "SEQ_CLS",
+    "CABHybridModel": "FEATURE_EXTRACTION",
 }
 _TIED = ("embeddings", "lm_head")
 

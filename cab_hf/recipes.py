@@ -91,6 +91,17 @@ class ModelArguments:
     copy_attention: bool = field(
         default=True, metadata={"help": "Copy V, K, Q, O to x, B, C, out (student_from: teacher)."}
     )
+    keep_attention: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Layers whose attention stays: one number 'n=4' (evenly spread), or indices among the layers that "
+            "attend, or paths of their modules. The student is a hybrid then, with 'n=0' too."
+        },
+    )
+    accept_inexact: float = field(
+        default=0.0,
+        metadata={"help": "Largest relative error of what is read of the teacher's attention, where it is not exact."},
+    )
     calibration: Literal["fit", "rms", "none"] = field(
         default="fit",
         metadata={

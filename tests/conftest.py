@@ -18,8 +18,13 @@ if not torch.cuda.is_available():
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start processes come first: of two workers, none is left alone with them at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files that start processes come first: of two workers, none is left alone with them at the end.
+
+    All families of transformers are built where they are asked for alone: `-m families`.
+    """
+    if "families" not in config.getoption("markexpr"):
+        items[:] = [item for item in items if item.get_closest_marker("families") is None]
     slow = {item.path for item in items if item.get_closest_marker("distributed") or item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

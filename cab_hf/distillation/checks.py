@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.lora import core_of
-from cab_hf.teachers.alignment import layer_map, parse_layer_map
+from cab_hf.teachers.alignment import parse_layer_map, taught_layers
 from cab_hf.teachers.examination import check_whole
 from cab_hf.teachers.recorded_teacher import RecordedTeacher
 from cab_hf.teachers.teacher import Teacher, check_vocabularies
@@ -33,11 +33,12 @@ def check_student(student: nn.Module) -> None:
             "`torch_compile=True`."
         )
     core = core_of(student)
-    if "projections_callback" not in inspect.signature(core.base_model.forward).parameters:
+    shows = (inspect.signature(part.forward).parameters for part in (core, core.base_model))
+    if not any("projections_callback" in parameters for parameters in shows):
         raise ValueError(
-            f"The student is a {type(core).__name__}, whose layers show no B and C. Pass a CABMambaForCausalLM or a "
-            "CABVisionMambaForImageClassification, and the teacher after it: DistillationTrainer(student, teacher, "
-            "args)."
+            f"The student is a {type(core).__name__}, whose layers show no B and C. Pass a CABMambaForCausalLM, a "
+            "CABHybridForCausalLM or a CABVisionMambaForImageClassification, and the teacher after it: "
+            "DistillationTrainer(student, teacher, args)."
         )
 
 
@@ -49,6 +50,8 @@ def check_run(
 ) -> None:
     """That student, teacher and arguments fit each other; what the teacher shows at all, its examination has said."""
     _check_causality(teacher, args)
+    if args.bridge_weight > 0 or args.output_weight > 0 or args.attention_weight > 0:
+        teacher.check_shows_attention(maps=args.attention_weight > 0)
     tokenizer = trainer_kwargs.get("processing_class")
     tokenizer = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
     _check_outputs(student, teacher, args.kl_weight, tokenizer)
@@ -85,12 +88,12 @@ def _check_widths(
     config: PreTrainedConfig, teacher: Teacher | RecordedTeacher, args: DistillationTrainingArguments
 ) -> None:
     if args.output_weight > 0:
-        rule = parse_layer_map(args.layer_map)
-        taught = layer_map(rule, config.num_hidden_layers, teacher.num_hidden_layers)
-        widths = sorted({teacher.query_sizes[index] for index in taught})
-        if widths != [config.mixer_width]:
+        taught = taught_layers(config, teacher, parse_layer_map(args.layer_map))
+        widths = [teacher.query_sizes[index] for index in taught]
+        if widths != config.mixer_widths:
+            ours, widths = sorted(set(config.mixer_widths)), sorted(set(widths))
             raise ValueError(
-                f"`output_weight` compares the student's mixers, {config.mixer_width} wide, with the teacher's "
+                f"`output_weight` compares the student's mixers, {str(ours).strip('[]')} wide, with the teacher's "
                 f"attention, {widths} wide. Use a student of the teacher's shape (student_from_teacher), or "
                 "`bridge_weight`, whose MLPs map between widths."
             )

@@ -27,7 +27,7 @@ from cab_hf.distillation.losses import (
 from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
 from cab_hf.lora import core_of
 from cab_hf.models.mixers import BidirectionalProjections, SSMProjections
-from cab_hf.teachers.alignment import layer_map, parse_layer_map
+from cab_hf.teachers.alignment import parse_layer_map, taught_layers
 from cab_hf.teachers.teacher import Teacher, TeacherOutput
 
 
@@ -69,8 +69,8 @@ class DistillationModel(nn.Module):
     """A student and the bridge to its teacher, which DDP, FSDP and ZeRO wrap as one.
 
     Args:
-        student: a model whose base model takes `projections_callback`, such as [`CABMambaForCausalLM`] or
-            [`CABVisionMambaForImageClassification`], or a PEFT model around one.
+        student: [`CABMambaForCausalLM`], [`CABHybridForCausalLM`] or [`CABVisionMambaForImageClassification`], or a
+            PEFT model around one.
         teacher: describes the targets; it is not kept.
         args: decides which losses exist and how they are computed.
 
@@ -91,21 +91,19 @@ class DistillationModel(nn.Module):
             # The Trainer asks for it; FSDP, too, which would shard the embeddings apart from a tied head.
             self.get_input_embeddings = self.core.get_input_embeddings
         self.norms_last_target = teacher.norms_last_hidden_state
-        self.layer_map = layer_map(
-            parse_layer_map(args.layer_map), config.num_hidden_layers, teacher.num_hidden_layers
-        )
+        self.layer_map = taught_layers(config, teacher, parse_layer_map(args.layer_map))
+        self.is_hybrid = config.model_type == "cab_hybrid"
+        self.teacher_layers = [teacher.layer_numbers[index] for index in self.layer_map]
+        self.student_layers = config.layer_numbers if self.is_hybrid else range(config.num_hidden_layers)
         self.bridge = None
         if args.bridge_weight > 0:
-            width = [
-                config.state_size * (config.n_groups if kind == "mamba2" else 1) for kind in config.layer_mixer_types
-            ]
             self.bridge = AttentionBridge(
-                width,
+                config.projection_sizes,
                 [teacher.key_sizes[index] for index in self.layer_map],
                 [teacher.query_sizes[index] for index in self.layer_map],
                 hidden_size=args.bridge_hidden_size,
                 shared_roles=args.bridge_shared_roles,
-                num_directions=2 if self.reads_images and config.bidirectional else 1,
+                num_directions=2 if (self.reads_images or self.is_hybrid) and config.bidirectional else 1,
             )
         # By which relative losses divide: measured once, on the same examples in every run, so that a loss does not
         # depend on how a batch is cut into accumulation steps and processes.
@@ -207,7 +205,7 @@ class DistillationModel(nn.Module):
         def collect(_: int, projections: SSMProjections | BidirectionalProjections) -> None:
             shown.append(LayerShows(_scans(projections), projections.output if "output" in active else None))
 
-        outputs = self.core.base_model(
+        outputs = self.core.read(
             **inputs,
             use_cache=False,
             projections_callback=collect if active & {"bridge", "output", "attention"} else None,
@@ -282,9 +280,10 @@ class DistillationModel(nn.Module):
                 ce_weight=ce_weight,
             )
         shifted = None if labels is None else shift_labels(labels, mask)
+        is_plain = not self.is_hybrid or self.core.config.has_plain_head
         return chunked_kl_ce(
-            outputs.last_hidden_state,
-            self.core.get_output_embeddings(),
+            outputs.last_hidden_state if is_plain else outputs.logits,
+            self.core.get_output_embeddings() if is_plain else None,
             targets.last_hidden_state if teacher_head is not None else targets.logits,
             teacher_head,
             mask=mask if shifted is None else shifted != IGNORE_INDEX,
@@ -325,7 +324,7 @@ class DistillationModel(nn.Module):
     def _map_loss(
         self, layer: int, scans: list[tuple[Tensor, ...]], make_map: Callable[[], Tensor], mask: Tensor | None
     ) -> Tensor:
-        mixer = self.core.base_model.layers[layer].mixer
+        mixer = self.core.mixer_list[layer]
 
         def compare(*scans: Tensor) -> Tensor:
             return attention_loss(mixer.attention_map(*scans), make_map(), mask)
@@ -342,11 +341,14 @@ class DistillationModel(nn.Module):
         """A student layer's hidden state and its target.
 
         The student's last one comes after its final norm, as that of most teachers does. Where one of the two is
-        normed and the other is not, the student's norm makes them comparable.
+        normed and the other is not, the student's norm makes them comparable. A hybrid norms as its teacher does.
         """
-        index, norm = self.layer_map[layer], self.core.base_model.norm_f
-        student = None if hidden_states is None else hidden_states[layer + 1]
+        index = self.teacher_layers[layer]
+        student = None if hidden_states is None else hidden_states[self.student_layers[layer] + 1]
         teacher = targets.hidden_states[index + 1]
+        if self.is_hybrid:
+            return student, teacher
+        norm = self.core.base_model.norm_f
         is_normed = layer == len(self.layer_map) - 1
         teacher_is_normed = self.norms_last_target and index == len(targets.hidden_states) - 2
         if is_normed and not teacher_is_normed:

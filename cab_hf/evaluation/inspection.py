@@ -22,8 +22,7 @@ from cab_hf.export.loading import load_image_processor, load_tokenizer, read_stu
 from cab_hf.models.mixers import StateSpaceBranch
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
 from cab_hf.models.students import MixerPreTrainedModel
-from cab_hf.teachers.alignment import align_with_student
-from cab_hf.teachers.alignment import layer_map as map_layers
+from cab_hf.teachers.alignment import align_with_student, taught_layers
 from cab_hf.teachers.loading import load_image_teacher, load_teacher
 from cab_hf.teachers.teacher import borrowed_teacher, check_vocabularies
 
@@ -91,18 +90,21 @@ def layer_table(student: MixerPreTrainedModel, teacher_layers: Sequence[int] | N
     directions = 1
     if isinstance(student, CABVisionMambaPreTrainedModel) and config.bidirectional:
         directions = 2
-    for index, mixer in enumerate(config.layer_mixer_types):
-        ssd = mixer == "mamba2"
+    hybrid = config.model_type == "cab_hybrid"
+    width = getattr(config.get_text_config() if hybrid else config, "intermediate_size", None) or 0
+    numbers = config.layer_numbers if hybrid else range(config.num_hidden_layers)
+    for index, (number, kind) in enumerate(zip(numbers, config.layer_mixer_types, strict=True)):
+        ssd, mixer = kind == "mamba2", student.mixer_list[index].config
         rows.append(
             Layer(
-                layer=index,
-                mixer=mixer,
+                layer=number,
+                mixer=kind,
                 directions=directions,
-                heads=config.num_heads if ssd else 1,
-                head_dim=config.head_dim if ssd else config.mixer_width,
-                state_size=config.state_size,
-                groups=config.n_groups if ssd else 1,
-                mlp=config.intermediate_size or 0,
+                heads=mixer.num_heads if ssd else 1,
+                head_dim=mixer.head_dim if ssd else mixer.mixer_width,
+                state_size=mixer.state_size,
+                groups=mixer.n_groups if ssd else 1,
+                mlp=width,
                 teacher_layer=None if teacher_layers is None else teacher_layers[index],
             )
         )
@@ -154,10 +156,9 @@ def attention_similarity(
 
     Source: arXiv 2510.19266, figure 3 (the maps side by side).
     """
-    depth = teacher.config.get_text_config().num_hidden_layers
-    layers = map_layers(layer_map, student.config.num_hidden_layers, depth)
     images = isinstance(student, CABVisionMambaPreTrainedModel)
     with borrowed_teacher(teacher) as borrowed:
+        layers = taught_layers(student.config, borrowed, layer_map)
         seen = borrowed(inputs, attentions=True, maps=True)
         if images:
             size = inputs["pixel_values"].shape[-2:]
@@ -166,7 +167,11 @@ def attention_similarity(
     training = student.training
     try:
         own = {name: tensor.to(student.device) for name, tensor in inputs.items()}
-        maps = student.eval().base_model(**own, output_attentions=True).attentions
+        if student.config.model_type == "cab_hybrid":  # whose `attentions` are those of kept layers
+            shown = student.eval()(**own, output_projections=True).projections
+            maps = [mixer.attention_map(*one[:3]) for mixer, one in zip(student.mixer_list, shown, strict=True)]
+        else:
+            maps = student.eval().base_model(**own, output_attentions=True).attentions
     finally:
         student.train(training)
 
@@ -304,12 +309,12 @@ def describe(report: Mapping[str, Any]) -> str:
     header = f"  {'layer':>5}  {'mixer':8} {'heads x width':>13} {'groups':>6} {'state':>5} {'MLP':>6}"
     cosines = report.get("attention_cosine")
     lines += ["", header + ("  teacher layer  cosine" if cosines else "")]
-    for row in report["layers"]:
+    for index, row in enumerate(report["layers"]):
         mixer = row["mixer"] + (" x2" if row["directions"] == 2 else "")
         size = f"{row['heads']} x {row['head_dim']}"
         line = f"  {row['layer']:>5}  {mixer:8} {size:>13} {row['groups']:>6} {row['state_size']:>5} {row['mlp']:>6}"
         if cosines:
-            line += f"  {row['teacher_layer']:>13}  {cosines[row['layer']]:>6.3f}"
+            line += f"  {row['teacher_layer']:>13}  {cosines[index]:>6.3f}"
         lines.append(line)
     if cosines:
         lines += ["", f"  mean cosine of attention maps: {sum(cosines) / len(cosines):.3f} ({report['data']})"]

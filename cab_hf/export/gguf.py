@@ -129,6 +129,13 @@ def _add_granite(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(keys)  # a layer without any is a mixer
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"Kept attention has rope_type {rope['rope_type']!r}, which is written for 'default' alone. Export it as "
+            "a stock model (--to stock), which transformers and vLLM run."
+        )
+    writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
     writer.add_embedding_scale(config.embedding_multiplier)
     writer.add_residual_scale(config.residual_multiplier)
     writer.add_attention_scale(config.attention_multiplier)
@@ -169,6 +176,11 @@ def _widened(weights: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     return found
 
 
+def _interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows `(h * p, ...)` in llama.cpp's order: it rotates neighbours, transformers the two halves of a head."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
 def _add_mixer(writer: gguf.GGUFWriter, kernel: int, width: int, states: int) -> None:
     writer.add_ssm_conv_kernel(kernel)
     writer.add_ssm_inner_size(width)
@@ -197,6 +209,10 @@ def _tensors(stock: PreTrainedModel) -> dict[str, Tensor]:
         )
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
+    for name in weights:
+        if ".q_proj." in name or ".k_proj." in name:
+            heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+            weights[name] = _interleaved(weights[name], heads)
     for name, tensor in weights.items():
         if name.endswith(_NO_BIAS):
             continue

@@ -12,6 +12,8 @@ from transformers.utils import cached_file
 
 from cab_hf.files import weight_files
 from cab_hf.models import (
+    CABHybridConfig,
+    CABHybridForCausalLM,
     CABMambaConfig,
     CABMambaForCausalLM,
     CABVisionMambaConfig,
@@ -19,7 +21,9 @@ from cab_hf.models import (
 )
 
 
-def read_student(folder: str | Path) -> CABMambaForCausalLM | CABVisionMambaForImageClassification:
+def read_student(
+    folder: str | Path,
+) -> CABMambaForCausalLM | CABHybridForCausalLM | CABVisionMambaForImageClassification:
     """A saved student; whatever is wrong with it is said in one line.
 
     Args:
@@ -30,13 +34,15 @@ def read_student(folder: str | Path) -> CABMambaForCausalLM | CABVisionMambaForI
             version.
     """
     config = read_config(str(folder))
-    if not isinstance(config, CABMambaConfig | CABVisionMambaConfig):
+    if not isinstance(config, CABMambaConfig | CABHybridConfig | CABVisionMambaConfig):
         raise ValueError(
-            f"{folder} holds a {config.model_type!r} model and no student: name a folder with a 'cab_mamba' or "
-            "'cab_vision_mamba' config, such as a recipe's output folder."
+            f"{folder} holds a {config.model_type!r} model and no student: name a folder with a 'cab_mamba', "
+            "'cab_hybrid' or 'cab_vision_mamba' config, such as a recipe's output folder."
         )
-    images = isinstance(config, CABVisionMambaConfig)
-    student_class = CABVisionMambaForImageClassification if images else CABMambaForCausalLM
+    student_class = {
+        "cab_vision_mamba": CABVisionMambaForImageClassification,
+        "cab_hybrid": CABHybridForCausalLM,
+    }.get(config.model_type, CABMambaForCausalLM)
     saved = (config.architectures or [student_class.__name__])[0]
     if saved != student_class.__name__:
         raise ValueError(

@@ -50,7 +50,10 @@ def to_program(student: PreTrainedModel, tokens: int = 128) -> torch.export.Expo
     elif isinstance(student, CABVisionMambaForImageClassification):
         example = torch.zeros(2, config.num_channels, *config.image_height_and_width, dtype=student.dtype)
     else:
-        raise ValueError(f"student is a {type(student).__name__}; give a student with its head.")
+        raise ValueError(
+            f"student is a {type(student).__name__}; give a pure student with its head. A hybrid's folder is exported "
+            "as a stock model (--to stock) or for llama.cpp (--to gguf)."
+        )
     batch = {"inputs": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
         return torch.export.export(_Logits(student.eval()), (example,), dynamic_shapes=batch)

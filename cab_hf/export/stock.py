@@ -12,9 +12,11 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group
 """
 
 import copy
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ from transformers.utils import logging
 from cab_hf.export.loading import load_tokenizer, read_student
 from cab_hf.export.probe import probe_of, write_probe
 from cab_hf.files import written_whole
-from cab_hf.models import CABMambaConfig, CABMambaForCausalLM
+from cab_hf.models import CABHybridConfig, CABHybridForCausalLM, CABMambaConfig, CABMambaForCausalLM
 
 
 logger = logging.get_logger(__name__)
@@ -89,6 +91,18 @@ _GRANITE_NAMES = (
     (".mlp_norm.", ".post_attention_layernorm."),
     (".mlp.down_proj.", ".shared_mlp.output_linear."),
 )
+_LLAMA_NAMES = (
+    (r"^embed_tokens\.", "backbone.embeddings."),
+    (r"^norm\.", "backbone.norm_f."),
+    (r"^layers\.", "backbone.layers."),
+    (r"\.input_layernorm\.", ".norm."),
+    (r"\.self_attn\.mixer\.", ".mixer."),
+    (r"\.post_attention_layernorm\.", ".mlp_norm."),
+)
+_LLAMA_SHAPE = re.compile(
+    r"lm_head\.weight|backbone\.(embeddings|norm_f)\.weight|backbone\.layers\.\d+\.((norm|mlp_norm)\.weight|mixer\..+"
+    r"|mlp\.(gate|up|down)_proj\.(weight|bias)|self_attn\.[qkvo]_proj\.(weight|bias))"
+)
 # Before, transformers normed the whole width of a GraniteMoeHybrid's mixer, not each group's.
 LEAST_TRANSFORMERS = {"granite": "5.23.0"}
 
@@ -121,12 +135,15 @@ def to_stock(student: PreTrainedModel, *, compact: bool = False) -> PreTrainedMo
 
     Source: the classes that arXiv 2312.00752 and 2405.21060 became in transformers.
     """
-    if not isinstance(student, CABMambaForCausalLM):
+    if not isinstance(student, CABMambaForCausalLM | CABHybridForCausalLM):
         raise ValueError(
             f"student is a {type(student).__name__}; transformers has a class of its own for language students alone "
-            "(CABMambaForCausalLM). Image students load by trust_remote_code=True."
+            "(CABMambaForCausalLM, CABHybridForCausalLM). Image students load by trust_remote_code=True."
         )
-    config = student.config
+    config, attention_fields = student.config, {}
+    weights = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
+    if isinstance(student, CABHybridForCausalLM):
+        config, weights, attention_fields = _as_llama(student, weights)
     kind = _stock_kind(config)
     reasons = _obstacles(config, kind, student.dtype)
     if reasons:
@@ -138,7 +155,6 @@ def to_stock(student: PreTrainedModel, *, compact: bool = False) -> PreTrainedMo
     if config.time_step_limit[0] > 0 or config.time_step_limit[1] < float("inf"):
         logger.warning("transformers ignores time_step_limit in decoding without kernels: texts may differ.")
 
-    weights = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
     fields = {theirs: getattr(config, ours) for ours, theirs in _STOCK_FIELDS[kind].items()}
     expand = _STOCK_FIELDS[kind]["expand"]
     fields[expand] = int(fields[expand])
@@ -164,18 +180,89 @@ def to_stock(student: PreTrainedModel, *, compact: bool = False) -> PreTrainedMo
         fields |= {"num_local_experts": 0, "num_experts_per_tok": 0, "intermediate_size": config.intermediate_size}
         fields |= {"least_transformers_version": LEAST_TRANSFORMERS[kind]}
         # A recurrence has no limit, but runtimes take this number for one.
-        fields |= {"max_position_embeddings": 2**17}
+        fields |= {"max_position_embeddings": 2**17} | attention_fields
     config_class, model_class = _STOCK_CLASSES[kind]
     stock = model_class(config_class(**fields, dtype=student.dtype)).to(student.device, student.dtype)
-    if kind == "granite":
+    if kind == "granite" and not attention_fields:
         silent = f"model.layers.{config.num_hidden_layers}."
         for name, tensor in stock.state_dict().items():
             if name.startswith(silent):
                 weights[name] = torch.full_like(tensor, float("layernorm" in name))
     stock.load_state_dict(weights, strict=True)
+    if config is not student.config:
+        _check_equal(student, stock.eval())
     if student.generation_config is not None:
         stock.generation_config = copy.deepcopy(student.generation_config)
     return stock.eval()
+
+
+def _as_llama(
+    student: CABHybridForCausalLM, weights: dict[str, Tensor]
+) -> tuple[CABMambaConfig, dict[str, Tensor], dict[str, Any]]:
+    """A hybrid of a Llama-like teacher as a pure student's config and names, and what a stock class asks of attention.
+
+    Raises:
+        ValueError: other modules than Llama's, or mixers of several shapes.
+    """
+    config, teacher = student.config, student.body.config
+    renamed = {}
+    for name, tensor in weights.items():
+        new = re.sub(r"^hybrid\.(model\.)?", "", name)
+        for theirs, ours in _LLAMA_NAMES:
+            new = re.sub(theirs, ours, new)
+        renamed[new] = tensor
+    foreign = [name for name in renamed if not _LLAMA_SHAPE.fullmatch(name)]
+    shapes = {json.dumps(config.mixer_config(path).to_dict(), sort_keys=True) for path in config.mixers}
+    if foreign or len(shapes) > 1:
+        reason = f"weights such as {foreign[0]!r}" if foreign else f"mixers of {len(shapes)} shapes"
+        raise ValueError(
+            f"GraniteMoeHybridForCausalLM can't hold this hybrid of a {config.teacher['model_type']!r}: it has "
+            f"{reason}. It loads by trust_remote_code=True."
+        )
+    mixer = config.mixer_config(next(iter(config.mixers))).to_dict()
+    depth = len(student.body.layers)
+    names = CABMambaConfig().to_dict().keys() & (
+        mixer.keys() - {"architectures", "model_type", "transformers_version"}
+    )
+    pure = CABMambaConfig(
+        **{name: mixer[name] for name in names}
+        | {"num_hidden_layers": depth, "vocab_size": config.vocab_size, "residual_in_fp32": False}
+        | {"tie_word_embeddings": config.tie_word_embeddings, "intermediate_size": teacher.intermediate_size}
+        | {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        | {"hidden_act": teacher.hidden_act, "mlp_bias": any(".mlp.up_proj.bias" in name for name in renamed)}
+    )
+    kept = [index for index in range(depth) if index not in config.layer_numbers]
+    if not kept:
+        return pure, renamed, {}
+    attention = student.body.layers[kept[0]].self_attn
+    return (
+        pure,
+        renamed,
+        {
+            "num_hidden_layers": depth,
+            "layer_types": ["full_attention" if index in kept else "linear_attention" for index in range(depth)],
+            "num_attention_heads": teacher.num_attention_heads,
+            "num_key_value_heads": teacher.num_key_value_heads,
+            "attention_multiplier": attention.scaling,
+            "attention_bias": any(".self_attn.o_proj.bias" in name for name in renamed),
+            "rope_parameters": copy.deepcopy(teacher.rope_parameters),
+            "max_position_embeddings": teacher.max_position_embeddings,
+        },
+    )
+
+
+@torch.no_grad()
+def _check_equal(student: CABHybridForCausalLM, stock: PreTrainedModel) -> None:
+    """That a hybrid's export computes what it does: windows, norms inside attention and the like show here."""
+    ids = (7919 * torch.arange(1, 33, device=student.device) % student.config.vocab_size)[None]
+    expected, found = student.eval()(ids, use_cache=False).logits, stock(ids, use_cache=False).logits
+    error = float((found.float() - expected.float()).norm() / expected.float().norm())
+    if error > (1e-3 if student.dtype == torch.float32 else 0.05):
+        raise ValueError(
+            f"As a {type(stock).__name__} this hybrid of a {student.config.teacher['model_type']!r} gives other "
+            f"logits (relative difference {error:.1e}): its attention or its blocks do more than a Llama's. It loads "
+            "by trust_remote_code=True."
+        )
 
 
 def export_stock(folder: str | Path, out: str | Path, *, compact: bool = False) -> PreTrainedModel:
@@ -208,8 +295,13 @@ def export_stock(folder: str | Path, out: str | Path, *, compact: bool = False) 
     return stock
 
 
-def stock_class_name(config: CABMambaConfig) -> str | None:
-    """The class of transformers that `export_stock` makes of students of a config; None where none has the shape."""
+def stock_class_name(config: CABMambaConfig | CABHybridConfig) -> str | None:
+    """The class of transformers that `export_stock` makes of students of a config; None where none has the shape.
+
+    Of a hybrid only its weights tell.
+    """
+    if isinstance(config, CABHybridConfig):
+        return None
     kind = _stock_kind(config)
     return None if _obstacles(config, kind, torch.float32) else _STOCK_CLASSES[kind][1].__name__
 

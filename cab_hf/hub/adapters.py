@@ -23,6 +23,9 @@ _AUTO_CLASSES = {
     "CABMambaForCausalLM": "AutoModelForCausalLM",
     "CABMambaForSequenceClassification": "AutoModelForSequenceClassification",
     "CABMambaModel": "AutoModel",
+    "CABHybridForCausalLM": "AutoModelForCausalLM",
+    "CABHybridForSequenceClassification": "AutoModelForSequenceClassification",
+    "CABHybridModel": "AutoModel",
     "CABVisionMambaForImageClassification": "AutoModelForImageClassification",
     "CABVisionMambaModel": "AutoModel",
 }

@@ -16,7 +16,7 @@ from cab_hf.export.stock import stock_class_name
 from cab_hf.files import shipped
 from cab_hf.hub import card_sections as sections
 from cab_hf.hub.sources import describe_teacher
-from cab_hf.models import CABMambaConfig, CABVisionMambaConfig
+from cab_hf.models import CABHybridConfig, CABMambaConfig, CABVisionMambaConfig
 
 
 logger = logging.get_logger(__name__)
@@ -124,7 +124,7 @@ def build_card(
         head=head,
         labels=config.num_labels,
         parameters=short_count(_count_parameters(folder)),
-        layers=config.num_hidden_layers,
+        layers=config.depth if isinstance(config, CABHybridConfig) else config.num_hidden_layers,
         width=config.hidden_size,
         mixers=_mixers(config),
         state_size=config.state_size,
@@ -176,10 +176,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def head_of(folder: Path, config: PreTrainedConfig) -> sections.Head:
-    if not isinstance(config, CABMambaConfig | CABVisionMambaConfig):
+    if not isinstance(config, CABMambaConfig | CABHybridConfig | CABVisionMambaConfig):
         raise ValueError(
-            f"folder {folder} holds a {config.model_type!r} model, but the card describes a 'cab_mamba' or "
-            "'cab_vision_mamba' student. Name the folder of the student itself, and that of a stock export as "
+            f"folder {folder} holds a {config.model_type!r} model, but the card describes a 'cab_mamba', 'cab_hybrid' "
+            "or 'cab_vision_mamba' student. Name the folder of the student itself, and that of a stock export as "
             "stock_subfolder."
         )
     name = (config.architectures or ["model of unknown class"])[0]
@@ -205,6 +205,9 @@ def _count_parameters(folder: Path) -> int:
 
 def _mixers(config: PreTrainedConfig) -> str:
     counts = Counter(config.layer_mixer_types)
+    if isinstance(config, CABHybridConfig):
+        family = config.teacher["model_type"]
+        return f"of the family {family}, with {_MIXERS['mamba2']} mixers in place of attention in {len(config.mixers)}"
     if len(counts) == 1:
         return f"{_MIXERS[next(iter(counts))]} mixers"
     return " and ".join(f"{count} {_MIXERS[kind]}" for kind, count in sorted(counts.items())) + " mixers"

@@ -40,6 +40,14 @@ HEADS = {
         ("perplexity", "Perplexity per token", "perplexity", 2),
         "tokens",
     ),
+    "CABHybridForCausalLM": Head(
+        "text-generation",
+        "AutoModelForCausalLM",
+        "hybrid of Mamba and Transformer",
+        _TOKENIZER,
+        ("perplexity", "Perplexity per token", "perplexity", 2),
+        "tokens",
+    ),
     "CABMambaForSequenceClassification": Head(
         "text-classification",
         "AutoModelForSequenceClassification",

@@ -8,9 +8,16 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from .configuration_cab_hybrid import CABHybridConfig
 from .configuration_cab_mamba import CABMambaConfig
 from .configuration_cab_vision_mamba import CABVisionMambaConfig
 from .mixers import BidirectionalProjections, SSMProjections
+from .modeling_cab_hybrid import (
+    CABHybridForCausalLM,
+    CABHybridForSequenceClassification,
+    CABHybridModel,
+    CABHybridPreTrainedModel,
+)
 from .modeling_cab_mamba import (
     CABMambaForCausalLM,
     CABMambaForSequenceClassification,
@@ -33,6 +40,15 @@ CABMambaModel.register_for_auto_class("AutoModel")
 CABMambaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 CABMambaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
+AutoConfig.register("cab_hybrid", CABHybridConfig)
+AutoModel.register(CABHybridConfig, CABHybridModel)
+AutoModelForCausalLM.register(CABHybridConfig, CABHybridForCausalLM)
+AutoModelForSequenceClassification.register(CABHybridConfig, CABHybridForSequenceClassification)
+CABHybridConfig.register_for_auto_class()
+CABHybridModel.register_for_auto_class("AutoModel")
+CABHybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+CABHybridForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
 AutoConfig.register("cab_vision_mamba", CABVisionMambaConfig)
 AutoModel.register(CABVisionMambaConfig, CABVisionMambaModel)
 AutoModelForImageClassification.register(CABVisionMambaConfig, CABVisionMambaForImageClassification)
@@ -42,6 +58,11 @@ CABVisionMambaForImageClassification.register_for_auto_class("AutoModelForImageC
 
 __all__ = [
     "BidirectionalProjections",
+    "CABHybridConfig",
+    "CABHybridForCausalLM",
+    "CABHybridForSequenceClassification",
+    "CABHybridModel",
+    "CABHybridPreTrainedModel",
     "CABMambaConfig",
     "CABMambaForCausalLM",
     "CABMambaForSequenceClassification",

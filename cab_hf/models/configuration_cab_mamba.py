@@ -123,6 +123,16 @@ class MixerConfig(PreTrainedConfig):
         return round(self.expand * self.hidden_size)
 
     @property
+    def mixer_widths(self) -> list[int]:
+        """Channels inside each mixer."""
+        return [self.mixer_width] * self.num_hidden_layers
+
+    @property
+    def projection_sizes(self) -> list[int]:
+        """Width of each mixer's B, and of its C."""
+        return [self.state_size * (self.n_groups if kind == "mamba2" else 1) for kind in self.layer_mixer_types]
+
+    @property
     def group_size(self) -> int:
         """Channels that share B, C and one normalisation in an SSD mixer."""
         return self.mixer_width // self.n_groups

@@ -322,12 +322,13 @@ class SSDMixer(GatedMixer, SSDBranch):
         init_output_projection(self.out_proj, self.config)
         config = self.config
         gate, xBC, _ = self.split_sizes
-        weight = torch.empty_like(self.in_proj.weight).normal_(std=config.initializer_range)
-        if config.gate_init == "transparent":
-            weight[:gate] = 0.0
-        if config.transition_init == "moving_average":
-            weight[gate + xBC :] = 0.0
-        init.copy_(self.in_proj.weight, weight)
+        if not getattr(self.in_proj.weight, "_is_hf_initialized", False):
+            weight = torch.empty_like(self.in_proj.weight).normal_(std=config.initializer_range)
+            if config.gate_init == "transparent":
+                weight[:gate] = 0.0
+            if config.transition_init == "moving_average":
+                weight[gate + xBC :] = 0.0
+            init.copy_(self.in_proj.weight, weight)
         if self.in_proj.bias is not None:
             bias = torch.zeros_like(self.in_proj.bias)
             bias[:gate] = UNIT_GATE if config.gate_init == "transparent" else 0.0
@@ -466,22 +467,28 @@ class BidirectionalMixer:
         self.backward = self.branch_class(config, layer_idx)
 
     def forward(
-        self, hidden_states: torch.Tensor, seq_idx: torch.Tensor | None = None, output_projections: bool = False
+        self,
+        hidden_states: torch.Tensor,
+        seq_idx: torch.Tensor | None = None,
+        output_projections: bool = False,
+        attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, BidirectionalProjections]:
         """
         Args:
             hidden_states: `(b, t, hidden_size)`.
             seq_idx: `(b, t)`, index of packed sequences: no state crosses where it changes, in either direction.
             output_projections: as in [`GatedMixer.forward`].
+            attention_mask: `(b, t)`, zero at padding, which then reaches neither state.
 
         Returns:
             output `(b, t, hidden_size)` and the [`BidirectionalProjections`].
         """
         stream, gate = self.stream_and_gate(hidden_states)
-        reversed_idx = None if seq_idx is None else seq_idx.flip(1)
-        y, *shown = self.scan(stream, seq_idx=seq_idx, output_projections=output_projections)
+        rows = {"seq_idx": seq_idx, "attention_mask": attention_mask}
+        reversed_rows = {name: None if value is None else value.flip(1) for name, value in rows.items()}
+        y, *shown = self.scan(stream, output_projections=output_projections, **rows)
         backward_y, *backward_shown = self.backward.scan(
-            stream.flip(1), seq_idx=reversed_idx, output_projections=output_projections
+            stream.flip(1), output_projections=output_projections, **reversed_rows
         )
         y = self.gated((y + backward_y.flip(1)) / 2, gate)
         return self.out_proj(y), BidirectionalProjections(*shown, y, *backward_shown)

@@ -1,5 +1,6 @@
 """What all students have around their mixers: norms, MLPs, and how they start and save themselves."""
 
+import inspect
 import json
 import math
 import shutil
@@ -11,7 +12,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import ModelOutput, cached_file, logging
 
 from .configuration_cab_mamba import MixerConfig
 from .mixers import StateSpaceBranch
@@ -27,6 +28,19 @@ A Mamba student of cab-hf. Load it with the Auto class of its config and `trust_
 (`--push_to_hub`), or write a card by `cab-hf card FOLDER`, to have what was measured.
 """
 """What `push_to_hub` of a model alone says of it."""
+
+
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part that reads the model's input and writes hidden states: the model itself where it has no head.
+
+    `base_model` is another one in some: DINOv3's reads no pixels, BART's wraps the decoder, and a classifier on CLIP's
+    vision tower has none.
+    """
+    for part in model.base_model.modules():
+        if part is not model and isinstance(part, PreTrainedModel):
+            if model.main_input_name in inspect.signature(part.forward).parameters:
+                return part
+    return model
 
 
 def make_norm(config: MixerConfig) -> nn.Module:
@@ -61,6 +75,15 @@ class MixerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _can_compile_fullgraph = True
     hub_classes: dict[str, str] = {}
+
+    @property
+    def mixer_list(self) -> list[nn.Module]:
+        """The mixers, in the order of their calls."""
+        return [block.mixer for block in self.base_model.layers]
+
+    def read(self, **inputs) -> ModelOutput:
+        """The forward pass without a head, as a distillation makes it."""
+        return self.base_model(**inputs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args, **kwargs):

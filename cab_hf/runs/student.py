@@ -19,6 +19,7 @@ from cab_hf.recipes import ModelArguments
 from cab_hf.teachers.alignment import parse_layer_map
 from cab_hf.transfer import student_from_teacher
 from cab_hf.transfer.copying import check_fields
+from cab_hf.transfer.hybrid import parse_kept
 
 
 def build_student(
@@ -75,6 +76,8 @@ def build_student(
         layer_map=parse_layer_map(layer_map),
         copy_weights=model.copy_weights,
         copy_attention=model.copy_attention,
+        keep_attention=parse_kept(model.keep_attention),
+        accept_inexact=model.accept_inexact,
         calibration_inputs=batches[0] if batches else None,
         **config,
     )

@@ -6,14 +6,19 @@ Shape legend: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
 import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from cab_hf.models import CABVisionMambaConfig
-from cab_hf.teachers.teacher import TeacherAttention, TeacherOutput
+from cab_hf.teachers.teacher import Teacher, TeacherAttention, TeacherOutput
+
+
+if TYPE_CHECKING:
+    from cab_hf.teachers.recorded_teacher import RecordedTeacher
 
 
 def layer_map(
@@ -63,6 +68,26 @@ def layer_map(
         f"layer map {kind!r} is unknown: choose 'floor', 'uniform' or 'last', or list one teacher layer for each of "
         f"the student's {student_layers} layers."
     )
+
+
+def taught_layers(
+    config: PreTrainedConfig, teacher: "Teacher | RecordedTeacher", kind: str | Sequence[int] = "floor"
+) -> list[int]:
+    """Which of a teacher's attentions teaches each mixer of a student: of a hybrid the one in whose place it stands.
+
+    Args:
+        config: of the student.
+        teacher: whose attention has paths, as that of a record has not; there the layer's number counts.
+        kind: of `layer_map`, for a pure student, or for a hybrid of another teacher.
+    """
+    if config.model_type != "cab_hybrid" or not isinstance(kind, str):
+        return layer_map(kind, config.num_hidden_layers, teacher.num_hidden_layers)
+    paths = [path for path in config.mixers if path in teacher.paths]
+    if len(paths) == len(config.mixers):
+        return [teacher.paths.index(path) for path in paths]
+    if not teacher.paths and max(config.layer_numbers) < teacher.num_hidden_layers:
+        return config.layer_numbers
+    return layer_map(kind, config.num_hidden_layers, teacher.num_hidden_layers)
 
 
 def _checked(layers: Sequence[int], student_layers: int, teacher_layers: int) -> list[int]:

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 _PREFIX = "cab_"
 _asked_maps: list[Callable[[], Tensor]] | None = None  # where those go that `asked_maps` asks for
+_collected: list[tuple[nn.Module, "AttentionCall"]] | None = None  # where calls go that `collected_calls` asks for
 _BASES: dict[str, str] = {}  # name of a recording attention implementation -> the one that it records
 
 
@@ -75,6 +76,11 @@ def _own_eager_function(module: nn.Module) -> Callable:
     )
 
 
+def recorded_function(base: str, module: nn.Module) -> Callable:
+    """The attention function of implementation `base` for one module."""
+    return _own_eager_function(module) if base == "eager" else AttentionInterface()[base]
+
+
 @contextmanager
 def asked_maps() -> Iterator[list[Callable[[], Tensor]]]:
     """Collects, for each attention that is called inside the block, a function that makes its map `(b, h, t, t)`."""
@@ -84,6 +90,17 @@ def asked_maps() -> Iterator[list[Callable[[], Tensor]]]:
         yield _asked_maps
     finally:
         _asked_maps = before
+
+
+@contextmanager
+def collected_calls() -> Iterator[list[tuple[nn.Module, AttentionCall]]]:
+    """Collects the calls of attention inside the block, with the module that makes them."""
+    global _collected
+    before, _collected = _collected, []
+    try:
+        yield _collected
+    finally:
+        _collected = before
 
 
 def _answer_map(attention: Callable, value: Tensor, whole: bool) -> Tensor:
@@ -114,19 +131,18 @@ def _recording_attention(base: str) -> Callable:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, AttentionCall]:
         kwargs.pop("output_attentions", None)
-        function, owner = None, module
-        if base == "eager":
-            function = _own_eager_function(module)
-        else:
-            function = AttentionInterface()[base]
-            if "flash" in base:
-                # The flash path picks its kernel by the name that the config holds, which is ours at this moment.
-                owner = _View(module, config=_View(module.config, _attn_implementation=base))
+        function, owner = recorded_function(base, module), module
+        if "flash" in base:
+            # The flash path picks its kernel by the name that the config holds, which is ours at this moment.
+            owner = _View(module, config=_View(module.config, _attn_implementation=base))
         output = function(owner, query, key, value, attention_mask, **kwargs)[0]
         if _asked_maps is not None:
             rest = functools.partial(function, owner, query, key, attention_mask=attention_mask, **kwargs)
             _asked_maps.append(functools.partial(_answer_map, rest, value, whole=base in ("eager", "sdpa")))
-        return output, AttentionCall(TeacherAttention(query, key, output), kwargs.get("scaling"))
+        call = AttentionCall(TeacherAttention(query, key, output), kwargs.get("scaling"))
+        if _collected is not None:
+            _collected.append((module, call))
+        return output, call
 
     return attention
 

@@ -4,9 +4,11 @@ A model that can't teach is refused here, by what it does and not by its name.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cab_hf.inference import reads_ahead
-from cab_hf.teachers.attention_interface import AttentionCall, register_recording
+from cab_hf.teachers.attention_interface import AttentionCall, collected_calls, register_recording
+from cab_hf.teachers.named_attention import is_cross_attention, named_calls, named_modules
 from cab_hf.teachers.rotary import RotaryPlan, find_plan, recorded_tables, relative_error
 
 
@@ -27,8 +30,12 @@ Run = Callable[..., ModelOutput]
 class Examination:
     """
     Attributes:
-        sizes: (heads, key heads, features of a head) of each layer.
-        scalings: factor of `query @ key.T` of each layer.
+        paths: of the attention modules inside the body that can be read, in the order of their calls.
+        sizes: (heads, key heads, features of a head) of each.
+        scalings: factor of `query @ key.T` of each.
+        shown_by: "outputs" where every layer attends, and `output_attentions` hands all of it out; "calls" of the
+            attention interface, or "names" of projections, where attention is collected module by module.
+        obstacle: why no attention can be read, or that of some layers can't; None if all can.
         head: the output embeddings, where `logits == head(last_hidden_state)` exactly.
         has_logits: whether the whole model gives logits; of images one row each.
         norms_last_hidden_state: whether the last of the hidden states has gone through the final norm.
@@ -36,8 +43,11 @@ class Examination:
         isolates: whether packed documents whose positions restart are kept apart.
     """
 
+    paths: tuple[str, ...]
     sizes: tuple[tuple[int, int, int], ...]
     scalings: tuple[float, ...]
+    shown_by: Literal["outputs", "calls", "names"]
+    obstacle: str | None
     head: nn.Module | None
     has_logits: bool
     norms_last_hidden_state: bool
@@ -48,19 +58,6 @@ class Examination:
 def named(model: PreTrainedModel) -> str:
     """A teacher, as messages call it."""
     return f"The teacher {type(model).__name__} (model_type {model.config.model_type!r})"
-
-
-def body_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part that reads the model's input and writes hidden states: the model itself where it has no head.
-
-    `base_model` is another one in some: DINOv3's reads no pixels, BART's wraps the decoder, and a classifier on CLIP's
-    vision tower has none.
-    """
-    for part in model.base_model.modules():
-        if part is not model and isinstance(part, PreTrainedModel):
-            if model.main_input_name in inspect.signature(part.forward).parameters:
-                return part
-    return model
 
 
 def check_whole(name: str, model: nn.Module) -> None:
@@ -92,7 +89,7 @@ def check_whole(name: str, model: nn.Module) -> None:
 
 @torch.no_grad()
 def examine(model: PreTrainedModel, body: PreTrainedModel, base: str | None, run: Run) -> Examination:
-    """Switches a body to recording attention, and proves that it records and changes nothing.
+    """Switches a body to recording attention, if it follows, and proves that it records and changes nothing.
 
     Args:
         model: the whole teacher.
@@ -101,10 +98,9 @@ def examine(model: PreTrainedModel, body: PreTrainedModel, base: str | None, run
         run: as the teacher will run them.
 
     Raises:
-        ValueError: an encoder-decoder, attention that is hidden, in windows or in some layers only, another output
-            under recording, or a failure on a tiny batch.
+        ValueError: an encoder-decoder, another output under recording, or a failure on a tiny batch.
     """
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"{named(model)} is an encoder-decoder, and its decoder attends to two sequences. Pass its encoder, or a "
             f"decoder-only or encoder-only teacher; these work: {_WORKING}."
@@ -115,24 +111,28 @@ def examine(model: PreTrainedModel, body: PreTrainedModel, base: str | None, run
             "or 'eager'."
         )
     config = body.config.get_text_config()
-    recording = register_recording(base)
-    body.set_attn_implementation(recording)
-    if config._attn_implementation != recording:
-        raise ValueError(_hidden(model, "it does not follow transformers' AttentionInterface"))
     batch = tiny_batch(model, body)
-    body.set_attn_implementation(base)
     plain = _try(model, run, body, batch)
-    body.set_attn_implementation(recording)
-    with _norms_recorded(body) as normed:
-        output = _try(model, run, body, batch, output_attentions=True, output_hidden_states=True)
+    follows = _switch(body, config, base)
+    asked = {"output_hidden_states": True, **({"output_attentions": True} if follows else {})}
+    named_ones = {} if follows else named_modules(body)
+    with _norms_recorded(body) as normed, named_calls(named_ones) if named_ones else collected_calls() as calls:
+        output = _try(model, run, body, batch, **asked)
+    if follows and not calls:
+        body.set_attn_implementation(base)
+        named_ones = named_modules(body)
+        with named_calls(named_ones) as calls:
+            _try(model, run, body, batch)
     lacking = [part for part in ("last_hidden_state", "hidden_states") if output.get(part) is None]
     if lacking:
-        raise ValueError(_hidden(model, f"no part of it hands out {lacking}, only {list(output)}"))
+        raise ValueError(hidden(model, f"no part of it hands out {lacking}, only {list(output)}"))
     expected, last = plain.last_hidden_state, output.last_hidden_state
-    seen = _readable(model, output.get("attentions") or (), config)
-    windows = len(seen[0].attention.query)
-    if windows != len(expected):
-        raise ValueError(_hidden(model, f"it attends inside {windows} windows of {len(expected)} inputs"))
+    shown, obstacle = _readable(body, calls, expected)
+    given = [call for call in output.get("attentions") or () if isinstance(call, AttentionCall)]
+    depth = getattr(config, "num_hidden_layers", None)
+    is_whole = len(given) == len(output.get("attentions") or ()) == len(calls) == depth
+    shown_by = "names" if named_ones else "outputs" if is_whole and len(shown) == len(calls) else "calls"
+    seen = list(shown.values())
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
     error = relative_error(last, expected)
     if not error <= tolerance:
@@ -145,6 +145,9 @@ def examine(model: PreTrainedModel, body: PreTrainedModel, base: str | None, run
     takes_positions = "position_ids" in inspect.signature(body.forward).parameters
     sizes = tuple((query.shape[1], key.shape[1], query.shape[3]) for (query, key, _), _ in seen)
     return Examination(
+        paths=tuple(shown),
+        shown_by=shown_by,
+        obstacle=obstacle,
         sizes=sizes,
         scalings=tuple(size[2] ** -0.5 if call.scaling is None else call.scaling for call, size in zip(seen, sizes)),
         head=head,
@@ -162,20 +165,38 @@ def examine(model: PreTrainedModel, body: PreTrainedModel, base: str | None, run
     )
 
 
-def _readable(model: PreTrainedModel, calls: tuple, config: PreTrainedConfig) -> list[AttentionCall]:
-    seen = [call for call in calls if isinstance(call, AttentionCall)]
-    if not calls or len(seen) != len(calls):
-        raise ValueError(_hidden(model, f"{len(seen)} of its {len(calls)} attention outputs can be read"))
-    layers = config.num_hidden_layers
-    if len(calls) != layers:
-        kinds = config.to_dict().get("layer_types") or ()
-        others = {i: kind for i, kind in enumerate(kinds) if "attention" not in kind or "linear" in kind}
-        lacking = f"; without attention are {others}" if others else ""
-        raise ValueError(
-            f"{named(model)} has {layers} layers, but {len(calls)} of them attend{lacking}. Every layer of a teacher "
-            f"must attend; these work: {_WORKING}."
-        )
-    return seen
+def _switch(body: PreTrainedModel, config: PreTrainedConfig, base: str) -> bool:
+    """Switches to recording attention; False, and as it was, where the model does not follow the interface."""
+    recording = register_recording(base)
+    try:
+        body.set_attn_implementation(recording)
+    except (ValueError, AttributeError, ImportError):  # parts of it refuse any other
+        body.set_attn_implementation(base)
+        return False
+    return config._attn_implementation == recording
+
+
+def _readable(
+    body: PreTrainedModel, calls: list[tuple[nn.Module, AttentionCall]], expected: Tensor
+) -> tuple[dict[str, AttentionCall], str | None]:
+    """The calls that each are a layer's attention over the whole sequence, by path, and what stands against others."""
+    paths = {id(module): path for path, module in body.named_modules()}
+    counts = Counter(id(module) for module, _ in calls)
+    shown: dict[str, AttentionCall] = {}
+    obstacle = None if calls else "0 of its 0 attention outputs can be read"
+    for module, call in calls:
+        path, query = paths.get(id(module), ""), call.attention.query
+        if is_cross_attention(path):
+            continue
+        if len(query) != len(expected):
+            return {}, f"it attends inside {len(query)} windows of {len(expected)} inputs"
+        elif counts[id(module)] > 1:
+            obstacle = f"{path!r} attends {counts[id(module)]} times in one pass"
+        elif query.ndim != 4 or call.attention.key.ndim != 4:
+            obstacle = f"{path!r} has queries of {query.ndim} dimensions"
+        else:
+            shown[path] = call
+    return shown, obstacle
 
 
 def _find_head(
@@ -278,7 +299,8 @@ def _try(
         ) from error
 
 
-def _hidden(model: PreTrainedModel, reason: str) -> str:
+def hidden(model: PreTrainedModel, reason: str) -> str:
+    """What is said where a teacher's attention is asked for that can't be read."""
     return (
         f"{named(model)} hides its attention: {reason}. Queries and keys can be read from models that support "
         f"set_attn_implementation; these work: {_WORKING}. Losses without attention do not need a Teacher."

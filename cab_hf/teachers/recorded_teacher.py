@@ -253,12 +253,24 @@ class RecordedTeacher:
             for name, tensor in whole.items():
                 tensor[document.row, document.places] = self._open[shard].get_slice(name)[start:end].float()
         whole = {name: tensor.to(ids.device) for name, tensor in whole.items()}
-        layers = range(self.num_hidden_layers)
+        layers = self.layer_numbers
         return TeacherOutput(
             last_hidden_state=torch.cat([whole["indices"], whole["log_probabilities"]], dim=-1),
             attentions=tuple(self._attention(whole, layer) for layer in layers) if attentions else None,
             hidden_states=tuple(whole[f"hidden.{i}"] for i in (*layers, len(layers))) if hidden_states else None,
         )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """A record counts layers and knows no modules."""
+        return ()
+
+    @property
+    def layer_numbers(self) -> range:
+        return range(self.num_hidden_layers)
+
+    def check_shows_attention(self, maps: bool = False) -> None:
+        """A record says so when it is asked."""
 
     def add(self, said: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Writes a shard of new documents: digest -> what the teacher says, `(n, ...)` each."""
@@ -380,6 +392,11 @@ def _check(teacher: Teacher, top_k: int, dtype: str) -> None:
         raise ValueError(
             "The teacher is quantised by torchao (`quantization_config`), which shows no bytes to know weights by. "
             "Record it without quantisation, or by bitsandbytes."
+        )
+    if len(teacher.paths) not in (0, teacher.config.num_hidden_layers):
+        raise ValueError(
+            f"Only {len(teacher.paths)} of the teacher's {teacher.config.num_hidden_layers} layers show attention, "
+            "and a record counts layers. Distil from the teacher itself."
         )
     if not teacher.predicts_tokens:
         raise ValueError(

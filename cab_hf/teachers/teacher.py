@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from cab_hf.inference import check_positions
-from cab_hf.teachers.attention_interface import AttentionCall, TeacherAttention, asked_maps, base_of
-from cab_hf.teachers.examination import body_of, check_whole, examine, find_rotary, named
+from cab_hf.models.students import body_of
+from cab_hf.teachers.attention_interface import AttentionCall, TeacherAttention, asked_maps, base_of, collected_calls
+from cab_hf.teachers.examination import check_whole, examine, find_rotary, hidden, named
+from cab_hf.teachers.named_attention import named_calls
 from cab_hf.teachers.rotary import recorded_tables, undo_rotary
 
 
@@ -40,7 +42,7 @@ class TeacherOutput:
         last_hidden_state: `(b, t, d)` after the final norm, what the head takes. None when the logits had to come
             from the whole model (`Teacher.head` is None and `logits=True`).
         logits: `(b, t, V)`, or `(b, V)` of a classifier.
-        attentions: one `TeacherAttention` a layer.
+        attentions: one `TeacherAttention` for each of `Teacher.paths`: a layer, if all attend.
         hidden_states: `(b, t, d)` each: the embeddings, then every layer's output.
         maps: of each layer a function that makes its attention map `(b, h, t, t)`, as the teacher applies it.
     """
@@ -92,7 +94,8 @@ class Teacher:
         model: the wrapped model.
         head: the output embeddings, when `logits == head(last_hidden_state)` exactly; else None (soft-capped or scaled
             logits, a classifier, no head), and logits come from `logits=True`.
-        scalings: one factor of `query @ key.T` a layer, as the teacher's attention applies it.
+        paths: of the attention modules inside the body that can be read, in the order of their calls.
+        scalings: one factor of `query @ key.T` for each of them, as the teacher's attention applies it.
         is_causal: whether no output of a language model depends on the tokens behind it.
         has_logits: whether the model has a head with logits, so that `logits=True` works; an embedding's projection is
             none.
@@ -100,8 +103,8 @@ class Teacher:
             models; those of ViT and its kin have not.
 
     Raises:
-        ValueError: the teacher hides its attention, is an encoder-decoder, mixes attention with other layers, fails on
-            a tiny batch, changes its output under recording, or has no rotary embedding that could be removed.
+        ValueError: the teacher is an encoder-decoder, fails on a tiny batch, changes its output under recording, or
+            has no rotary embedding that could be removed.
 
     Example:
         >>> from cab_hf.teachers.demo import random_llama
@@ -142,7 +145,8 @@ class Teacher:
             found = examine(model, self._body, self._original, self._run)
         self.head, self.has_logits, self.is_causal = found.head, found.has_logits, found.is_causal
         self.norms_last_hidden_state = found.norms_last_hidden_state
-        self.scalings, self._sizes = found.scalings, found.sizes
+        self.paths, self.scalings, self._sizes = found.paths, found.scalings, found.sizes
+        self._shown_by, self._obstacle = found.shown_by, found.obstacle
         self._rotary = find_rotary(model, self._body, self._run) if remove_rotary else None
         self._isolates = found.isolates  # last: the examination itself moves positions
 
@@ -165,14 +169,14 @@ class Teacher:
             inputs: the batch as the student sees it. Entries that the teacher's `forward` does not name, and labels,
                 are left out. `seq_idx` `(b, t)` (packed documents) becomes position ids that restart, which keeps the
                 teacher's attention inside each document.
-            attentions: return one `TeacherAttention` a layer.
+            attentions: return one `TeacherAttention` for each of `paths`.
             hidden_states: return the embeddings and every layer's output.
             logits: return logits.
             maps: return functions that make attention maps, so that one layer's exist at a time.
 
         Raises:
-            ValueError: logits of a teacher without a head; packed documents together with a padding mask, or for a
-                teacher that attends across them.
+            ValueError: attention that can't be read; logits of a teacher without a head; packed documents together
+                with a padding mask, or for a teacher that attends across them.
         """
         main = inputs.get(self.model.main_input_name, next(iter(inputs.values())))
         arguments = self._arguments(inputs)
@@ -183,23 +187,27 @@ class Teacher:
                 f"logits=True, but {named(self.model)} has no head that gives logits. Load it with "
                 "AutoModelForCausalLM or another class with a head, or use losses without logits."
             )
-        if attentions:
+        if attentions or maps:
+            self.check_shows_attention(maps)
+        collects = attentions and self._shown_by != "outputs"
+        if attentions and not collects:
             arguments["output_attentions"] = True
         if hidden_states:
             arguments["output_hidden_states"] = True
 
         module = self.model if whole else self._body
         rotated = attentions and self._rotary is not None
-        if self._compiled_base is not None and not (whole or rotated or maps):
+        if self._compiled_base is not None and not (whole or rotated or maps or collects):
             module = self._compiled_base
         recording = recorded_tables(self._body) if rotated else nullcontext()
         asking = asked_maps() if maps else nullcontext()
-        with recording as tables, asking as makers, self._precision():
+        collecting = self._collecting() if collects else nullcontext()
+        with recording as tables, asking as makers, self._precision(), collecting as calls:
             output = module(**arguments, return_dict=True)
             last = None if whole else output.last_hidden_state
             scores = output.logits if whole else self.head(last) if logits else None
 
-            read = self._read(output.attentions, tables) if attentions else None
+            read = self._read(self._ordered(calls) if collects else output.attentions, tables) if attentions else None
 
         def home(x: Tensor) -> Tensor:
             return _sent(x, main.device)
@@ -215,6 +223,29 @@ class Teacher:
             hidden_states=tuple(map(home, output.hidden_states)) if hidden_states else None,
             maps=tuple(functools.partial(make, answer) for answer in makers) if maps else None,
         )
+
+    def check_shows_attention(self, maps: bool = False) -> None:
+        """That its attention can be read; with `maps`, its attention maps too.
+
+        Raises:
+            ValueError: it can't; the message has the reason.
+        """
+        if not self.paths:
+            raise ValueError(hidden(self.model, self._obstacle or "no module of it attends"))
+        if maps and self._shown_by != "outputs":
+            raise ValueError(
+                f"{named(self.model)} shows attention in {len(self.paths)} modules, not layer by layer, so that no "
+                "map can be made of it. Set `attention_weight=0.0`, or use `bridge_weight`."
+            )
+
+    def _collecting(self) -> AbstractContextManager:
+        if self._shown_by == "names":
+            return named_calls({path: self._body.get_submodule(path) for path in self.paths})
+        return collected_calls()
+
+    def _ordered(self, calls: list[tuple[nn.Module, AttentionCall]]) -> tuple[AttentionCall, ...]:
+        by_module = {id(module): call for module, call in calls}
+        return tuple(by_module[id(self._body.get_submodule(path))] for path in self.paths)
 
     def compile(self, backend: str = "inductor") -> None:
         """Runs the teacher through `torch.compile` from now on; the model itself is left as it is."""
@@ -236,7 +267,20 @@ class Teacher:
 
     @property
     def num_hidden_layers(self) -> int:
-        return self.config.num_hidden_layers
+        """Layers that can teach: those whose attention can be read; all where none can."""
+        return len(self.paths) or self._depth
+
+    @property
+    def _depth(self) -> int:
+        return getattr(self.config, "num_hidden_layers", 0)
+
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """The number of each such layer among all, by which hidden states are counted."""
+        if len(self.paths) in (0, self._depth):
+            return tuple(range(self._depth))
+        numbers = ((int(part) for part in path.split(".") if part.isdigit()) for path in self.paths)
+        return tuple(next(number, index) for index, number in enumerate(numbers))
 
     @property
     def num_attention_heads(self) -> int:

@@ -5,6 +5,8 @@ from cab_hf.transfer.families import FAMILIES, Affine, Family, TeacherLayer, fam
 from cab_hf.transfer.fit import fit_output_projection
 from cab_hf.transfer.from_teacher import copy_teacher_weights, student_config
 from cab_hf.transfer.gate import fit_gate
+from cab_hf.transfer.hybrid import hybrid_from_teacher
+from cab_hf.transfer.reading import Reading, read_attention
 from cab_hf.transfer.student import student_from_teacher
 from cab_hf.transfer.vim import convert_vim_checkpoint, vim_from_state_dict
 from cab_hf.transfer.vision import (
@@ -21,6 +23,7 @@ __all__ = [
     "VISION_FAMILIES",
     "Affine",
     "Family",
+    "Reading",
     "TeacherLayer",
     "VisionFamily",
     "calibrate_output_norm",
@@ -30,6 +33,8 @@ __all__ = [
     "family_of",
     "fit_gate",
     "fit_output_projection",
+    "hybrid_from_teacher",
+    "read_attention",
     "student_config",
     "student_from_teacher",
     "vim_from_state_dict",

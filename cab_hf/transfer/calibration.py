@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from cab_hf.models.mixers import BidirectionalProjections, S6Mixer, SSDMixer, SSMProjections
 from cab_hf.models.students import MixerPreTrainedModel
-from cab_hf.teachers.alignment import layer_map as map_layers
+from cab_hf.teachers.alignment import taught_layers
 from cab_hf.teachers.teacher import borrowed_teacher
 
 
@@ -36,20 +36,19 @@ def calibrate_output_norm(
             `pixel_values` `(b, c, height, width)`. No order of tokens matters here.
         layer_map: the teacher layer of each student layer, as in `student_from_teacher`.
     """
-    depth = teacher.config.get_text_config().num_hidden_layers
-    layers = map_layers(layer_map, student.config.num_hidden_layers, depth)
     mask = inputs.get("attention_mask")
     with borrowed_teacher(teacher) as borrowed:
         teacher_rms = [_rms(attention.output, mask) for attention in borrowed(inputs, attentions=True).attentions]
+        layers = taught_layers(student.config, borrowed, layer_map)
 
     training, handles = student.training, []
-    for block, layer in zip(student.base_model.layers, layers, strict=True):
-        handles.append(block.mixer.register_forward_hook(_scaling_hook(teacher_rms[layer].to(student.device), mask)))
+    for mixer, layer in zip(student.mixer_list, layers, strict=True):
+        handles.append(mixer.register_forward_hook(_scaling_hook(teacher_rms[layer].to(student.device), mask)))
     try:
         read = (student.main_input_name, "attention_mask")
         arguments = {name: inputs[name].to(student.device) for name in read if name in inputs}
         # Image students have no cache and take no notice.
-        student.eval().base_model(**arguments, use_cache=False)
+        student.eval().read(**arguments, use_cache=False)
     finally:
         student.train(training)
         for handle in handles:

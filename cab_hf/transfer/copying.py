@@ -5,14 +5,17 @@ Shapes: `h` head, `p` head_dim, `n` state, `d` width.
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from cab_hf.models.mixers import BidirectionalSSDMixer, S6Mixer, SSDMixer, inverse_softplus
 from cab_hf.transfer.families import Affine, TeacherLayer
+from cab_hf.transfer.reading import Reading
 
 
 # As if the mixer were a moving average of the teacher's values: nothing between the copied projections distorts them.
@@ -28,8 +31,25 @@ _START = {
 STARTS = ("linear", "served")
 STOCK_START = {"conv_activation": "silu", "use_bias": False, "gate_init": "fitted"}
 
+_FILLED = "_is_hf_initialized"  # by which transformers knows what it must not start
+
 VALUE_TAPS = 1 / 8
 """Taps of the values in front of a SiLU, which is half its argument near zero: a tenth of a value is 2.5 % off."""
+
+
+def transparent_start(start: str, readings: Iterable[Reading]) -> dict[str, Any]:
+    """Fields of a mixer's config that `start` asks for."""
+    if start not in STARTS:
+        raise ValueError(f"start is {start!r}. It must be {' or '.join(map(repr, STARTS))}.")
+    fields = {**_START, "use_bias": True}
+    if start == "served":
+        fields |= STOCK_START | {"use_bias": has_output_bias(readings)}
+    return fields
+
+
+def has_output_bias(readings: Iterable[Reading]) -> bool:
+    outputs = (one.output for one in readings if one.output is not None)
+    return any(output.bias is not None and bool(output.bias.any()) for output in outputs)
 
 
 def check_fields(config_class: type[PreTrainedConfig], fields: Iterable[str]) -> None:
@@ -72,8 +92,8 @@ def mixer_fields(teacher_config: PreTrainedConfig, num_hidden_layers: int | None
     }
 
 
-def copy_block(name: str, block: nn.Module, layer: TeacherLayer, copy_attention: bool) -> None:
-    """Copies a layer's norms, MLP and, with `copy_attention`, attention into a student's block called `name`."""
+def copy_block(name: str, block: nn.Module, layer: TeacherLayer) -> None:
+    """Copies a layer's norms and MLP into a student's block called `name`."""
     copy_norm(f"{name}.norm", block.norm, layer.norm)
     _copy_post_norm(f"{name}.post_norm", getattr(block, "post_norm", None), layer.post_norm)
     if block.mlp is not None:
@@ -82,10 +102,50 @@ def copy_block(name: str, block: nn.Module, layer: TeacherLayer, copy_attention:
         _copy_post_norm(f"{name}.post_mlp_norm", getattr(block, "post_mlp_norm", None), layer.post_mlp_norm)
         for part in ("gate", "up", "down"):
             copy_affine(f"{name}.mlp.{part}_proj", getattr(block.mlp, f"{part}_proj"), getattr(layer, part))
-    if copy_attention and isinstance(block.mixer, SSDMixer):
-        _copy_attention_to_ssd(f"{name}.mixer", block.mixer, layer)
-    elif copy_attention and isinstance(block.mixer, S6Mixer):
-        _copy_attention_to_s6(f"{name}.mixer", block.mixer, layer)
+
+
+def unfilled(student_class: type[PreTrainedModel], config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """A student whose weights hold nothing yet: what is copied is not drawn first."""
+    with torch.device("meta"), no_init_weights():
+        student = student_class(config)
+    student.to_empty(device=device)
+    student.tie_weights()
+    return student
+
+
+@torch.no_grad()
+def fill_the_rest(student: PreTrainedModel, readings: Mapping[SSDMixer | S6Mixer, Reading]) -> None:
+    """Starts every weight of an `unfilled` student that nothing was copied to, and each mixer from its reading."""
+    for mixer, reading in readings.items():
+        config = mixer.config
+        is_decided = config.gate_init != "usual" and config.transition_init == "moving_average"
+        if isinstance(mixer, SSDMixer) and is_decided and config.state_size == reading.key_dim:
+            gate, *_, steps = mixer.in_proj.weight.split(_rows_of(mixer))
+            gate.zero_(), steps.zero_()
+            _filled(mixer.in_proj.weight)
+            if reading.output is not None:
+                _filled(mixer.out_proj.weight)
+    student.initialize_weights()
+    for name, mixer in student.named_modules():
+        if mixer in readings:
+            copy_reading(name, mixer, readings[mixer])
+    for parameter in student.parameters():
+        vars(parameter).pop(_FILLED, None)
+
+
+def _filled(parameter: Tensor) -> None:
+    setattr(parameter, _FILLED, True)
+
+
+def copy_reading(name: str, mixer: SSDMixer | S6Mixer, attention: Reading) -> None:
+    """Copies what an attention module was read to be into a mixer called `name`.
+
+    An SSD mixer takes x <- V, B <- K, C <- Q and the output projection <- O, an S6 mixer V and O.
+
+    Raises:
+        ValueError: sizes that don't fit; the message holds both.
+    """
+    (_copy_attention_to_ssd if isinstance(mixer, SSDMixer) else _copy_attention_to_s6)(name, mixer, attention)
 
 
 def copy_tensor(name: str, target: Tensor, source: Tensor) -> None:
@@ -100,6 +160,7 @@ def copy_tensor(name: str, target: Tensor, source: Tensor) -> None:
             "to the teacher, or pass copy_attention=False (mixers) or copy_weights=False (everything)."
         )
     target.copy_(source)
+    _filled(target)
 
 
 def copy_norm(name: str, target: nn.Module, source: nn.Module | Affine) -> None:
@@ -123,6 +184,7 @@ def copy_bias(name: str, target: Tensor | None, source: Tensor | None) -> None:
         copy_tensor(name, target, source)
     elif target is not None:
         target.zero_()
+        _filled(target)
     elif source is not None and source.any():
         raise ValueError(
             f"The teacher has a bias for the student's {name}, but the student has none there. Let the config have it "
@@ -156,30 +218,35 @@ def _copy_rows(
     copy_bias(f"{name}.bias", None if bias is None else bias[:, :head_dim], rows)
 
 
-def _check_heads(name: str, mixer: SSDMixer | S6Mixer, layer: TeacherLayer) -> int:
+def _rows_of(mixer: SSDMixer) -> list[int]:
+    """Rows of an input projection: gate, x, B, C and time step."""
+    width, states = mixer.config.mixer_width, mixer.state_width
+    return [width, width, states, states, mixer.config.num_heads]
+
+
+def _check_heads(name: str, mixer: SSDMixer | S6Mixer, attention: Reading) -> int:
     """Returns the teacher's head count, or says why the mixer can't take its heads."""
     head_dim, width = mixer.config.head_dim, mixer.config.mixer_width
-    teacher_width = layer.query.weight.shape[0]
-    if width != teacher_width or width % head_dim or layer.value.weight.shape[0] % head_dim:
+    teacher_width = attention.heads * attention.head_dim
+    if width != teacher_width or width % head_dim or attention.value.weight.shape[0] % head_dim:
         raise ValueError(
             f"The student's {name} has a width (expand * hidden_size) of {width} in heads of {head_dim}, the "
-            f"teacher's attention one of {teacher_width} with values of {layer.value.weight.shape[0]}. Leave expand "
-            "and head_dim to the teacher, or pass copy_attention=False."
+            f"teacher's attention one of {teacher_width} with values of {attention.value.weight.shape[0]}. Leave "
+            "expand and head_dim to the teacher, or pass copy_attention=False."
         )
     return width // head_dim
 
 
-def _copy_attention_to_ssd(name: str, mixer: SSDMixer, layer: TeacherLayer) -> None:
-    heads = _check_heads(name, mixer, layer)
-    config, head_dim = mixer.config, mixer.config.head_dim
-    if config.n_groups != heads or config.state_size < head_dim:
+def _copy_attention_to_ssd(name: str, mixer: SSDMixer, attention: Reading) -> None:
+    heads = _check_heads(name, mixer, attention)
+    config, key_dim = mixer.config, attention.key_dim
+    if config.n_groups != heads or config.state_size < key_dim:
         raise ValueError(
             f"The student's {name} has n_groups={config.n_groups} and state_size={config.state_size}, the teacher "
-            f"{heads} query heads of {head_dim}. Each head brings its own queries and keys: set n_groups={heads} and "
-            f"state_size={head_dim} (or more), or pass copy_attention=False."
+            f"{heads} query heads of {key_dim}. Each head brings its own queries and keys: set n_groups={heads} and "
+            f"state_size={key_dim} (or more), or pass copy_attention=False."
         )
-    width, states = config.mixer_width, mixer.state_width
-    sizes = [width, width, states, states, config.num_heads]
+    sizes = _rows_of(mixer)
     weights = mixer.in_proj.weight.split(sizes)
     is_causal = not isinstance(mixer, BidirectionalSSDMixer)
     has_silu = is_causal and config.conv_activation == "silu"
@@ -189,18 +256,24 @@ def _copy_attention_to_ssd(name: str, mixer: SSDMixer, layer: TeacherLayer) -> N
     if in_convolution:
         biases = (None, *mixer.conv1d.bias.split(sizes[1:4]), None)
     # Wider states than keys: B = 0 leaves the output as it is, and a random C lets B learn.
-    weights[2].zero_()
+    if config.state_size > key_dim:
+        weights[2].zero_()
     if biases[2] is not None:
         biases[2].zero_()
     # Where a SiLU follows, keys and queries are of about one size; without, only their product counts.
-    of_keys = math.sqrt(layer.scaling) if has_silu else 1.0
-    of_queries = layer.scaling / of_keys
-    for part, source, scale in ((1, layer.value, 1.0), (2, layer.key, of_keys), (3, layer.query, of_queries)):
+    of_keys = math.sqrt(attention.scaling) if has_silu else 1.0
+    rows = (
+        (1, attention.value, attention.head_dim, 1.0),
+        (2, attention.key, key_dim, of_keys),
+        (3, attention.query, key_dim, attention.scaling / of_keys),
+    )
+    for part, source, size, scale in rows:
         bias = None if biases[part] is None else biases[part].unflatten(0, (heads, -1))
-        _copy_rows(f"{name}.in_proj", weights[part].unflatten(0, (heads, -1)), bias, source, head_dim, scale)
+        _copy_rows(f"{name}.in_proj", weights[part].unflatten(0, (heads, -1)), bias, source, size, scale)
     if in_convolution:
         mixer.conv1d.bias.mul_(mixer.conv1d.weight.sum(dim=(1, 2)))
-    copy_affine(f"{name}.out_proj", mixer.out_proj, layer.output)
+    if attention.output is not None:
+        copy_affine(f"{name}.out_proj", mixer.out_proj, attention.output)
     if has_silu and (config.conv_init, config.transition_init) == ("transparent", "moving_average"):
         _keep_values_linear(mixer)
 
@@ -215,10 +288,10 @@ def _keep_values_linear(mixer: SSDMixer) -> None:
     mixer.dt_bias.copy_(inverse_softplus(gain * mixer.averaging_time_steps(mixer.config.num_heads)))
 
 
-def _copy_attention_to_s6(name: str, mixer: S6Mixer, layer: TeacherLayer) -> None:
-    heads = _check_heads(name, mixer, layer)
+def _copy_attention_to_s6(name: str, mixer: S6Mixer, attention: Reading) -> None:
+    heads = _check_heads(name, mixer, attention)
     width, head_dim = mixer.config.mixer_width, mixer.config.head_dim
     bias = None if mixer.in_proj.bias is None else mixer.in_proj.bias[:width].unflatten(0, (heads, -1))
     target = mixer.in_proj.weight[:width].unflatten(0, (heads, -1))
-    _copy_rows(f"{name}.in_proj", target, bias, layer.value, head_dim)
-    copy_affine(f"{name}.out_proj", mixer.out_proj, layer.output)
+    _copy_rows(f"{name}.in_proj", target, bias, attention.value, head_dim)
+    copy_affine(f"{name}.out_proj", mixer.out_proj, attention.output)

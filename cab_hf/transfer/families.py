@@ -1,7 +1,8 @@
 """Where each family of Transformers keeps its weights, and what student its config asks for.
 
 A family is one `Family`: the student's config fields, the paths of embeddings, positions, layers and final norm inside
-the base model, and a function that reads one layer. Matrices are `(out, in)`, whatever the teacher stores.
+the base model, and a function that reads one layer's norms and MLP. Attention is read by asking it (`reading.py`).
+Matrices are `(out, in)`, whatever the teacher stores.
 """
 
 from collections.abc import Callable
@@ -23,24 +24,16 @@ class Affine(NamedTuple):
 
 @dataclass(frozen=True)
 class TeacherLayer:
-    """The weights of one Transformer layer.
+    """The weights of one Transformer layer but its attention's.
 
     Attributes:
         norm, mlp_norm: norms before attention and MLP; `mlp_norm` is None where one norm feeds both.
         post_norm, post_mlp_norm: norms behind them, or None.
-        query, key, value: from the normed hidden states to heads x head_dim.
-        output: from heads x head_dim to the residual stream.
-        scaling: factor of `query @ key.T`.
         gate, up, down: the MLP; `gate` is None where it has no gate.
     """
 
     norm: nn.Module | Affine
     mlp_norm: nn.Module | Affine | None
-    query: Affine
-    key: Affine
-    value: Affine
-    output: Affine
-    scaling: float
     gate: Affine | None
     up: Affine
     down: Affine
@@ -69,6 +62,9 @@ class Family:
     read_norm: Callable[[nn.Module], nn.Module | Affine] = lambda norm: norm
 
 
+_KNOWN_CODES = ("Params4bit", "Int8Params")
+
+
 def read_weight(module: nn.Module) -> Tensor:
     """The values that a linear layer, convolution or embedding computes with, `(out, ...)` whatever it stores.
 
@@ -76,7 +72,7 @@ def read_weight(module: nn.Module) -> Tensor:
         ValueError: codes of a quantised module, but those of bitsandbytes and torchao.
     """
     weight = getattr(module, "weight", None)
-    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+    if type(weight).__name__ in _KNOWN_CODES:
         import bitsandbytes
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
@@ -88,6 +84,19 @@ def read_weight(module: nn.Module) -> Tensor:
         return dequantize_bnb_weight(weight, getattr(module, "state", None))
     if type(weight).__module__.startswith("torchao."):
         return weight.dequantize()
+    refuse_codes(module)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def refuse_codes(module: nn.Module) -> None:
+    """That what a module stores are its weights, or codes that `read_weight` knows.
+
+    Raises:
+        ValueError: other codes.
+    """
+    weight = getattr(module, "weight", None)
+    if type(weight).__name__ in _KNOWN_CODES or type(weight).__module__.startswith("torchao."):
+        return
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() == 1:
         kept = "no `weight`" if weight is None else f"a `weight` of {weight.dtype}"
         raise ValueError(
@@ -95,22 +104,11 @@ def read_weight(module: nn.Module) -> Tensor:
             "student can't start from codes. Load the teacher as it was before, or dequantised "
             "(`teacher.dequantize()`, or `dequantize=True` in its `quantization_config`), or pass copy_weights=False."
         )
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def read_affine(module: nn.Module) -> Affine:
     """Weight, as [`read_weight`] has it, and bias."""
     return Affine(read_weight(module), module.bias)
-
-
-def _rows(affine: Affine, rows: slice) -> Affine:
-    return Affine(affine.weight[rows], None if affine.bias is None else affine.bias[rows])
-
-
-def _scaled_heads(affine: Affine, scale: Tensor) -> Affine:
-    """Every head's rows times `scale` `(head_dim,)`."""
-    scale = scale.repeat(affine.weight.shape[0] // len(scale))
-    return Affine(affine.weight * scale[:, None], None if affine.bias is None else affine.bias * scale)
 
 
 def _split(fused: nn.Linear, *sizes: int) -> tuple[Affine, ...]:
@@ -120,26 +118,10 @@ def _split(fused: nn.Linear, *sizes: int) -> tuple[Affine, ...]:
     return tuple(map(Affine, weight.split(sizes), biases))
 
 
-def _attention(
-    attention: nn.Module, query: Affine, key: Affine, value: Affine, output: nn.Linear
-) -> dict[str, Affine | float]:
-    """A layer's fields of its attention."""
-    scaling = attention.scaling
-    return {"query": query, "key": key, "value": value, "output": read_affine(output), "scaling": scaling}
-
-
-def _projections(attention: nn.Module) -> dict[str, Affine | float]:
-    output = attention.o_proj if hasattr(attention, "o_proj") else attention.dense
-    query, key, value = map(read_affine, (attention.q_proj, attention.k_proj, attention.v_proj))
-    return _attention(attention, query, key, value, output)
-
-
-def _layer(
-    block: nn.Module, attention: dict[str, Affine | float], up: Affine, down: Affine, gate: Affine | None = None
-) -> TeacherLayer:
+def _layer(block: nn.Module, up: Affine, down: Affine, gate: Affine | None = None) -> TeacherLayer:
     """Of a block whose norms have Llama's names; where MLP and attention share one, there is no second."""
     mlp_norm = getattr(block, "post_attention_layernorm", None)
-    return TeacherLayer(norm=block.input_layernorm, mlp_norm=mlp_norm, **attention, gate=gate, up=up, down=down)
+    return TeacherLayer(norm=block.input_layernorm, mlp_norm=mlp_norm, gate=gate, up=up, down=down)
 
 
 def _with_norms(layer: TeacherLayer, read_norm: Callable[[nn.Module], Affine]) -> TeacherLayer:
@@ -183,8 +165,7 @@ def _llama_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _llama_layer(block: nn.Module) -> TeacherLayer:
     mlp = block.mlp
-    projections = _projections(block.self_attn)
-    return _layer(block, projections, read_affine(mlp.up_proj), read_affine(mlp.down_proj), read_affine(mlp.gate_proj))
+    return _layer(block, read_affine(mlp.up_proj), read_affine(mlp.down_proj), read_affine(mlp.gate_proj))
 
 
 def _arcee_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -192,24 +173,14 @@ def _arcee_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _arcee_layer(block: nn.Module) -> TeacherLayer:
-    return _layer(
-        block, _projections(block.self_attn), read_affine(block.mlp.up_proj), read_affine(block.mlp.down_proj)
-    )
+    return _layer(block, read_affine(block.mlp.up_proj), read_affine(block.mlp.down_proj))
 
 
-def _glm_layer(block: nn.Module, attention: dict[str, Affine | float] | None = None) -> TeacherLayer:
+def _glm_layer(block: nn.Module) -> TeacherLayer:
     """As Llama's, with gate and up in one projection."""
     mlp = block.mlp
     gate, up = _split(mlp.gate_up_proj, *[mlp.down_proj.in_features] * 2)
-    return _layer(block, attention or _projections(block.self_attn), up, read_affine(mlp.down_proj), gate)
-
-
-def _phi3_layer(block: nn.Module) -> TeacherLayer:
-    """As GLM's, with query, key and value in one projection, too."""
-    attention = block.self_attn
-    fused, width = attention.qkv_proj, attention.o_proj.in_features
-    query, key, value = _split(fused, width, *[(fused.out_features - width) // 2] * 2)
-    return _glm_layer(block, _attention(attention, query, key, value, attention.o_proj))
+    return _layer(block, up, read_affine(mlp.down_proj), gate)
 
 
 def _olmo_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -240,18 +211,7 @@ def _starcoder2_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _starcoder2_layer(block: nn.Module) -> TeacherLayer:
-    return _layer(block, _projections(block.self_attn), read_affine(block.mlp.c_fc), read_affine(block.mlp.c_proj))
-
-
-def _qwen3_layer(block: nn.Module) -> TeacherLayer:
-    """As Llama's, with the weights of the per-head query and key norms folded into the projections.
-
-    The normalisation itself divides by each token's RMS, which no linear projection can do: the student starts with
-    queries and keys of the right direction and the wrong length.
-    """
-    layer, attention = _llama_layer(block), block.self_attn
-    query = _scaled_heads(layer.query, attention.q_norm.weight)
-    return replace(layer, query=query, key=_scaled_heads(layer.key, attention.k_norm.weight))
+    return _layer(block, read_affine(block.mlp.c_fc), read_affine(block.mlp.c_proj))
 
 
 def _gemma_norm(norm: nn.Module) -> Affine:
@@ -278,16 +238,12 @@ def _gemma3_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _gemma3_layer(block: nn.Module) -> TeacherLayer:
-    """With the weights of the query and key norms folded into the projections, as of Qwen3."""
-    layer, attention = _llama_layer(block), block.self_attn
     return replace(
-        layer,
+        _llama_layer(block),
         norm=_gemma_norm(block.input_layernorm),
         mlp_norm=_gemma_norm(block.pre_feedforward_layernorm),
         post_norm=_gemma_norm(block.post_attention_layernorm),
         post_mlp_norm=_gemma_norm(block.post_feedforward_layernorm),
-        query=_scaled_heads(layer.query, _gemma_norm(attention.q_norm).weight),
-        key=_scaled_heads(layer.key, _gemma_norm(attention.k_norm).weight),
     )
 
 
@@ -309,21 +265,8 @@ def _gpt2_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _gpt2_layer(block: nn.Module) -> TeacherLayer:
-    fused = read_affine(block.attn.c_attn)
-    width = fused.weight.shape[1]
-    query, key, value = (_rows(fused, slice(i * width, (i + 1) * width)) for i in range(3))
-    return TeacherLayer(
-        norm=block.ln_1,
-        mlp_norm=block.ln_2,
-        query=query,
-        key=key,
-        value=value,
-        output=read_affine(block.attn.c_proj),
-        scaling=block.attn.scaling,
-        gate=None,
-        up=read_affine(block.mlp.c_fc),
-        down=read_affine(block.mlp.c_proj),
-    )
+    up, down = read_affine(block.mlp.c_fc), read_affine(block.mlp.c_proj)
+    return TeacherLayer(norm=block.ln_1, mlp_norm=block.ln_2, gate=None, up=up, down=down)
 
 
 def _phi_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -336,7 +279,7 @@ def _phi_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _phi_layer(block: nn.Module) -> TeacherLayer:
-    return _layer(block, _projections(block.self_attn), read_affine(block.mlp.fc1), read_affine(block.mlp.fc2))
+    return _layer(block, read_affine(block.mlp.fc1), read_affine(block.mlp.fc2))
 
 
 def _gpt_neox_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -345,32 +288,22 @@ def _gpt_neox_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _gpt_neox_layer(block: nn.Module) -> TeacherLayer:
-    attention, mlp = block.attention, block.mlp
-    fused = read_affine(attention.query_key_value)
-    # Rows are ordered (head, one of query, key and value, head_dim).
-    by_role = fused.weight.unflatten(0, (-1, 3, attention.head_size)).unbind(1)
-    biases = (None,) * 3
-    if fused.bias is not None:
-        biases = [bias.flatten() for bias in fused.bias.unflatten(0, (-1, 3, attention.head_size)).unbind(1)]
-    query, key, value = (Affine(weight.flatten(0, 1), bias) for weight, bias in zip(by_role, biases, strict=True))
-    projections = _attention(attention, query, key, value, attention.dense)
-    return _layer(block, projections, read_affine(mlp.dense_h_to_4h), read_affine(mlp.dense_4h_to_h))
+    return _layer(block, read_affine(block.mlp.dense_h_to_4h), read_affine(block.mlp.dense_4h_to_h))
 
 
 _LLAMA = Family(_llama_fields, _llama_layer)
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("llama", "mistral", "ministral", "ministral3", "qwen2", "smollm3"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3"), _LLAMA),
     **dict.fromkeys(("ernie4_5", "exaone", "helium", "internlm3", "seed_oss"), _LLAMA),
     "arcee": Family(_arcee_fields, _arcee_layer),
     "gemma": Family(_gemma_fields, _gemma_layer, read_norm=_gemma_norm),
     "gemma3_text": Family(_gemma3_fields, _gemma3_layer, read_norm=_gemma_norm),
     "glm": Family(_llama_fields, _glm_layer),
     "olmo": Family(_olmo_fields, _olmo_layer, read_norm=_olmo_norm),
-    "phi3": Family(_llama_fields, _phi3_layer),
+    "phi3": Family(_llama_fields, _glm_layer),
     "stablelm": Family(_stablelm_fields, _llama_layer),
     "starcoder2": Family(_starcoder2_fields, _starcoder2_layer),
-    "qwen3": Family(_llama_fields, _qwen3_layer),
     "gpt2": Family(_gpt2_fields, _gpt2_layer, layers="h", final_norm="ln_f", positions="wpe"),
     "phi": Family(_phi_fields, _phi_layer, final_norm="final_layernorm"),
     "gpt_neox": Family(_gpt_neox_fields, _gpt_neox_layer, final_norm="final_layer_norm"),

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cab_hf.inference import evaluating
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
 from cab_hf.models.students import MixerPreTrainedModel
-from cab_hf.teachers.alignment import align_with_student
-from cab_hf.teachers.alignment import layer_map as map_layers
 from cab_hf.teachers.examination import check_whole
 from cab_hf.teachers.teacher import borrowed_teacher
-from cab_hf.transfer.families import family_of
-from cab_hf.transfer.vision import vision_family_of
+from cab_hf.transfer.reading import read_layers
+from cab_hf.transfer.slots import slots
 
 
 @torch.no_grad()
@@ -50,49 +49,31 @@ def fit_output_projection(
     if not ridge >= 0:
         raise ValueError(f"ridge is {ridge}, but a pull can't be negative: use 0 for none, 0.3 to start with.")
     check_whole("teacher", teacher)
-    depth = teacher.config.get_text_config().num_hidden_layers
-    layers = map_layers(layer_map, student.config.num_hidden_layers, depth)
-    reads_images = isinstance(student, CABVisionMambaPreTrainedModel)
-    family = vision_family_of(teacher.config) if reads_images else family_of(teacher.config)
-    blocks = (teacher.base_model if reads_images else teacher.get_decoder()).get_submodule(family.layers)
-    outputs = [family.read_layer(blocks[layer]).output for layer in layers]
-    grams: list[Tensor | float] = [0.0] * len(layers)
-    products: list[Tensor | float] = [0.0] * len(layers)
-
-    training = student.training
-    student.eval()
-    try:
-        with borrowed_teacher(teacher) as borrowed:
-            for inputs in batches:
-                seen = borrowed(inputs, attentions=True, hidden_states=True)
-                if reads_images:
-                    size = inputs["pixel_values"].shape[-2:]
-                    seen = align_with_student(seen, teacher.config.patch_size, size, student.config, size, layers)
-                mask = inputs.get("attention_mask")
-                mask = None if mask is None else mask.to(student.device)
-                for index, (block, layer) in enumerate(zip(student.base_model.layers, layers, strict=True)):
-                    hidden = seen.hidden_states[layer].to(student.device, block.norm.weight.dtype)
-                    padding = {} if mask is None else {"attention_mask": mask}
-                    features = block.mixer(block.norm(hidden), **padding)[1].output.double()  # (b, t, d)
-                    attention = seen.attentions[layer].output.flatten(-2).to(student.device).double()
-                    weight, bias = outputs[index].weight, outputs[index].bias
-                    target = attention @ weight.to(student.device).double().T
-                    if bias is not None:
-                        target = target + bias.to(student.device).double()
-                    if block.mixer.out_proj.bias is not None:
-                        features = torch.cat((features, torch.ones_like(features[..., :1])), dim=-1)
-                    real = slice(None) if mask is None else mask.bool()
-                    features, target = features[real].flatten(0, -2), target[real].flatten(0, -2)
-                    grams[index] = grams[index] + features.T @ features
-                    products[index] = products[index] + features.T @ target
-    finally:
-        student.train(training)
+    readings = read_layers(teacher) if isinstance(student, CABVisionMambaPreTrainedModel) else None
+    mixers = student.mixer_list
+    grams: list[Tensor | float] = [0.0] * len(mixers)
+    products: list[Tensor | float] = [0.0] * len(mixers)
+    with borrowed_teacher(teacher) as borrowed, evaluating(student):
+        for inputs in batches:
+            mask = inputs.get("attention_mask")
+            mask = None if mask is None else mask.to(student.device)
+            padding = {} if mask is None else {"attention_mask": mask}
+            for index, slot in enumerate(slots(student, borrowed, inputs, layer_map, readings)):
+                features = slot.mixer(slot.hidden_states, **padding)[1].output.double()  # (b, t, d)
+                target = slot.output.double()
+                if getattr(slot.mixer.out_proj, "bias", None) is not None:
+                    features = torch.cat((features, torch.ones_like(features[..., :1])), dim=-1)
+                real = slice(None) if mask is None else mask.bool()
+                features, target = features[real].flatten(0, -2), target[real].flatten(0, -2)
+                grams[index] = grams[index] + features.T @ features
+                products[index] = products[index] + features.T @ target
     if not isinstance(grams[0], Tensor):
         raise ValueError(
             "batches is empty, but a fit needs data: pass at least one batch of input_ids or pixel_values."
         )
-    for block, gram, product in zip(student.base_model.layers, grams, products, strict=True):
-        _solve(block.mixer.out_proj, gram, product, ridge)
+    for mixer, gram, product in zip(mixers, grams, products, strict=True):
+        if isinstance(mixer.out_proj, torch.nn.Linear):  # a hybrid's may stand outside, and is the teacher's
+            _solve(mixer.out_proj, gram, product, ridge)
 
 
 def _solve(projection: torch.nn.Linear, gram: Tensor, product: Tensor, ridge: float) -> None:

@@ -28,10 +28,12 @@ from cab_hf.transfer.copying import (
     copy_bias,
     copy_block,
     copy_norm,
+    copy_reading,
     copy_tensor,
     mixer_fields,
 )
 from cab_hf.transfer.families import family_of, read_weight
+from cab_hf.transfer.reading import read_layers
 
 
 def with_labels(teacher: PreTrainedModel, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -51,12 +53,6 @@ def with_labels(teacher: PreTrainedModel, overrides: dict[str, Any]) -> dict[str
     others = {name: value for name, value in overrides.items() if name != "num_labels"}
     labels = {"id2label": dict(config.id2label), "label2id": dict(config.label2id)}
     return {**labels, "problem_type": config.problem_type, **others}
-
-
-def has_output_bias(teacher: PreTrainedModel) -> bool:
-    family = family_of(teacher.config)
-    bias = family.read_layer(teacher.get_decoder().get_submodule(family.layers)[0]).output.bias
-    return bias is not None and bool(bias.any())
 
 
 def _score(teacher: PreTrainedModel) -> nn.Linear | None:
@@ -149,9 +145,11 @@ def copy_teacher_weights(
     copy_norm("norm_f", target.norm_f, family.read_norm(source.get_submodule(family.final_norm)))
     _copy_head(student, teacher)
 
-    blocks = source.get_submodule(family.layers)
+    blocks, readings = source.get_submodule(family.layers), read_layers(teacher) if copy_attention else None
     for index, (block, teacher_index) in enumerate(zip(target.layers, layer_map, strict=True)):
-        copy_block(f"layers.{index}", block, family.read_layer(blocks[teacher_index]), copy_attention)
+        copy_block(f"layers.{index}", block, family.read_layer(blocks[teacher_index]))
+        if readings is not None:
+            copy_reading(f"layers.{index}.mixer", block.mixer, readings[teacher_index])
 
 
 def _copy_head(student: CABMambaPreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from cab_hf.inference import num_positions
 from cab_hf.models.mixers import UNIT_GATE, SSDMixer
 from cab_hf.models.students import MixerPreTrainedModel
-from cab_hf.teachers.alignment import layer_map as map_layers
 from cab_hf.teachers.teacher import borrowed_teacher
+from cab_hf.transfer.slots import slots
 
 
 RANDOM_ROWS, RANDOM_LENGTH = 8, 256
@@ -40,21 +40,18 @@ def fit_gate(
         layer_map: the teacher layer of each student layer, as in `student_from_teacher`.
         ridge: pull of `w` towards zero, relative to the mean energy of a feature.
     """
-    depth = teacher.config.get_text_config().num_hidden_layers
-    layers = map_layers(layer_map, student.config.num_hidden_layers, depth)
     inputs = _random_tokens(teacher) if inputs is None else inputs
     mask = inputs.get("attention_mask")
     real = slice(None) if mask is None else mask.bool().to(student.device)
     with borrowed_teacher(teacher) as borrowed:
-        states = borrowed(inputs, hidden_states=True).hidden_states
-    for block, layer in zip(student.base_model.layers, layers, strict=True):
-        hidden = states[layer].to(student.device, block.norm.weight.dtype)
-        normed = block.norm(hidden)[real].flatten(0, -2).double()  # (t, d)
+        found = slots(student, borrowed, inputs, layer_map)
+    for slot in found:
+        normed = slot.hidden_states[real].flatten(0, -2).double()  # (t, d)
         gram = normed.T @ normed
         pull = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         row = torch.linalg.solve(gram + pull, normed.sum(0))  # (d,)
-        width, weight = block.mixer.config.mixer_width, block.mixer.in_proj.weight
-        gate = weight[:width] if isinstance(block.mixer, SSDMixer) else weight[width:]
+        width, weight = slot.mixer.config.mixer_width, slot.mixer.in_proj.weight
+        gate = weight[:width] if isinstance(slot.mixer, SSDMixer) else weight[width:]
         gate.copy_(UNIT_GATE * row.expand_as(gate))
 
 

@@ -11,21 +11,25 @@ from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenize
 from transformers.utils import logging
 
 from cab_hf.models import (
+    CABHybridForCausalLM,
+    CABHybridPreTrainedModel,
     CABMambaForCausalLM,
     CABMambaForSequenceClassification,
-    CABMambaPreTrainedModel,
     CABVisionMambaForImageClassification,
-    CABVisionMambaPreTrainedModel,
 )
-from cab_hf.models.students import cast
+from cab_hf.models.students import MixerPreTrainedModel, cast
 from cab_hf.teachers.alignment import layer_map as map_layers
 from cab_hf.teachers.examination import check_whole
 from cab_hf.teachers.loading import load_any_teacher
 from cab_hf.transfer.calibration import calibrate_output_norm
+from cab_hf.transfer.copying import fill_the_rest, has_output_bias, unfilled
 from cab_hf.transfer.examples import example_batches
+from cab_hf.transfer.families import FAMILIES
 from cab_hf.transfer.fit import fit_output_projection
-from cab_hf.transfer.from_teacher import copy_teacher_weights, has_output_bias, student_config, with_labels
+from cab_hf.transfer.from_teacher import copy_teacher_weights, student_config, with_labels
 from cab_hf.transfer.gate import fit_gate
+from cab_hf.transfer.hybrid import hybrid_from_teacher
+from cab_hf.transfer.reading import read_layers
 from cab_hf.transfer.vision import copy_vision_teacher_weights, vision_student_config
 
 
@@ -37,31 +41,36 @@ def student_from_teacher(
     *,
     tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None = None,
     data: Any = None,
-    student_class: type[CABMambaPreTrainedModel | CABVisionMambaPreTrainedModel] | None = None,
+    student_class: type[MixerPreTrainedModel] | None = None,
     num_hidden_layers: int | None = None,
     layer_map: str | Sequence[int] = "floor",
     mixer_type: str = "mamba2",
     start: str = "linear",
     copy_attention: bool = True,
     copy_weights: bool = True,
+    keep_attention: int | Sequence[int | str] | None = None,
+    accept_inexact: float = 0.0,
     calibration_inputs: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     **config_overrides: Any,
-) -> CABMambaPreTrainedModel | CABVisionMambaPreTrainedModel:
-    """Builds a student of the teacher's shape, with its weights wherever a student has a place for them.
+) -> MixerPreTrainedModel:
+    """Builds a student of any teacher, with its weights wherever a student has a place for them.
+
+    Of a family with a table (`cab_hf.transfer.FAMILIES`, of images `VISION_FAMILIES`) it is a pure Mamba of the
+    teacher's shape. Of any other language model, or where attention is kept, it is a hybrid: the teacher's own class
+    with mixers in place of its attention. A line of the log says which of the two, and why.
 
     With `data` its output projections are fitted to the teacher's attention
     ([`~cab_hf.transfer.fit_output_projection`]), which is worth a factor of thousands in perplexity at the start.
 
     Args:
-        teacher: a Transformer of a known family (`cab_hf.transfer.FAMILIES`, of images `VISION_FAMILIES`), or the Hub
-            id or folder of one; neither changed nor shared.
+        teacher: a Transformer, or the Hub id or folder of one; neither changed nor shared.
         tokenizer: of the teacher, or its image processor, where `data` are texts or images; by default that of its id.
         data: some thousand tokens to fit on: a source of `load_documents`, a list of texts, a data set, or batches
             ([`~cab_hf.transfer.examples.example_batches`]); an empty tuple for none, on purpose.
-        student_class: class of the student; by default `CABMambaForCausalLM`, of an image teacher
-            `CABVisionMambaForImageClassification`. A `CABMambaForSequenceClassification` takes over the labels and
-            head of a teacher that classifies; of another teacher, or with another `num_labels`, its head starts at
+        student_class: class of the student; by default `CABMambaForCausalLM` or `CABHybridForCausalLM`, of an image
+            teacher `CABVisionMambaForImageClassification`. A `CABMambaForSequenceClassification` takes over the labels
+            and head of a teacher that classifies; of another teacher, or with another `num_labels`, its head starts at
             random.
         num_hidden_layers: depth of the student; the teacher's when not given.
         layer_map: which teacher layer each student layer is made of: "floor", "uniform", "last", or one index a layer.
@@ -69,6 +78,10 @@ def student_from_teacher(
         start: of a language student's mixers, "linear" or "served": see `cab_hf.transfer.student_config`.
         copy_attention: copy attention's projections into the mixers.
         copy_weights: copy anything at all; without, the student is random in the teacher's shape.
+        keep_attention: layers to leave as they are: how many, evenly spread, or their indices among the layers that
+            attend, or the paths of their attention modules. Anything but None makes a hybrid, 0 too.
+        accept_inexact: largest relative error of what is read of the teacher's attention; what is no linear map of
+            its input, such as MLA, is refused without.
         calibration_inputs: one batch (`input_ids`, and `attention_mask` if padded; or `pixel_values`) on which the
             mixers' outputs are scaled to those of the teacher's attention, and gates are fitted; without it they are
             fitted on random tokens, and those of `data` where that is given.
@@ -96,38 +109,103 @@ def student_from_teacher(
     batches = example_batches(data, tokenizer, teacher) if fits else None
     if batches is not None and calibration_inputs is None:
         calibration_inputs = batches[0]
+    if data is None and copy_weights and copy_attention:
+        logger.warning_once(
+            "The student's output projections are the teacher's as they are, and it starts far from its teacher. "
+            'Pass some text or images to fit them on, such as data="builtin" (and the tokenizer of a teacher that is '
+            "not named by its id), or call fit_output_projection."
+        )
+    student_class, reason = _student_class(teacher, student_class, keep_attention)
+    logger.info(f"The student is a {student_class.__name__}: {reason}.")
+    if issubclass(student_class, CABHybridPreTrainedModel):
+        unfit = {"num_hidden_layers": num_hidden_layers, "mixer_type": mixer_type, "layer_map": layer_map}
+        usual = {"num_hidden_layers": None, "mixer_type": "mamba2", "layer_map": layer_map}
+        others = [f"{name}={value!r}" for name, value in unfit.items() if value != usual[name]]
+        if others or not copy_weights:
+            raise ValueError(
+                f"{', '.join(others) or 'copy_weights=False'} is for pure students, but this is a hybrid ({reason}): "
+                "it has the teacher's layers and SSD mixers. Leave it out."
+            )
+        student = hybrid_from_teacher(
+            teacher,
+            student_class,
+            keep_attention=() if keep_attention is None else keep_attention,
+            accept_inexact=accept_inexact,
+            start=start,
+            copy_attention=copy_attention,
+            **config_overrides,
+        )
+        return _finished(student, teacher, calibration_inputs, batches, "floor", dtype)
+    copies = copy_weights and copy_attention
+    batches = batches if copies else None  # there is nothing to fit to what is random
+    readings = read_layers(teacher, accept_inexact) if copies else []
     options = {"num_hidden_layers": num_hidden_layers, "mixer_type": mixer_type}
     if teacher.main_input_name == "pixel_values":
-        student_class = student_class or CABVisionMambaForImageClassification
         config = vision_student_config(teacher, **options, **config_overrides)
         copy_weights_of = copy_vision_teacher_weights
     else:
-        student_class = student_class or CABMambaForCausalLM
         if issubclass(student_class, CABMambaForSequenceClassification):
             config_overrides = with_labels(teacher, config_overrides)
-        if start == "served" and copy_weights and copy_attention and has_output_bias(teacher):
+        if start == "served" and has_output_bias(readings):
             config_overrides = {"use_bias": True} | config_overrides
         config = student_config(teacher.config, start=start, **options, **config_overrides)
         copy_weights_of = copy_teacher_weights
     depth = teacher.config.get_text_config().num_hidden_layers
     layers = map_layers(layer_map, config.num_hidden_layers, depth)
-    student = student_class(config).to(teacher.device)
+    student = unfilled(student_class, config, teacher.device)
     if copy_weights:
-        copy_weights_of(student, teacher, layers, copy_attention)
-        if config.gate_init == "fitted":
-            fit_gate(student, teacher, calibration_inputs, layers)
+        copy_weights_of(student, teacher, layers, copy_attention=False)
+    blocks = student.base_model.layers
+    fill_the_rest(student, {block.mixer: readings[layer] for block, layer in zip(blocks, layers) if readings})
+    return _finished(student, teacher, calibration_inputs, batches, layers, dtype, fits_gate=copy_weights)
+
+
+def _student_class(
+    teacher: PreTrainedModel,
+    student_class: type[MixerPreTrainedModel] | None,
+    keep_attention: int | Sequence[int | str] | None,
+) -> tuple[type[MixerPreTrainedModel], str]:
+    """The class of a student, and why it is that one."""
+    keeps = keep_attention is not None
+    if student_class is not None:
+        if keeps and not issubclass(student_class, CABHybridPreTrainedModel):
+            raise ValueError(
+                f"`keep_attention` is {keep_attention!r}, but a {student_class.__name__} has no attention. Leave "
+                "`student_class` out, or take a CABHybridForCausalLM."
+            )
+        return student_class, "it was asked for"
+    kind = teacher.config.get_text_config().model_type
+    if teacher.main_input_name == "pixel_values":
+        if keeps:
+            raise ValueError(
+                f"`keep_attention` is {keep_attention!r}, but a {type(teacher).__name__} reads images, whose students "
+                "are pure. Leave it out."
+            )
+        return CABVisionMambaForImageClassification, "the teacher reads images"
+    if keeps:
+        return CABHybridForCausalLM, f"keep_attention is {keep_attention!r}"
+    if kind in FAMILIES:
+        return CABMambaForCausalLM, f"a table says what a pure student of {kind!r} is"
+    return CABHybridForCausalLM, f"no table says what a pure student of {kind!r} is"
+
+
+def _finished(
+    student: MixerPreTrainedModel,
+    teacher: PreTrainedModel,
+    calibration_inputs: Mapping[str, Tensor] | None,
+    batches: Sequence[Mapping[str, Tensor]] | None,
+    layers: str | Sequence[int],
+    dtype: torch.dtype,
+    fits_gate: bool = True,
+) -> MixerPreTrainedModel:
+    """A student whose start fits the teacher on a batch and its output projections on all of them, in its dtype."""
+    if fits_gate and student.mixer_list[0].config.gate_init == "fitted":
+        fit_gate(student, teacher, calibration_inputs, layers)
     if calibration_inputs is not None:
         calibrate_output_norm(student, teacher, calibration_inputs, layers)
     if student.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
-    if copy_weights and copy_attention:
-        if batches is not None:
-            fit_output_projection(student, teacher, batches, layer_map)
-        elif data is None:
-            logger.warning_once(
-                "The student's output projections are the teacher's as they are, and it starts far from its teacher. "
-                'Pass some text or images to fit them on, such as data="builtin" (and the tokenizer of a teacher '
-                "that is not named by its id), or call fit_output_projection."
-            )
+    if batches is not None:
+        fit_output_projection(student, teacher, batches, layers)
     cast(student, dtype)
     return student.eval()

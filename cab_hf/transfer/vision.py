@@ -32,10 +32,12 @@ from cab_hf.transfer.copying import (
     copy_bias,
     copy_block,
     copy_norm,
+    copy_reading,
     copy_tensor,
     mixer_fields,
 )
 from cab_hf.transfer.families import Affine, TeacherLayer, read_affine
+from cab_hf.transfer.reading import read_layers
 
 
 logger = logging.get_logger(__name__)
@@ -125,15 +127,9 @@ def _tokens_and_registers(embeddings: nn.Module) -> TeacherTokens:
 
 
 def _layer(block: nn.Module, norm: str, mlp_norm: str, parts: Mapping[str, str]) -> TeacherLayer:
-    attention = block.attention
     return TeacherLayer(
         norm=block.get_submodule(norm),
         mlp_norm=block.get_submodule(mlp_norm),
-        query=read_affine(attention.q_proj),
-        key=read_affine(attention.k_proj),
-        value=read_affine(attention.v_proj),
-        output=read_affine(attention.o_proj),
-        scaling=attention.scaling,
         **({"gate": None} | {part: read_affine(block.mlp.get_submodule(path)) for part, path in parts.items()}),
     )
 
@@ -302,9 +298,11 @@ def copy_vision_teacher_weights(
     if isinstance(student, CABVisionMambaForImageClassification):
         _copy_classifier(student, teacher, family.read_head(teacher))
 
-    blocks = source.get_submodule(family.layers)
+    blocks, readings = source.get_submodule(family.layers), read_layers(teacher) if copy_attention else None
     for index, (block, teacher_index) in enumerate(zip(target.layers, layer_map, strict=True)):
-        copy_block(f"layers.{index}", block, family.read_layer(blocks[teacher_index]), copy_attention)
+        copy_block(f"layers.{index}", block, family.read_layer(blocks[teacher_index]))
+        if readings is not None:
+            copy_reading(f"layers.{index}.mixer", block.mixer, readings[teacher_index])
         if family.read_scales is not None:
             _copy_scales(f"layers.{index}", block, *family.read_scales(blocks[teacher_index]))
 

@@ -230,3 +230,10 @@ def test_seeds_of_the_quickstart(run, image_teacher, tmp_path):
     (tmp_path / "top1_cpu.png").unlink()
     run(script, "--redraw", "--output", tmp_path)
     assert (tmp_path / "top1_cpu.png").stat().st_size > 10_000
+
+
+def test_families_without_a_table(run, tmp_path):
+    out = run("quality/hybrids/families.py", "olmo2", "--steps", 2, "--keep", 1, "--output", tmp_path / "rows.json")
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["families"]
+    assert json.loads([line for line in out.splitlines() if line.startswith('{"family"')][0]) == row
+    assert row["student"] == "CABHybridForCausalLM" and row["kept"] == 1 and 0 < row["kl_fitted"] < row["kl_built"]

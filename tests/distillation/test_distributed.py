@@ -18,6 +18,7 @@ from tiny_distillation import (
     make_trainer,
     ragged_rows,
     tiny_student,
+    tiny_teacher,
 )
 from tiny_images import image_rows, make_image_trainer, tiny_image_student, tiny_image_teacher
 from torch import Tensor
@@ -26,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
-from cab_hf import DistillationTrainer
+from cab_hf import DistillationTrainer, student_from_teacher
 from cab_hf.data.augmentation import two_sizes
 from cab_hf.distillation.training_args import LOSSES
 
@@ -46,6 +47,14 @@ TRAININGS = {
     "partly frozen": {**SIX_LOSSES, "trainable": "in_proj|norm"},
     "lora": {**SIX_LOSSES, "lora": True},
     "recomputed": {**SIX_LOSSES, "activation_checkpointing": True},
+    "hybrid": {**SIX_LOSSES, "max_steps": 2, "mixer": "hybrid"},
+    "hybrid, bridge only, recomputed": {
+        **NO_LOSS,
+        "bridge_weight": 1.0,
+        "max_steps": 2,
+        "mixer": "hybrid",
+        "activation_checkpointing": True,
+    },
 }
 SHARDED = {
     **{name: {**NO_LOSS, f"{name}_weight": 1.0} for name in ("kl", "bridge", "output", "hidden")},
@@ -85,7 +94,9 @@ def train(folder: Path, processes: int, options: dict[str, Any], **more: Any) ->
     """Trains on batches of 8 rows in all, and returns what is to be compared."""
     options = {**options, **more}
     batch = 8 // processes // options.get("gradient_accumulation_steps", 1)
-    student = tiny_student(options.pop("mixer", "mamba2"))
+    mixer = options.pop("mixer", "mamba2")
+    hybrid = mixer == "hybrid"
+    student = student_from_teacher(tiny_teacher(), keep_attention=[1]) if hybrid else tiny_student(mixer)
     if options.pop("lora", False):
         config = LoraConfig(r=2, target_modules=["in_proj", "out_proj"], init_lora_weights=False)
         student = get_peft_model(student, config)

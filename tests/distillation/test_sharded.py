@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from cab_hf import DistillationTrainer
+from cab_hf import DistillationTrainer, student_from_teacher
 from cab_hf.distillation.checks import check_whole
 from cab_hf.distillation.training_args import LOSSES
 
@@ -59,6 +59,7 @@ TRAININGS = {
     "after the logits' end": {**NO_LOSS, "kl_weight": 1.0, "kl_end": 0.5, "bridge_weight": 0.5, "max_steps": 4},
     "after every end": {**NO_LOSS, "bridge_weight": 1.0, "bridge_end": 0.5, "max_steps": 2, "optim": "sgd"},
     "recomputed": {**SGD, "activation_checkpointing": True},
+    "hybrid": {**SGD, "student": "hybrid"},
     "partly frozen": {**SGD, "trainable": "in_proj|norm"},
 }
 SAVED = ["sgd", "untied", "images", "lora"]
@@ -76,7 +77,12 @@ def build(
     options = {**options}
     images, adapts, student_options = (options.pop(name, None) for name in ("images", "lora", "student"))
     if student is None:
-        student = tiny_image_student() if images else tiny_student(**(student_options or {}))
+        if student_options == "hybrid":
+            student = student_from_teacher(tiny_teacher(), keep_attention=[1])
+            for index, parameter in enumerate(student.parameters()):
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+        else:
+            student = tiny_image_student() if images else tiny_student(**(student_options or {}))
     if adapts:
         config = LoraConfig(r=2, target_modules=["in_proj", "out_proj"], init_lora_weights=False)
         student = get_peft_model(student, config)

@@ -10,6 +10,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from processes import BLOCKED, run_apart
+from tiny_distillation import tiny_teacher
 from tiny_models import tiny_config, tiny_vision_model
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
@@ -23,6 +24,7 @@ from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaForSequen
 from cab_hf.recipes import build_recipe
 from cab_hf.runs.card import describe_losses, describe_method, write_model_card
 from cab_hf.teachers.demo import random_llama
+from cab_hf.transfer import student_from_teacher
 
 
 REPORT = {
@@ -389,6 +391,7 @@ class TestClassifier:
         students = {
             "CABMambaForCausalLM": lambda: CABMambaForCausalLM.from_pretrained(folder),
             "CABMambaForSequenceClassification": lambda: CABMambaForSequenceClassification.from_pretrained(classifier),
+            "CABHybridForCausalLM": lambda: student_from_teacher(tiny_teacher(), keep_attention=1),
             "CABVisionMambaForImageClassification": tiny_vision_model,
         }
         students[name]().save_pretrained(tmp_path)

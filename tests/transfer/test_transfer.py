@@ -505,7 +505,7 @@ def test_dtype():
 def test_errors_teach():
     teacher = AutoModelForCausalLM.from_config(OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=36))
     with pytest.raises(ValueError, match="'opt'.*'gpt2', 'gpt_neox', .*'llama'.*CABMambaConfig"):
-        student_from_teacher(teacher)
+        student_from_teacher(teacher, student_class=CABMambaForCausalLM)
     with pytest.raises(ValueError, match="add_cross_attention"):
         student_config(GPT2Config(add_cross_attention=True))
     for config in (PhiConfig(qk_layernorm=True), AutoConfig.for_model("stablelm", qk_layernorm=True)):

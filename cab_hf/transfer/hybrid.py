@@ -1,0 +1,231 @@
+"""A hybrid made of any teacher: a copy of it, with mixers in place of its attention.
+
+Shapes: `h` head, `p` features of a head, `d` width.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from cab_hf.inference import evaluating
+from cab_hf.models.configuration_cab_hybrid import CABHybridConfig
+from cab_hf.models.configuration_cab_mamba import MixerConfig
+from cab_hf.models.modeling_cab_hybrid import CABHybridForCausalLM, CABHybridPreTrainedModel
+from cab_hf.models.students import body_of, cast
+from cab_hf.teachers.attention_interface import base_of
+from cab_hf.teachers.examination import named, tiny_batch
+from cab_hf.transfer.copying import check_fields, fill_the_rest, transparent_start
+from cab_hf.transfer.reading import Reading, check_readings, exactness, read_attention
+
+
+_EPSILONS = ("eps", "variance_epsilon", "epsilon", "norm_eps")
+
+
+def hybrid_from_teacher(
+    teacher: PreTrainedModel,
+    student_class: type[CABHybridPreTrainedModel] = CABHybridForCausalLM,
+    *,
+    keep_attention: int | Sequence[int | str] = (),
+    accept_inexact: float = 0.0,
+    start: str = "linear",
+    copy_attention: bool = True,
+    **overrides: Any,
+) -> CABHybridPreTrainedModel:
+    """A copy of a teacher with mixers in place of its attention.
+
+    Args:
+        teacher: any model of transformers, whole; neither changed nor shared.
+        student_class: of the task that the teacher has a head for.
+        keep_attention: layers to leave as they are: how many, evenly spread, or their indices among the layers that
+            attend, or the paths of their attention modules.
+        accept_inexact: largest relative error on random input of what is read; larger ones than rounding are refused
+            else. The config notes those that were accepted.
+        start: of the mixers, as in `student_config`; with "served" their gates are still to be fitted.
+        copy_attention: start the mixers from attention's projections.
+        **overrides: fields of `MixerConfig` that all mixers share, but for sizes.
+
+    Raises:
+        ValueError: a teacher that is none of transformers' own classes, or that attends in a way that can't be read.
+    """
+    check_fields(MixerConfig, overrides)
+    if (
+        not type(teacher).__module__.startswith("transformers.models.")
+        or vars(teacher).get("hf_quantizer") is not None
+    ):
+        raise ValueError(
+            f"{named(teacher)} is quantised, or its class is not transformers' own: a hybrid could not be loaded. "
+            "Load it dequantised (`teacher.dequantize()`), or by a class of transformers (trust_remote_code=False)."
+        )
+    readings, left_out = read_attention(teacher)
+    left_out = {path: reason for path, reason in left_out.items() if reason != "cross-attention"}
+    paths = [path for path, _ in body_of(teacher).named_modules() if path in readings or path in left_out]
+    kept = kept_paths(keep_attention, paths)
+    readings = {path: one for path, one in readings.items() if path not in kept}
+    left_out = {path: reason for path, reason in left_out.items() if path not in kept}
+    if not readings and not left_out:
+        raise ValueError(
+            f"`keep_attention` is {keep_attention!r}, which keeps all {len(paths)} layers that attend: nothing is "
+            "left for mixers. Keep fewer."
+        )
+    check_readings(teacher, readings, left_out, accept_inexact)
+    fields = {**transparent_start(start, readings.values()), "layer_norm_epsilon": norm_epsilon(teacher), **overrides}
+    tolerance = exactness(teacher)
+    settings = {path: _settings(one, tolerance, fields) for path, one in readings.items()}
+    shared = {
+        name: value
+        for name, value in next(iter(settings.values())).items()
+        if all(name in one and one[name] == value for one in settings.values())
+    }
+    config = CABHybridConfig(
+        teacher=teacher.config.to_dict() | {"architectures": [type(teacher).__name__]},
+        mixer=shared,
+        mixers={
+            path: {name: value for name, value in one.items() if name not in shared} for path, one in settings.items()
+        },
+    )
+    student = _copied(teacher, student_class, config)
+    fill_the_rest(student, {student.mixers[path].mixer: one for path, one in readings.items() if copy_attention})
+    student.requires_grad_(True)
+    cast(student, torch.float32)
+    with evaluating(student):
+        _measure(student)
+    return student.eval()
+
+
+def kept_paths(keep_attention: int | Sequence[int | str], paths: Sequence[str]) -> list[str]:
+    """The paths of the attention that stays.
+
+    Args:
+        keep_attention: a number of layers, or indices and paths.
+        paths: of all attention modules, in the order of their calls.
+
+    Raises:
+        ValueError: an index or path that there is not.
+
+    Example:
+        >>> kept_paths(2, ["a", "b", "c", "d"])
+        ['b', 'd']
+    """
+    count = len(paths)
+    if isinstance(keep_attention, int):
+        if not 0 <= keep_attention <= count:
+            raise ValueError(
+                f"`keep_attention` is {keep_attention}, but {count} layers attend: keep 0 to {count - 1}."
+            )
+        keep_attention = [(2 * one + 1) * count // (2 * keep_attention) for one in range(keep_attention)]
+    kept = []
+    for one in keep_attention:
+        if isinstance(one, str) and not one.isdigit():
+            found = [path for path in paths if path == one or one.endswith("." + path)]
+        else:
+            found = list(paths[int(one) : int(one) + 1])
+        if not found:
+            raise ValueError(
+                f"`keep_attention` names {one!r}, but the teacher attends in {count} modules: 0 to {count - 1}, from "
+                f"{paths[0]!r} to {paths[-1]!r}."
+            )
+        kept += found
+    return kept
+
+
+def parse_kept(given: Sequence[str | int]) -> int | list[int | str] | None:
+    """The `keep_attention` of a recipe: 'n=4' is a number, digits are indices, the rest paths; None if empty.
+
+    Example:
+        >>> parse_kept(["n=4"]), parse_kept(["3", "layers.7.self_attn"])
+        (4, [3, 'layers.7.self_attn'])
+    """
+    given = [str(one) for one in given]
+    if len(given) == 1 and given[0].startswith("n=") and given[0][2:].isdigit():
+        return int(given[0][2:])
+    return None if not given else [int(one) if one.isdigit() else one for one in given]
+
+
+def norm_epsilon(teacher: PreTrainedModel) -> float:
+    """Epsilon of the teacher's norms: outputs of mixers are small enough that it counts."""
+    for module in teacher.modules():
+        if "norm" in type(module).__name__.lower():
+            found = [vars(module)[name] for name in _EPSILONS if isinstance(vars(module).get(name), float)]
+            if found:
+                return found[0]
+    return 1e-5
+
+
+def _settings(reading: Reading, tolerance: float, fields: Mapping[str, Any]) -> dict[str, Any]:
+    width = reading.heads * reading.head_dim
+    settings = {
+        "hidden_size": reading.hidden_size,
+        "mixer_type": "mamba2",
+        "num_heads": reading.heads,
+        "n_groups": reading.heads,
+        "head_dim": reading.head_dim,
+        "state_size": reading.key_dim,
+        "expand": width / reading.hidden_size,
+        **fields,
+        "causal": reading.causal,
+        "output_size": reading.output_size,
+        **reading.call,
+    }
+    inexact = {part: round(error, 6) for part, error in reading.errors.items() if error > tolerance}
+    return settings | ({"inexact": inexact} if inexact else {})
+
+
+def _copied(
+    teacher: PreTrainedModel, student_class: type[CABHybridPreTrainedModel], config: CABHybridConfig
+) -> CABHybridPreTrainedModel:
+    """A copy of all but the attention that mixers stand for, and mixers that hold nothing yet."""
+    body, memo = body_of(teacher), {}
+    for path in config.mixers:
+        attention = body.get_submodule(path)
+        for part in (*attention.children(), *attention.parameters(recurse=False), *attention.buffers(recurse=False)):
+            memo[id(part)] = part
+    inner = copy.deepcopy(teacher, memo)
+    before = inner.config.get_text_config()._attn_implementation
+    if before is not None and base_of(before) != before:
+        inner.set_attn_implementation(base_of(before))
+    with torch.device("meta"), no_init_weights():
+        student = student_class(config, inner)
+    for adapter in student.mixers.values():
+        adapter.mixer.to_empty(device=teacher.device)
+    for module in inner.modules():
+        module._is_hf_initialized = True
+    return student
+
+
+def _measure(student: CABHybridPreTrainedModel) -> None:
+    """Notes in a student's config what one forward pass on packed documents tells of its head and of packing."""
+    config, head = student.config, student.get_output_embeddings()
+    seen: list[Tensor] = []
+    handle = student.body.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    tokens = tiny_batch(student, student.body).get("input_ids")
+    try:
+        if tokens is None:
+            return
+        config.packs_documents = True
+        start, end = tokens[:1, :3], tokens[:1, 3:]
+        rows = torch.cat([torch.cat(parts, 1) for parts in ((start, end), (start.flip(1), end), (end, start))])
+        seq_idx = torch.tensor([[0, 0, 0, 1, 1]] * 2 + [[0, 0, 1, 1, 1]], device=rows.device)
+        packed = True
+        try:
+            output = student(rows, seq_idx=seq_idx)
+        except (TypeError, ValueError, RuntimeError):
+            packed = config.packs_documents = False
+            output = student(rows)
+    finally:
+        handle.remove()
+    said = seen[-1] if seen else output[0]
+    behind, behind_other, alone = said[0, 3:], said[1, 3:], said[2, :2]
+    errors = [float((behind - other).norm() / behind.norm()) for other in (behind_other, alone)]
+    logits = output.get("logits")
+    if head is not None and logits is not None and student.body is not student.inner:
+        # Some heads call a part of the body, whose hook never runs.
+        own = {"seq_idx": seq_idx} if packed else {}
+        config.has_plain_head = True
+        last = seen[-1] if seen else student.read(input_ids=rows, **own)[0]
+        config.has_plain_head = torch.equal(head(last), logits)
+    config.packs_documents = packed and max(errors) < 1e-3

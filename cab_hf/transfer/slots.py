@@ -1,0 +1,97 @@
+"""What the teacher's attention reads and writes where a student's mixers stand.
+
+Shapes: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cab_hf.models import CABVisionMambaPreTrainedModel
+from cab_hf.models.mixers import S6Mixer, SSDMixer
+from cab_hf.models.students import MixerPreTrainedModel, body_of
+from cab_hf.teachers.alignment import align_with_student, taught_layers
+from cab_hf.teachers.teacher import Teacher
+from cab_hf.transfer.reading import Reading
+
+
+class Slot(NamedTuple):
+    """
+    Attributes:
+        mixer: of the student.
+        hidden_states: `(b, t, d)`, what the attention reads, behind its norm.
+        heads: `(b, t, h, p)`, the attention's output before its output projection.
+        output: `(b, t, d)`, behind it; None where the readings that it needs were not given.
+    """
+
+    mixer: SSDMixer | S6Mixer
+    hidden_states: Tensor
+    heads: Tensor
+    output: Tensor | None
+
+
+@torch.no_grad()
+def slots(
+    student: MixerPreTrainedModel,
+    teacher: Teacher,
+    inputs: Mapping[str, Tensor],
+    layer_map: str | Sequence[int],
+    readings: Sequence[Reading] | None = None,
+) -> list[Slot]:
+    """One slot for each mixer, of one batch.
+
+    Args:
+        student: whose mixers, and of an image student whose norms.
+        teacher: in its place and dtype.
+        inputs: one batch.
+        layer_map: of `taught_layers`.
+        readings: of an image teacher's layers, where outputs are wanted.
+    """
+    layers = taught_layers(student.config, teacher, layer_map)
+    if isinstance(student, CABVisionMambaPreTrainedModel):
+        return _image_slots(student, teacher, inputs, layers, readings)
+    paths = [teacher.paths[layer] for layer in layers]
+    body = body_of(teacher.model)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim == 3)
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else next(tensors)
+        seen[path] = hidden, output if isinstance(output, Tensor) else output[0]
+
+    with ExitStack() as stack:
+        for path in set(paths):
+            hook = functools.partial(note, path)
+            stack.callback(body.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
+        attentions = teacher(inputs, attentions=True).attentions
+    place = student.mixer_list[0].in_proj.weight
+    return [
+        Slot(mixer, seen[path][0].to(place), attentions[layer].output.to(place.device), seen[path][1].to(place.device))
+        for mixer, path, layer in zip(student.mixer_list, paths, layers, strict=True)
+    ]
+
+
+def _image_slots(
+    student: CABVisionMambaPreTrainedModel,
+    teacher: Teacher,
+    inputs: Mapping[str, Tensor],
+    layers: Sequence[int],
+    readings: Sequence[Reading] | None,
+) -> list[Slot]:
+    """With the teacher's tokens at the places of the student's, as a mixer reads them in order."""
+    size = inputs["pixel_values"].shape[-2:]
+    seen = teacher(inputs, attentions=True, hidden_states=True)
+    seen = align_with_student(seen, teacher.config.patch_size, size, student.config, size, layers)
+    found = []
+    for block, layer in zip(student.base_model.layers, layers, strict=True):
+        hidden = block.norm(seen.hidden_states[layer].to(student.device, block.norm.weight.dtype))
+        heads, output = seen.attentions[layer].output.to(student.device), None
+        if readings is not None:
+            weight, bias = (None if x is None else x.to(student.device).double() for x in readings[layer].output)
+            output = nn.functional.linear(heads.flatten(-2).double(), weight, bias)
+        found.append(Slot(block.mixer, hidden, heads, output))
+    return found
