@@ -4,11 +4,15 @@ A compiler can't look into a kernel. It calls the operator, and knows the shapes
 the kernel itself, because an operator made in Python costs the host tens of microseconds a call.
 """
 
+import zlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+
+# Of this copy of the file: a checkpoint brings its own, whose operators must not take the place of these.
+NAMESPACE = f"cab_hf_{zlib.crc32(__name__.encode()):08x}"
 
 Tensors = list[Tensor | None]
 
@@ -21,7 +25,7 @@ def kernel_operator(
     gradient: Callable[[Tensors, Tensors, Tensor, int], Tensors],
     fake: Callable[[Tensors, int], tuple[Tensor, ...]],
 ) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    """Registers `cab_hf::NAME` and `cab_hf::NAME_backward`.
+    """Registers `NAMESPACE::NAME` and `NAMESPACE::NAME_backward`.
 
     Args:
         name: of the operator.
@@ -52,7 +56,9 @@ def kernel_operator(
     arguments = ", ".join(f"Tensor? given{index}" for index in range(tensors))
     returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
 
-    @torch.library.custom_op(f"cab_hf::{name}", mutates_args=(), schema=f"({arguments}, int number) -> {returned}")
+    @torch.library.custom_op(
+        f"{NAMESPACE}::{name}", mutates_args=(), schema=f"({arguments}, int number) -> {returned}"
+    )
     def forward(*given):
         return _returned([one.contiguous() for one in kernel(list(given[:-1]), given[-1])])
 
@@ -60,7 +66,7 @@ def kernel_operator(
     def _(*given):
         return _returned(list(fake(list(given[:-1]), given[-1])))
 
-    @torch.library.custom_op(f"cab_hf::{name}_backward", mutates_args=())
+    @torch.library.custom_op(f"{NAMESPACE}::{name}_backward", mutates_args=())
     def backward(
         grads: list[Tensor | None], tensors: list[Tensor | None], result: Tensor, number: int
     ) -> list[Tensor]:

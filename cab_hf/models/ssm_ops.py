@@ -25,6 +25,9 @@ from .ssd_scan import scan_chunks
 
 logger = logging.get_logger(__name__)
 
+# Their backward passes have run in place of the kernels' own on a CPU only, the kernels replaced.
+_TRAINS_BY_OPERATORS = os.environ.get("CAB_COMPILE_TRAINING") == "operators"
+
 BACKEND_VARIABLE = "CAB_SSM_BACKEND"
 BACKENDS = ("auto", "torch", "mamba_ssm", "fla")
 OPERATIONS = ("causal_conv1d", "selective_scan", "ssd_scan")
@@ -170,7 +173,7 @@ def causal_conv1d(
     if d % 8 and (initial_states is not None or runs is not None):
         lacks = f"with initial_states or seq_idx its width must be a multiple of 8, x has width {d}"
     if backend_for("causal_conv1d", x.device, x.dtype, lacks) == "mamba_ssm":
-        if torch.compiler.is_compiling():
+        if _is_operator():
             return _conv_operator(x, weight, bias, initial_states, runs, int(activation == "silu"))
         return _conv_kernel(x, weight, bias, activation, initial_states, runs)
 
@@ -221,6 +224,17 @@ def _conv_kernel_lacks(k: int) -> str:
     return "" if 2 <= k <= 4 else f"its convolution has 2 to 4 taps, weight has {k}"
 
 
+def _is_operator() -> bool:
+    """Whether a compiler sees a kernel as an operator: without gradients, or where `CAB_COMPILE_TRAINING` says so.
+
+    Otherwise it leaves its graph around a kernel, whose own backward pass then runs.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    return _TRAINS_BY_OPERATORS or not torch.is_grad_enabled()
+
+
+@torch.compiler.disable
 def _conv_kernel(
     x: Tensor,
     weight: Tensor,
@@ -296,7 +310,7 @@ def selective_scan(
     dtype = _compute_dtype(x)
     wide, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
     if backend_for("selective_scan", x.device, x.dtype, lacks, "it has no S6 scan") == "mamba_ssm":
-        if torch.compiler.is_compiling():
+        if _is_operator():
             y, final_state = _selective_scan_operator(wide, dt, A, B, C, 0)
         else:
             y, final_state = _selective_scan_kernel(wide, dt, A, B, C)
@@ -362,6 +376,7 @@ def _final_state_gradient(
     return grad_u * dt, grad_dt + grad_u * x, grad_A.t(), grad_B
 
 
+@torch.compiler.disable
 def _selective_scan_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     # The kernel takes one dtype for x, dt, B and C. They come in float32: a common bfloat16 would round dt.
     columns = [tensor.transpose(1, 2).contiguous() for tensor in (x, dt, B, C)]
@@ -411,7 +426,7 @@ def ssd_scan(
     fla_lacks = "its scan takes no seq_idx" if lacks == "" and runs is not None else lacks
     backend = backend_for("ssd_scan", x.device, x.dtype, lacks, fla_lacks)
     if backend == "mamba_ssm":
-        if torch.compiler.is_compiling():
+        if _is_operator():
             return _ssd_operator(x, dt, A, B, C, D, initial_state, runs, chunk_size)
         return _ssd_kernel(x, dt, A, B, C, D, chunk_size, initial_state, runs)
     if backend == "fla":
@@ -457,6 +472,7 @@ def ssd_scan_update(
     return (y if D is None else y + wide * D.to(dtype).unsqueeze(-1)).to(x.dtype)
 
 
+@torch.compiler.disable
 def _ssd_kernel(
     x: Tensor,
     dt: Tensor,

@@ -26,6 +26,7 @@ def disguised(monkeypatch):
         return run
 
     monkeypatch.setattr(ssm_ops, "backend_for", lambda *given, **options: chosen[0])
+    monkeypatch.setattr(ssm_ops, "_TRAINS_BY_OPERATORS", True)
     monkeypatch.setattr(ssm_ops, "_conv_kernel", on_torch(ssm_ops.causal_conv1d))
     monkeypatch.setattr(ssm_ops, "_selective_scan_kernel", on_torch(ssm_ops.selective_scan))
     monkeypatch.setattr(ssm_ops, "_ssd_kernel", on_torch(ssm_ops.ssd_scan))
