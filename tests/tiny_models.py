@@ -1,6 +1,8 @@
 """Tiny students for the tests, with weights far from their start so that errors show."""
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from cab_hf.models import (
     CABMambaConfig,
@@ -141,3 +143,13 @@ def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape, (a.shape, b.shape)
     return float((a - b).detach().abs().max()) if a.numel() else 0.0
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of printable ASCII, so that each of its 99 tokens is text."""
+    tokens = ["<eos>", *(chr(code) for code in range(33, 127)), "Ġ", "he", "Ġt", "Ġthe"]
+    merges = [("h", "e"), ("Ġ", "t"), ("Ġt", "he")]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")

@@ -20,10 +20,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import xllamacpp
-from gguf.quants import dequantize, quantize
+from gguf.quants import dequantize
 
 from cab_hf.data import load_documents, pack_documents, split_documents
-from cab_hf.export.gguf import KINDS, export_gguf
+from cab_hf.export.gguf import KINDS, add_tensor, export_gguf
 from cab_hf.export.loading import load_tokenizer
 
 
@@ -42,9 +42,7 @@ def quantised(source: Path, target: Path, kind: str) -> Path:
         writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
     writer.add_file_type(KINDS[kind][0])
     for tensor in reader.tensors:
-        values = dequantize(tensor.data, tensor.tensor_type)
-        stored = KINDS[kind][1] if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(tensor.name, quantize(values, stored), raw_dtype=stored)
+        add_tensor(writer, tensor.name, dequantize(tensor.data, tensor.tensor_type), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,12 +109,7 @@ def export_gguf(folder: str | Path, out: str | Path, *, compact: bool = False, k
         add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool, list: writer.add_array}
         add[type(value)](name, value)
     for name, tensor in tensors.items():
-        values, stored = tensor.contiguous().numpy(), KINDS[kind][1]
-        is_large = name.endswith("weight") and tensor.ndim == 2 and not name.endswith(_SMALL)
-        if is_large and stored.name != "F32" and not (stored.name.startswith("Q") and tensor.shape[1] % 32):
-            writer.add_tensor(name, quantize(values, stored), raw_dtype=stored)
-        else:
-            writer.add_tensor(name, values)
+        add_tensor(writer, name, tensor.contiguous().numpy(), kind)
     with written_whole(path.parent) as unfinished:
         writer.write_header_to_file(unfinished / path.name)
         writer.write_kv_data_to_file()
@@ -121,6 +117,16 @@ def export_gguf(folder: str | Path, out: str | Path, *, compact: bool = False, k
         writer.close()
         write_probe(unfinished, probe)
     return path
+
+
+def add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: str) -> None:
+    """Adds a float32 tensor, in one of `KINDS` where it is a large matrix of rows that this kind can hold."""
+    stored = KINDS[kind][1]
+    is_large = name.endswith("weight") and values.ndim == 2 and not name.endswith(_SMALL)
+    if is_large and stored.name != "F32" and not (stored.name.startswith("Q") and values.shape[1] % 32):
+        writer.add_tensor(name, quantize(values, stored), raw_dtype=stored)
+    else:
+        writer.add_tensor(name, values)
 
 
 def _add_granite(writer: gguf.GGUFWriter, config: Any) -> None:

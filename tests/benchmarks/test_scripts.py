@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from tiny_models import tiny_model, tiny_tokenizer
 from transformers import BitImageProcessorPil, ViTConfig, ViTForImageClassification
 
 from cab_hf.models.ssm_ops import BACKEND_VARIABLE
@@ -237,3 +238,24 @@ def test_families_without_a_table(run, tmp_path):
     (row,) = json.loads((tmp_path / "rows.json").read_text())["families"]
     assert json.loads([line for line in out.splitlines() if line.startswith('{"family"')][0]) == row
     assert row["student"] == "CABHybridForCausalLM" and row["kept"] == 1 and 0 < row["kl_fitted"] < row["kl_built"]
+
+
+def test_students_in_llama_cpp(run, tmp_path):
+    pytest.importorskip("xllamacpp")
+    from cab_hf.export.gguf import export_gguf
+
+    sizes = {"hidden_size": 64, "head_dim": 32, "state_size": 16, "n_groups": 2, "expand": 1.0}
+    others = {"mixer_type": "mamba2", "intermediate_size": 96, "eos_token_id": 0, "conv_activation": "silu"}
+    tiny_model(**sizes, **others).save_pretrained(tmp_path / "student")
+    tiny_tokenizer().save_pretrained(tmp_path / "student")
+    teacher = export_gguf(tmp_path / "student", tmp_path / "teacher")
+    for index in range(4):
+        (tmp_path / f"{index}.txt").write_text(f"{index}{TEXT}".replace(" ", "") * 8)
+    options = ("--teacher", teacher, "--student", tmp_path / "student", "--data", tmp_path / "*.txt")
+    options += ("--holdout", "0.5", "--rows", 1, "--threads", 1, "--output", tmp_path / "gguf.json")
+    run("serving/llama_cpp.py", *options, READ=24, WRITTEN=4)
+    cells = json.loads((tmp_path / "gguf.json").read_text())["cells"]
+    assert [(one["model"], one["kind"]) for one in cells[:2]] == [("teacher", "f16"), ("student", "f16")]
+    # one model, quantised twice
+    assert all(one["perplexity"] == pytest.approx(cells[0]["perplexity"], rel=0.1) for one in cells[:4])
+    assert cells[0]["perplexity"] == pytest.approx(cells[1]["perplexity"], rel=1e-3)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from tiny_distillation import tiny_teacher
-from tiny_models import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_models import tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
@@ -22,16 +22,6 @@ CASES = {
     "granitehybrid, as wide as the model": {**SSD, "n_groups": 2, "intermediate_size": 96, "expand": 1.0},
     "granitehybrid, linear": {**SSD, "n_groups": 4, "intermediate_size": 96, "conv_activation": None},
 }
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of printable ASCII, so that each of its 99 tokens is text."""
-    tokens = ["<eos>", *(chr(code) for code in range(33, 127)), "Ġ", "he", "Ġt", "Ġthe"]
-    merges = [("h", "e"), ("Ġ", "t"), ("Ġt", "he")]
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
 def save(folder, tokenizer=None, **settings):
