@@ -571,7 +571,7 @@ def test_hidden_states_are_compared_under_the_same_norm(tmp_path):
     student, teacher = model._hidden_pair(states, targets, 1)
     assert torch.equal(student, states[2])
     assert torch.equal(teacher, model.core.base_model.norm_f(targets.hidden_states[3]))
-    model.layer_map = [3, 3]
+    model.teacher_layers = [3, 3]
     student, teacher = model._hidden_pair(states, targets, 0)
     assert torch.equal(student, model.core.base_model.norm_f(states[1])) and torch.equal(
         teacher, targets.hidden_states[4]
