@@ -66,8 +66,9 @@ def _distil(arguments: argparse.Namespace) -> None:
 
     from cab_hf.recipes import build_recipe, parse_options
     from cab_hf.runs.distill import launch, parse_count, recipe_values
-    from cab_hf.runs.plan import plan
+    from cab_hf.runs.plan import caches, plan
     from cab_hf.runs.run import run_recipe
+    from cab_hf.runs.stages import tell
 
     if arguments.gpus > 1:
         given = list(arguments.given)
@@ -92,6 +93,7 @@ def _distil(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(plan(recipe))
         return
+    tell(recipe, f"output: {recipe.output_dir}; caches: {caches(recipe)}")
     run_recipe(recipe)
     PartialState().destroy_process_group()
 

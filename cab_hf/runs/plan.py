@@ -84,13 +84,17 @@ def plan(recipe: Recipe) -> str:
     )
     missing = [f"{what} (pip install cab-hf[{extra}])" for what, extra in _missing(recipe)]
     lines["missing"] = "; ".join(missing) or "nothing"
-    lines["caches"] = f"models {HF_HUB_CACHE}, data {HF_DATASETS_CACHE}" + (
-        f", the demo's teacher {CACHE.resolve()}" if recipe.model.teacher == "smollm2-demo" else ""
-    )
+    lines["caches"] = caches(recipe)
     lines["output"] = str(recipe.output_dir)
     lines["this"] = f"took {time.perf_counter() - started:.0f} s, wrote nothing"
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def caches(recipe: Recipe) -> str:
+    """Where what is read is kept."""
+    own = f", the demo's teacher {CACHE.resolve()}" if recipe.model.teacher == "smollm2-demo" else ""
+    return f"models {HF_HUB_CACHE}, data {HF_DATASETS_CACHE}{own}"
 
 
 def _shape(model: PreTrainedModel) -> str:

@@ -113,6 +113,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
         for start in range(0, rows, CALIBRATION_ROWS):
             batch = collator([train_blocks[row] for row in range(start, min(start + CALIBRATION_ROWS, rows))])
             batches.append({"input_ids": batch["input_ids"].to(teacher_model.device)})
+    tell(recipe, "student: made, and its start fitted")
     student = build_student(recipe.model, teacher_model, args.layer_map, batches).to(args.device)
     tell(recipe, f"student: {type(student).__name__}, {student.num_parameters():,} parameters; measuring it untrained")
     teacher = make_teacher(teacher_model, args)
