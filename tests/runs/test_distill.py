@@ -79,6 +79,18 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(here, capsys):
     assert [path.name for path in here.iterdir()] == ["notes.txt"]
 
 
+def test_trackers_are_told_the_stage(here, monkeypatch):
+    told = []
+
+    def train(name, trainer, place):
+        told.append((trainer.args.run_name, Path(trainer.args.output_dir).name, place))
+        return {"name": name, "steps": 1, "examples": 2, "seconds": 0.1, "peak_gib": None, "log": []}
+
+    monkeypatch.setattr("cab_hf.runs.stages.train_stage", train)
+    main(["distill", "random-llama", "--data", "notes.txt", "--recipe", "smoke", "--output_dir", "mine", *QUICK])
+    assert told == [("mine bridge", "1-bridge", (1, 2)), ("mine kl", "2-kl", (2, 2))]
+
+
 def test_stages_share_the_steps_as_they_were_measured():
     """5M, 20M and 60M tokens of rows of 1,024 in batches of 16, as in benchmarks/quality/smollm2_long."""
     for tokens, outputs, kl in ((5_000_000, 91, 214), (20_000_000, 366, 854), (60_000_000, 366, 3296)):
