@@ -152,8 +152,8 @@ def _check_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance",
         type=float,
-        default=0.02,
-        help="largest mean difference of log-probabilities, in nats (default: 0.02; quantised files lose more)",
+        help="largest mean difference of log-probabilities, in nats (default: 0.02, of GGUF files in 8 bits 0.2, in 4 "
+        "bits 1.0)",
     )
     parser.add_argument("--output", metavar="FILE", help="JSON file for the report (default: EXPORT/check.json)")
 

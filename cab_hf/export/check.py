@@ -23,7 +23,7 @@ def check_export(
     student: str | Path | None = None,
     data: str = "builtin",
     pythons: Sequence[str | Path] = (),
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     output: str | Path | None = None,
 ) -> dict[str, Any]:
     """Asks an export in each runtime, and compares what it says with its student.
@@ -34,8 +34,9 @@ def check_export(
             made as it was written.
         data: texts for that probe, as `load_documents` takes them.
         pythons: interpreters of other environments, with vLLM or another transformers, say. This one is always asked.
-        tolerance: largest mean difference of log-probabilities, in nats. Where a greedy token differs, the student's
-            own must be ahead by no more than ten times that.
+        tolerance: largest mean difference of log-probabilities, in nats; by default 0.02, or what the export's probe
+            says of its quantised weights. Where a greedy token differs, the student's own must be ahead by no more
+            than ten times that.
         output: JSON file for the report; by default `check.json` in the export.
 
     Returns:
@@ -58,6 +59,8 @@ def check_export(
         probe = json.loads((export / PROBE_NAME).read_text(encoding="utf-8"))
     else:
         raise ValueError(f"{export} has no {PROBE_NAME}. Name its student by `student` (--student).")
+    if tolerance is None:
+        tolerance = probe.get("tolerance", TOLERANCE)
     report: dict[str, Any] = {}
     for python in [sys.executable, *map(str, pythons)]:
         for name, found in _ask(python, export, probe).items():

@@ -1,5 +1,7 @@
 """Students as GGUF: what is in the file, and llama.cpp's texts where it is installed (the package xllamacpp)."""
 
+import json
+
 import pytest
 import torch
 from tiny_distillation import tiny_teacher
@@ -108,3 +110,12 @@ def test_tokenizers_of_other_kinds_are_refused(tmp_path):
         file.unlink()
     reader = gguf.GGUFReader(export_gguf(tmp_path / "student", tmp_path / "gguf"))
     assert reader.fields["tokenizer.ggml.model"].contents() == "none"
+
+
+def test_a_check_allows_more_of_fewer_bits(tmp_path):
+    save(tmp_path / "student", **CASES["mamba2"])
+    told = {}
+    for kind in ("f16", "q8_0", "q4_0"):
+        folder = export_gguf(tmp_path / "student", tmp_path / kind, kind=kind).parent
+        told[kind] = json.loads((folder / "export_probe.json").read_text()).get("tolerance")
+    assert told == {"f16": None, "q8_0": 0.2, "q4_0": 1.0}
