@@ -4,6 +4,7 @@ A subcommand is two functions: one adds its options to a parser, the other runs 
 """
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def _distil_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="D",
         help="texts: files, folders, globs or Hub ids, builtin for Python's language reference; or images: a folder "
-        "of one folder a class, a saved data set, digits or a Hub id. A part is held out by itself",
+        "with one subfolder per class, a saved data set, digits or a Hub id. A part is held out by itself",
     )
     data.add_argument("--tokens", metavar="N", help="tokens to train on, such as 20M (default: the recipe's)")
     data.add_argument("--images", metavar="N", help="images to train on (default: 192k, on a CPU 6,400)")
@@ -61,10 +62,13 @@ def _distil_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--help-all", action="store_true", help="all options of a recipe, which can be given here too")
 
 
+DISTIL_OPTIONS = ("data", "tokens", "images", "recipe", "output_dir", "gpus", "dry_run", "push_to_hub")
+
+
 def _distil(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    from cab_hf.recipes import build_recipe, parse_options
+    from cab_hf.recipes import build_recipe, known_options, parse_options
     from cab_hf.runs.distill import launch, parse_count, recipe_values
     from cab_hf.runs.plan import caches, plan
     from cab_hf.runs.run import run_recipe
@@ -75,6 +79,10 @@ def _distil(arguments: argparse.Namespace) -> None:
         place = next(index for index, text in enumerate(given) if text.partition("=")[0] == "--gpus")
         del given[place : place + (1 if "=" in given[place] else 2)]
         raise SystemExit(launch(arguments.gpus, given))
+    for given in arguments.recipe_options:
+        near = difflib.get_close_matches(given.partition("=")[0].lstrip("-"), DISTIL_OPTIONS, n=1, cutoff=0.7)
+        if given.startswith("--") and near and given.partition("=")[0].lstrip("-") not in known_options():
+            raise ValueError(f"Unknown option: {given!r}. Did you mean '--{near[0]}'?")
     options = parse_options(arguments.recipe_options)
     for name in ("output_dir", "push_to_hub"):
         if getattr(arguments, name) is not None:

@@ -383,7 +383,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
             f"There is no recipe {path}." + (f" Did you mean {path.parent / near[0]}?" if near else "")
         )
     values = _read_mapping(path)
-    _check_keys(values, _known_options() | LISTS | {"base"}, f"key in {path}")
+    _check_keys(values, known_options() | LISTS | {"base"}, f"key in {path}")
     base = values.pop("base", None)
     return values if base is None else load_recipe(path.parent / base) | values
 
@@ -404,7 +404,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     Raises:
         ValueError: an unknown key, or a value that no run can have.
     """
-    _check_keys(values, _known_options() | LISTS, "key")
+    _check_keys(values, known_options() | LISTS, "key")
     values = {name: value if name in LISTS else _typed(name, value) for name, value in values.items()}
     whole = {name: value for name, value in values.items() if name not in LISTS}
     whole.setdefault("output_dir", str(Path("outputs") / "student"))
@@ -481,7 +481,7 @@ def _parser() -> HfArgumentParser:
     return parser
 
 
-def _known_options() -> set[str]:
+def known_options() -> set[str]:
     return {field.name for kind in ARGUMENT_CLASSES for field in fields(kind) if field.init}
 
 
@@ -509,7 +509,7 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
         names = [name.lstrip("-").partition("=")[0] for name in unknown if name.startswith("-")] or unknown
         for name in LISTS.intersection(names):
             raise ValueError(f"`{name}` is a list of runs: write it in a recipe's file.")
-        _check_keys(dict.fromkeys(names), _known_options(), "option")
+        _check_keys(dict.fromkeys(names), known_options(), "option")
     return vars(namespace)
 
 
@@ -556,7 +556,8 @@ def errors_in_one_line(out_of_memory: str, *others: type[Exception]) -> Iterator
         yield
     except KeyboardInterrupt:
         _end(
-            "interrupted. Run the same command again to go on: what is finished, and the newest checkpoint, is kept.",
+            "interrupted. Run the same command again to go on: what is finished is kept, and the newest checkpoint "
+            "where there is one (--save_steps).",
             130,
         )
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -97,6 +97,8 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
             raise ValueError(
                 f"message {place + 1} has the unknown role {message['role']!r}. Use one of {', '.join(ROLES)}."
             )
+        if not {"content", "tool_calls"} & message.keys():
+            raise ValueError(f"message {place + 1} has {sorted(given)}, but needs role and content. Fill it.")
         content = message.pop("content", "")
         if isinstance(content, list) and all(
             isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)

@@ -84,7 +84,8 @@ def load_documents(
         >>> from tempfile import mkdtemp
         >>> file = Path(mkdtemp()) / "sums.jsonl"
         >>> _ = file.write_text('{"prompt": "2 + 2 =", "completion": " 4"}')
-        >>> load_documents(file, cache_dir=file.parent)["conversation"][0]
+        >>> (row,) = load_documents(file, cache_dir=file.parent)
+        >>> row["conversation"]
         '{"prompt": "2 + 2 =", "completion": " 4"}'
     """
     try:
@@ -242,7 +243,10 @@ def _split_one(document: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     name = "text" if "text" in row else "input_ids"
     parts = content[:start], content[start:]
     if not all(len(part.strip()) if name == "text" else len(part) for part in parts):
-        raise ValueError(f"The only document has {len(content)} characters or tokens, too few to hold out {fraction}.")
+        raise ValueError(
+            f"The only document has {len(content)} characters or tokens, too few to hold out {fraction} of it "
+            "(`holdout`). Give more text."
+        )
     logger.warning(
         f"There is one document; its last {len(parts[1]) / len(content):.1%} ({len(parts[1]):,} of {len(content):,} "
         f"{'characters' if name == 'text' else 'tokens'}) are held out."
@@ -279,6 +283,8 @@ def _load_one(
     def read(files: list[Path]) -> Dataset:
         kinds = sorted({file.suffix.lower() for file in files})
         stamps = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+        if not any(size for size, _ in stamps):
+            raise ValueError(f"source {source!r} holds no text: {files[0].name} is empty. Name another.")
         arguments: dict[str, Any] = {"paths": tuple(map(str, files)), "stamps": stamps}
         if kinds == [TOKEN_SUFFIX]:
             return _from_generator(_token_files, arguments, cache_dir, TOKENISED)

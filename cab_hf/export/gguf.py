@@ -85,9 +85,9 @@ def export_gguf(folder: str | Path, out: str | Path, *, compact: bool = False, k
         raise ValueError(f"kind is {kind!r}. It must be one of {', '.join(KINDS)}.")
     student = read_student(folder).float()
     stock = to_stock(student, compact=compact)
-    tokenizer, probe = load_tokenizer(folder), probe_of(folder, student)
     model_type, config = stock.config.model_type, stock.config
-    tensors = _tensors(stock)
+    tensors = _tensors(stock)  # says no at once, if at all
+    tokenizer, probe = load_tokenizer(folder), probe_of(folder, student)
     vocabulary = {"tokenizer.ggml.model": "none"} if tokenizer is None else _vocabulary(tokenizer, config.vocab_size)
 
     writer = gguf.GGUFWriter(None, _ARCHITECTURES[model_type])
@@ -213,7 +213,7 @@ def _tensors(stock: PreTrainedModel) -> dict[str, Tensor]:
     if biased:
         raise ValueError(
             f"llama.cpp has no place for the biases of {', '.join(biased)}, and the student's are not zero. Only "
-            "students with use_bias=False can be written: begin one by `start: served`."
+            "students with use_bias=False can be written: begin one by --start served."
         )
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]

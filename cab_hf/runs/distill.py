@@ -68,7 +68,10 @@ def parse_count(text: str) -> int:
     except (TypeError, ValueError):
         count = 0
     if count < 1:
-        raise ValueError(f"{text!r} is no number of tokens or images. Write one such as 300000, 500k or 20M.")
+        raise ValueError(
+            f"`--tokens` or `--images` is {text!r}, which is no positive number. Write one such as 300000, 500k or "
+            "20M."
+        )
     return count
 
 
@@ -113,7 +116,7 @@ def data_options(task: str, sources: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: images for a language model, texts for an image model, or several sources of images.
     """
-    folders = [source for source in sources if _holds_images(Path(source).expanduser())]
+    folders = [source for source in sources if holds_images(Path(source).expanduser())]
     if task == TEXT:
         if folders:
             raise ValueError(
@@ -135,7 +138,7 @@ def data_options(task: str, sources: Sequence[str]) -> dict[str, Any]:
     return {"dataset": [source]}
 
 
-def _holds_images(folder: Path) -> bool:
+def holds_images(folder: Path) -> bool:
     """Whether a folder, or one up to two below it, holds an image; a saved data set says for itself what it holds."""
     if not folder.is_dir() or any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return False
@@ -199,13 +202,23 @@ def recipe_values(
         values["block_size"] = longest
     if "learning_rate" not in options:
         _scale_rates(values, config.get_text_config().hidden_size, measured)
-    if amount is None and task == IMAGES:
-        amount = IMAGES_SEEN[on_gpu]
+    if task == IMAGES:
+        amount = IMAGES_SEEN[on_gpu] if amount is None else amount
+        _fit_batch(values, world)
     if amount is not None:
         _scale_steps(values | options, values, amount, world)
     if values.get("stages"):
         values["stages"] = without({"stages": values["stages"]}, options.keys())["stages"]
     return values | options
+
+
+def _fit_batch(values: dict[str, Any], world: int) -> None:
+    """No batch is larger than half of a class folder, a fifth of which may be held out."""
+    if "data_dir" not in values:
+        return
+    count = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(values["data_dir"]).expanduser().rglob("*"))
+    batch = values.get("per_device_train_batch_size", default_of("per_device_train_batch_size"))
+    values["per_device_train_batch_size"] = max(1, min(batch, count // 2 // world))
 
 
 def _fit_machine(values: dict[str, Any], on_gpu: bool, world: int) -> None:
@@ -247,8 +260,8 @@ def _scale_steps(given: Mapping[str, Any], values: dict[str, Any], amount: int, 
     if steps < len(stages):
         what, option = ("tokens", "--tokens") if is_text else ("images", "--images")
         raise ValueError(
-            f"`{option}` is {amount:,}, but a step reads {unit:,} {what}, and there are {len(stages)} stages. Give at "
-            f"least {unit * len(stages):,}, or a smaller --per_device_train_batch_size."
+            f"`{option}` is {amount:,}, but a step reads {unit:,} {what}, and each of {len(stages)} stage(s) takes "
+            f"one. Give at least {unit * len(stages):,}, or a smaller --per_device_train_batch_size."
         )
     own = [stage.get("max_steps") for stage in stages]
     left = steps
@@ -284,7 +297,8 @@ def launch(gpus: int, arguments: Sequence[str]) -> int:
     """
     found = torch.cuda.device_count()
     if gpus > found:
-        raise ValueError(f"`--gpus` is {gpus}, but this machine has {found}. Give at most {found or 'none'}.")
+        way_out = f"Give at most {found}." if found > 1 else "Leave it out."
+        raise ValueError(f"`--gpus` is {gpus}, but this machine has {found}. {way_out}")
     line = ["--num_processes", str(gpus), "-m", "cab_hf.cli", "distill", *arguments]
     print(shlex.join(["accelerate", "launch", *line]), flush=True)
     plain = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

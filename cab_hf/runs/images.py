@@ -206,7 +206,7 @@ def distil_images(recipe: Recipe) -> dict[str, Any]:
     batches = []
     if recipe.model.calibrates:
         batches = _calibration_batches(recipe.model.calibration_tokens, sets.train, transform, teacher_model)
-    tell(recipe, "student: made, and its start fitted")
+    tell(recipe, "student: being made, and its start fitted to the teacher ...")
     start = build_student(recipe.model, teacher_model, args.layer_map, batches, **prepared.student_options)
     start.to(args.device)
     tell(recipe, f"student: {type(start).__name__}, {start.num_parameters():,} parameters; measuring it untrained")

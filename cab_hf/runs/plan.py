@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from cab_hf.distillation.trainer import DistillationTrainer, default_learning_rate, make_teacher
 from cab_hf.recipes import Recipe, Stage
@@ -78,7 +78,10 @@ def plan(recipe: Recipe) -> str:
             f"{stage.name} ({what_of(stage.args)}): {steps:,} steps, {seen * prepared.unit:,} {prepared.units}, "
             f"{seen / len(prepared.train):.1f} passes, learning rate {rate:g}"
         )
-    lines["time"] = f"about {_duration(seconds)} for the steps ({rows} x {prepared.unit} {prepared.units} were timed)"
+    lines["time"] = (
+        f"about {_duration(seconds)} for the steps ({rows} x {prepared.unit} {prepared.units} were timed); the fit of "
+        "the start and measuring before and after come on top"
+    )
     lines["memory"] = f"{gib:.1f} GiB at {rows} row{'s' if rows > 1 else ''} a step" + (
         f", more at {args.per_device_train_batch_size}" if rows < args.per_device_train_batch_size else ""
     )
@@ -144,9 +147,16 @@ def _measure(
             logging_strategy="no",
         )
         student.requires_grad_(True)
+        shown = prepared.trainer_options
+        # what the run itself would raise before its first step
+        whole = replace(args, per_device_train_batch_size=stage.args.per_device_train_batch_size)
+        DistillationTrainer(
+            student, make_teacher(teacher, whole), whole, train_dataset=prepared.train, **shown
+        ).get_train_dataloader()
         trainer = DistillationTrainer(
-            student, make_teacher(teacher, args), args, train_dataset=prepared.train, **prepared.trainer_options
+            student, make_teacher(teacher, args), args, train_dataset=prepared.train, **shown
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         trainer.train()
     seconds = (clock.ends[-1] - clock.ends[0]) / (len(clock.ends) - 1)

@@ -45,6 +45,7 @@ from cab_hf.recipes import (
     read_recipe,
 )
 from cab_hf.runs.card import check_finite
+from cab_hf.runs.distill import holds_images
 from cab_hf.runs.text import loss_of
 from cab_hf.teachers.loading import load_image_teacher, load_teacher
 from cab_hf.teachers.teacher import Teacher, check_vocabularies
@@ -110,7 +111,9 @@ def evaluate(
     _check_options(data, lengths, gaps, prompts, **sizes, repeats=repeats)
     if output is None and not Path(folder).is_dir():
         reason = "is a file and no folder of a student" if Path(folder).is_file() else "is no folder here"
-        raise ValueError(f"{folder} {reason}, so the report can't be written into it. Give output.")
+        raise ValueError(
+            f"{folder} {reason}. Name the folder of a student; of one on the Hub, also an output folder (--output)."
+        )
     output = Path(folder if output is None else output)
     if output.is_file():
         raise ValueError(f"output is {output}, which is a file. Name a folder for {EVALUATION_NAME} and the plots.")
@@ -133,6 +136,8 @@ def evaluate(
     }
     if report["task"] == "image-classification":
         settings = replace(recipe.images if recipe else ImageArguments())
+        if len(data) == 1 and holds_images(Path(data[0]).expanduser()):  # as `cab-hf distill` takes it
+            data, data_dir = ["imagefolder"], data[0]
         settings.data_dir = settings.data_dir if data_dir is None else str(data_dir)
         report |= _evaluate_images(
             student, folder, teacher, data, recipe.data if recipe else None, settings, batch_size, max_tokens, repeats

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cab_hf.recipes import RECIPE_NAME, REPORT_NAME, Recipe, default_of, parse_r
 from cab_hf.runs import images as run_images
 from cab_hf.runs import text as run_text
 from cab_hf.runs.card import check_finite, hub_ids, license_of, write_model_card
+from cab_hf.runs.inputs import INPUTS_NAME
 
 
 # Options that do not change what a run computes: a finished run may be asked for again with others.
@@ -195,10 +197,12 @@ def next_commands(recipe: Recipe) -> str:
     folder, model, data = recipe.output_dir, recipe.model, recipe.data
     sources = data.eval_dataset or data.dataset
     place = f" --data_dir {recipe.images.data_dir}" if model.reads_images and recipe.images.data_dir else ""
+    kind, runtime = ("onnx", "onnxruntime") if model.reads_images else ("stock", "vLLM")
+    unlicensed = "" if license_of(recipe) else " --license NAME"
     commands = {
         f"cab-hf evaluate {folder} --teacher {model.teacher} --data {' '.join(sources)}{place}": "measure more",
-        f"cab-hf export {folder} {folder}-served --to stock": "for vLLM",
-        f"cab-hf card {folder} --overwrite": "its model card, with new measurements",
+        f"cab-hf export {folder} {folder}-{kind} --to {kind}": f"for {runtime}",
+        f"cab-hf card {folder} --overwrite{unlicensed}": "its model card, with new measurements",
         "the same command with --push_to_hub true": "publish it",
     }
     if not model.reads_images:
@@ -233,7 +237,14 @@ def differences(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     found, asked = without(found, FREE_OPTIONS), without(asked, FREE_OPTIONS)
     names = sorted(found.keys() | asked.keys())
     pairs = [(name, *(values.get(name, default_of(name)) for values in (found, asked))) for name in names]
-    return [f"{name}: {there!r} there, {now!r} now" for name, there, now in pairs if there != now]
+    shown = [(name, *(textwrap.shorten(repr(one), 60) for one in both)) for name, *both in pairs if both[0] != both[1]]
+    return [f"{name}: {there} there, {now} now" for name, there, now in shown]
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run's folder holds more than its recipe and what it is to read: a step, or anything else."""
+    bare = {folder / RECIPE_NAME, folder / "stages" / INPUTS_NAME}
+    return any(path.is_file() and path not in bare for path in folder.rglob("*"))
 
 
 def _claim(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -241,7 +252,9 @@ def _claim(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     path = folder / RECIPE_NAME
     if path.is_file() and any(other != path for other in folder.iterdir()):  # alone, of a run that never began
         differing = differences(yaml.safe_load(path.read_text()) or {}, recipe.values)
-        if differing:
+        if differing and not has_begun(folder):
+            (folder / "stages" / INPUTS_NAME).unlink(missing_ok=True)
+        elif differing:
             raise ValueError(
                 f"`output_dir` {folder} holds a run of another recipe ({'; '.join(differing[:4])}). Choose another "
                 "`--output_dir`, or remove the folder."

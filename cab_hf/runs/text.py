@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from cab_hf.data.documents import load_documents, split_documents, tell_copies
-from cab_hf.data.packing import LanguageCollator, LossOn, pack_documents, save_tokens
+from cab_hf.data.packing import IGNORE_INDEX, LanguageCollator, LossOn, pack_documents, save_tokens
 from cab_hf.data.repeats import insert_repeats
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.distillation.training_args import DistillationTrainingArguments
@@ -72,7 +72,10 @@ class Prepared(NamedTuple):
     @property
     def facts(self) -> str:
         held = sum(len(rows) for rows in self.heldout.values())
-        return f"{len(self.train):,} rows of {self.unit:,} tokens, and {held:,} held out"
+        labels = self.train.select(range(min(len(self.train), 64)))["labels"]
+        share = sum(label != IGNORE_INDEX for row in labels for label in row) / sum(map(len, labels))
+        note = "" if share > 0.9 else f", {share:.0%} of them learnt (loss_on)"
+        return f"{len(self.train):,} rows of {self.unit:,} tokens{note}, and {held:,} held out"
 
     @property
     def trainer_options(self) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
         for start in range(0, rows, CALIBRATION_ROWS):
             batch = collator([train_blocks[row] for row in range(start, min(start + CALIBRATION_ROWS, rows))])
             batches.append({"input_ids": batch["input_ids"].to(teacher_model.device)})
-    tell(recipe, "student: made, and its start fitted")
+    tell(recipe, "student: being made, and its start fitted to the teacher ...")
     student = build_student(recipe.model, teacher_model, args.layer_map, batches).to(args.device)
     tell(recipe, f"student: {type(student).__name__}, {student.num_parameters():,} parameters; measuring it untrained")
     teacher = make_teacher(teacher_model, args)

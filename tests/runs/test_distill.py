@@ -1,5 +1,6 @@
 """`cab-hf distill`: a teacher and data become a recipe, and the recipe a student that loads."""
 
+import json
 import os
 import subprocess
 import sys
@@ -63,12 +64,27 @@ def test_one_text_file_becomes_a_student_and_goes_on(here, capsys):
 def test_a_folder_of_class_images_becomes_a_student(here, pictures, capsys):
     tiny_image_teacher(id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1}).save_pretrained("vit")
     ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained("vit")
-    options = ["--per_device_train_batch_size", "4", "--use_cpu", "true", "--disable_tqdm", "true"]
-    main(["distill", "vit", "--data", str(pictures), "--images", "40", *options, "--rand_augment_num", "0"])
+    options = ["--use_cpu", "true", "--disable_tqdm", "true", "--rand_augment_num", "0"]
+    main(["distill", "vit", "--data", str(pictures), "--images", "100", *options])
     printed = capsys.readouterr().out
+    # the recipe's batch of 128 is half of the 20 images
     assert "stage 1 of 2: outputs (mixer outputs), 3 steps" in printed
     assert "stage 2 of 2: kl (soft KL), 7 steps" in printed
-    assert (here / "outputs/vit-mamba/model.safetensors").is_file()
+    assert "--to onnx" in printed and "--to stock" not in printed and "--license NAME" in printed
+    folder = here / "outputs/vit-mamba"
+    main(["evaluate", str(folder), "--teacher", "vit", "--data", str(pictures), "--lengths", "--repeats", "1"])
+    assert json.loads((folder / "evaluation.json").read_text())["images"]
+
+
+def test_a_folder_in_which_nothing_was_done_is_free(here, capsys):
+    command = ["distill", "random-llama", "--data", "notes.txt", "--tokens", "1k", "--output_dir", "mine", *QUICK]
+    assert "make no batch" in error_of(
+        capsys, *command, "--per_device_train_batch_size", "999", "--tokens", "64k", "--dataloader_drop_last", "true"
+    )
+    assert (here / "mine/recipe.yaml").is_file()
+    main(command)
+    other = [*command, "--learning_rate", "1e-4"]
+    assert "holds a run of another recipe (learning_rate: " in error_of(capsys, *other)
 
 
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(here, capsys):
@@ -128,7 +144,7 @@ def test_counts(text, count):
 
 @pytest.mark.parametrize("text", ["", "M", "-5", "ten", "0", "1.2.3", "5T"])
 def test_what_is_no_count(text):
-    with pytest.raises(ValueError, match="is no number of tokens or images"):
+    with pytest.raises(ValueError, match="is no positive number"):
         parse_count(text)
 
 
@@ -147,8 +163,11 @@ def test_errors_are_one_line(here, pictures, capsys):
     assert "'--recipe' vision_default is for image" in error_of(
         capsys, *teacher, "notes.txt", "--recipe", "vision_default"
     ).replace("`", "'")
-    assert "'ten' is no number" in error_of(capsys, *teacher, "notes.txt", "--tokens", "ten")
+    assert "is 'ten', which is no positive number" in error_of(capsys, *teacher, "notes.txt", "--tokens", "ten")
     assert "a step reads" in error_of(capsys, *teacher, "notes.txt", "--tokens", 3)
+    assert "Did you mean '--tokens'?" in error_of(capsys, *teacher, "notes.txt", "--token", "6k")
+    Path("empty.txt").write_text("")
+    assert "empty.txt is empty" in error_of(capsys, *teacher, "empty.txt", "--tokens", "1k", *QUICK)
     assert "Did you mean 'kl_weight'" in error_of(capsys, *teacher, "notes.txt", "--kl_wieght", 1)
     assert "no file and no folder" in error_of(capsys, "distill", "./nothing", "--data", "notes.txt")
     assert "the following arguments are required: --data" in error_of(capsys, "distill", "random-llama")
