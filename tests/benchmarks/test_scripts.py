@@ -259,3 +259,11 @@ def test_students_in_llama_cpp(run, tmp_path):
     # one model, quantised twice
     assert all(one["perplexity"] == pytest.approx(cells[0]["perplexity"], rel=0.1) for one in cells[:4])
     assert cells[0]["perplexity"] == pytest.approx(cells[1]["perplexity"], rel=1e-3)
+
+
+def test_the_lines_of_the_readme(run, tmp_path):
+    output = tmp_path / "lines.json"
+    options = ("--teacher", "random-llama", "--steps", 2, "--output", output)
+    assert "KL" in run("quality/quickstart_lm/readme_lines.py", *options)
+    found = json.loads(output.read_text())
+    assert found["train_tokens"] == 1024 and found["after"]["n_tokens"] == found["before"]["n_tokens"] > 0

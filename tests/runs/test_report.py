@@ -155,7 +155,7 @@ def test_a_report_on_images(tmp_path):
         ({"block_size": 0}, "block_size is 0"),
         ({"device": "abacus"}, "'abacus' can't be used here"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
-        ({"folder": "nobody/nothing", "output": None}, "Give output"),
+        ({"folder": "nobody/nothing", "output": None}, "is no folder here. Name the folder of a student"),
     ],
 )
 def test_wrong_options(student, text, tmp_path, options, message):
