@@ -165,6 +165,11 @@ class LanguageCollator:
     pad_token_id: int
     padding_side: str = "right"
 
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "LanguageCollator":
+        """One that pads by the tokenizer's padding token or, where it has none, by its end of sequence."""
+        return cls(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
     def __post_init__(self) -> None:
         _check_padding_side(self.padding_side)
         if self.pad_token_id is None or self.pad_token_id < 0:

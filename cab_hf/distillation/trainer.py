@@ -36,7 +36,7 @@ from cab_hf.distillation.modeling_distillation import (
     DistillationOutput,
 )
 from cab_hf.distillation.pushing import push_trainer
-from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments
+from cab_hf.distillation.training_args import LOSSES, DistillationTrainingArguments, rate_at_width
 from cab_hf.export.loading import read_student
 from cab_hf.lora import core_of
 from cab_hf.teachers.examination import check_whole
@@ -413,7 +413,7 @@ def default_learning_rate(config: PreTrainedConfig) -> float:
     Source: training_args/quickstart_lm.yaml and vision_default.yaml; arXiv 2203.03466, table 3.
     """
     rate, width = (5e-5, 384) if hasattr(config, "patch_size") else (6e-4, 576)
-    return float(f"{rate * min(width / config.hidden_size, 2.0):.3g}")
+    return rate_at_width(rate, width, config.hidden_size)
 
 
 def _rows(data: Any, given: dict[str, Any]) -> Any:
@@ -428,8 +428,7 @@ def _rows(data: Any, given: dict[str, Any]) -> Any:
     if not {"text", "conversation"} & set(documents.column_names) or "input_ids" in documents.column_names:
         return data
     if given.get("data_collator") is None:
-        end = tokenizer.eos_token_id
-        given["data_collator"] = LanguageCollator(end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        given["data_collator"] = LanguageCollator.of(tokenizer)
     return pack_documents(documents, tokenizer, BLOCK_SIZE, isolate_documents=False)
 
 

@@ -14,6 +14,22 @@ LOSSES = ("kl", "ce", "bridge", "output", "hidden", "attention")
 """The loss parts. Each has `<name>_weight`, `<name>_end` and `<name>_decay`; a weight of 0.0 is not computed."""
 
 
+LARGEST_FACTOR = 2.0
+
+
+def rate_at_width(rate: float, measured: int, width: int) -> float:
+    """A learning rate that was measured at one width of the hidden states, at another: as one over the width, and at
+    most doubled.
+
+    Source: muP, arXiv 2203.03466, table 3: Adam's rate of hidden matrices.
+
+    Example:
+        >>> rate_at_width(6e-4, 576, 1152)
+        0.0003
+    """
+    return float(f"{rate * min(measured / width, LARGEST_FACTOR):.3g}")
+
+
 class LossCourse(NamedTuple):
     """A loss over a training: its weight at the start, the fraction at which it is off, and its way there."""
 

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from cab_hf.distillation.training_args import rate_at_width
 from cab_hf.files import shipped
 from cab_hf.hub.sources import check_source, local_name
 from cab_hf.recipes import default_of, load_recipe, without
@@ -49,7 +50,6 @@ ITS_OWN = {
 FIRST_SHARE = 0.3  # of the steps, for all stages but the last: as at 5M and 20M tokens and on CIFAR-10
 IMAGES_SEEN = {True: 192_000, False: 6_400}  # on a GPU as on CIFAR-10; on a CPU, minutes
 CPU_EVAL_TOKENS = 6_144
-LARGEST_FACTOR = 2.0  # of learning rates, for narrow teachers
 
 
 def parse_count(text: str) -> int:
@@ -235,14 +235,14 @@ def _fit_machine(values: dict[str, Any], on_gpu: bool, world: int) -> None:
 def _scale_rates(values: dict[str, Any], width: int, measured: int | None) -> None:
     if measured is None or width == measured:
         return
-    factor = min(measured / width, LARGEST_FACTOR)
     logger.warning(
         f"The recipe's learning rates were measured under a teacher of width {measured}. This one is {width} wide, "
-        f"where nothing was measured: they are multiplied by {factor:.3g}. --learning_rate sets one by hand."
+        f"where nothing was measured: they are multiplied by {rate_at_width(1.0, measured, width):g}. --learning_rate "
+        "sets one by hand."
     )
     for run in (values, *values.get("stages", ())):
         if "learning_rate" in run:
-            run["learning_rate"] = float(f"{float(run['learning_rate']) * factor:.3g}")
+            run["learning_rate"] = rate_at_width(float(run["learning_rate"]), measured, width)
 
 
 def _scale_steps(given: Mapping[str, Any], values: dict[str, Any], amount: int, world: int) -> None:

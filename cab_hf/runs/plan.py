@@ -147,15 +147,12 @@ def _measure(
             logging_strategy="no",
         )
         student.requires_grad_(True)
-        shown = prepared.trainer_options
+        taught = make_teacher(teacher, args)
+        given = {"train_dataset": prepared.train, **prepared.trainer_options}
         # what the run itself would raise before its first step
         whole = replace(args, per_device_train_batch_size=stage.args.per_device_train_batch_size)
-        DistillationTrainer(
-            student, make_teacher(teacher, whole), whole, train_dataset=prepared.train, **shown
-        ).get_train_dataloader()
-        trainer = DistillationTrainer(
-            student, make_teacher(teacher, args), args, train_dataset=prepared.train, **shown
-        )
+        DistillationTrainer(student, taught, whole, **given).get_train_dataloader()
+        trainer = DistillationTrainer(student, taught, args, **given)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         trainer.train()

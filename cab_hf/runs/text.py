@@ -99,7 +99,7 @@ def prepare(recipe: Recipe, *, writes: bool = True) -> Prepared:
         data = replace(data, teacher_tokens=0, teacher_continuation_tokens=0, teacher_prompt_length=None)
     with args.main_process_first(desc="data"):
         blocks = load_blocks(data, tokenizer, teacher_model, args, recipe.output_dir / "stages")
-    prepared = Prepared(teacher_model, tokenizer, *blocks, _collator(tokenizer))
+    prepared = Prepared(teacher_model, tokenizer, *blocks, LanguageCollator.of(tokenizer))
     tell(recipe, f"text: {prepared.facts}")
     return prepared
 
@@ -178,7 +178,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     with args.main_process_first(desc="data"):
         model = original.to(args.device)
         train_blocks, heldout, copies = load_blocks(recipe.data, tokenizer, model, args, recipe.output_dir / "stages")
-    collator = _collator(tokenizer)
+    collator = LanguageCollator.of(tokenizer)
     check_packing(original, collator([train_blocks[0]]))
     if recipe.data.recall_gaps:  # whether the model has positions enough, before a long training
         copying_recall(original, _plain_tokens(tokenizer), max(recipe.data.recall_gaps), n=1, progress=False)
@@ -220,10 +220,6 @@ def check_data(recipe: Recipe, blocks: Dataset, heldout: dict[str, Dataset]) -> 
     """Refuses blocks other than those that the run began with. Called last before training, which makes the folder."""
     digests = {"training text": blocks_digest(blocks)} | {name: blocks_digest(one) for name, one in heldout.items()}
     check_inputs(recipe.output_dir / "stages", digests, recipe.is_main_process)
-
-
-def _collator(tokenizer: PreTrainedTokenizerBase) -> LanguageCollator:
-    return LanguageCollator(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def _one_or_all(heldout: dict[str, Dataset]) -> Dataset | dict[str, Dataset]:
