@@ -465,6 +465,39 @@ def test_tokens_of_generate(start, model, way, rows):
     assert row(RESULTS, start) == ["" if ms is None else f"{ms:.1f}" if ms > 10 else f"{ms:.2f}" for ms in cells]
 
 
+def test_decoding_and_serving_in_the_readme():
+    """Whatever the README's two paragraphs say in figures stands in a file."""
+    text, cells = README.read_text(), result("speed/results/generate_h200.json")["cells"]
+
+    def ms(model, way, context):
+        wanted = {"model": model, "way": way, "batch_size": 1, "context": context}
+        return next(cell["ms"] for cell in cells if wanted.items() <= cell.items())
+
+    assert {f"{ms('student', 'generate()', context):.1f}" for context in (512, 32000)} == {"0.9"}
+    near, far = (f"{ms('teacher', 'static', context):.1f}" for context in (512, 32000))
+    assert "takes 0.9 ms a token" in text and f"{near} ms after 512 tokens and {far} ms after 32,000" in text
+    engine = result("serving/results/engine_cpu.json")
+    teacher, student = (
+        next(cell for cell in engine[name]["cells"] if (cell["rows"], cell["context"]) == (16, 7600))
+        for name in ("teacher", "student")
+    )
+    writes = f"{student['decode_tokens_per_s']:.0f} tokens a second against {teacher['decode_tokens_per_s']:.0f}"
+    holds = [f"{engine[name]['rows_that_fit']:.0f}" for name in ("student", "teacher")]
+    assert f"{writes}, with 16 texts of 7,600" in text
+    assert f"holds {holds[0]} texts of 8,144 tokens for the student and {holds[1]} for the teacher" in text
+    on_gpu = result("serving/results/engine_h200.json")
+    pairs = zip(on_gpu["teacher"]["cells"], on_gpu["student"]["cells"], strict=True)
+    assert all(one["decode_tokens_per_s"] > other["decode_tokens_per_s"] for one, other in pairs)
+
+
+def test_families_of_the_readme():
+    page = (ROOT / "docs/coverage.md").read_text()
+    counts = re.search(r"Of (\d+) families .* (\d+) become students .* of (\d+) of .* of (\d+) not", page).groups()
+    text = README.read_text()
+    assert f"Of the {counts[0]} causal families" in text and f"{counts[1]} become working students" in text
+    assert f"{counts[2]} read their teacher's attention exactly, {counts[3]} approximate it" in text
+
+
 def test_first_tokens():
     cells = result("speed/results/generate_h200_first.json")["prefill"]
     for start, name in (("first token, milliseconds", "ms"), ("first token, MiB", "peak_mib")):
