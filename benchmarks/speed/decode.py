@@ -73,7 +73,7 @@ def main() -> None:
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(LlamaConfig(**SHAPE, max_position_embeddings=2 * max(CONTEXTS)))
     teacher = teacher.to(arguments.device, dtype).eval()
-    student = student_from_teacher(teacher).eval()
+    student = student_from_teacher(teacher, dtype=dtype).eval()
     cells = []
     for batch_size in BATCH_SIZES[arguments.device]:
         for context in CONTEXTS:

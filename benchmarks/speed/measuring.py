@@ -51,4 +51,6 @@ def save_cells(path: Path, device: str, cells: list[dict[str, Any]], **facts: An
         "cells": cells,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(report, indent=1) + "\n")
+    scratch.replace(path)  # the file is there whole, whenever a run ends

@@ -131,6 +131,42 @@ def test_decoding(run):
     assert len(cells) == 4 and sizes["student", 8] == sizes["student", 16] and all(cell["ms"] > 0 for cell in cells)
 
 
+def test_tokens_of_generate(run):
+    """All parts but mamba_ssm's, whose kernels need a GPU."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = sizes | {"num_key_value_heads": 1, "vocab_size": 99}
+    small = {
+        "DEVICE": "cpu",
+        "SHAPE": shape,
+        "ROWS": (1, 2),
+        "NEAR": 8,
+        "FAR": 24,
+        "KEPT": 1,
+        "TOKENS": 6,
+        "WARM_UP": 2,
+    }
+    small |= {"PREFILLS": (16, 64), "PIECE": 16}
+    options = ("speed/generate.py", "--output", "a.json", "--only")
+    run(*options, "student", "prefill", "hybrid", "teacher", "first", **small)
+    module = sys.modules["script_generate"]
+    assert {module.teacher().dtype, module.student().dtype, module.student(1).dtype} == {torch.bfloat16}
+    report = json.loads(Path("a.json").read_text())
+    measured = [*report["cells"], *report["prefill"]]
+    assert len(report["cells"]) == 19 and len(report["prefill"]) == 5
+    assert [cell for cell in measured if "error" in cell] == [] and all(cell["ms"] > 0 for cell in measured)
+    Path("a.json").write_text(
+        json.dumps(report | {"cells": [report["cells"][0], {**report["cells"][1], "error": ""}]})
+    )
+    found = run(*options, "student", **small)
+    assert found.count("{'model': 'student'") == 6  # the one that failed, and those that were missing
+    cells = cells_of("a")
+    assert len(cells) == 7 and cells[0] == report["cells"][0]
+
+    Path("a.json").write_text(json.dumps(report | {"torch": "1.0"}))
+    with pytest.raises(SystemExit, match=r"a.json holds results of torch 1.0 for .*\. Write to a new file\."):
+        run(*options, "student", **small)
+
+
 def test_cells(run):
     settings = {"dtype": "float32", "hidden": 8, "vocabularies": [99], "tokens": [16], "repeats": 1}
     run("speed/chunked_kl.py", "--output", "kl.json", SETTINGS={"cpu": settings}, CHUNK_SIZES={"cpu": 4})
