@@ -1,12 +1,46 @@
 """A training step that the host starts with one call: teacher, student and backward pass as a CUDA graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 
 WARM_UP_STEPS = 3
+BUCKET_BYTES = 2**28
+"""Of gradients that travel together: far more than a message costs, far less than all gradients of a large model."""
+
+
+@torch.no_grad()
+def sum_over_processes(gradients: list[Tensor], bucket_bytes: int = BUCKET_BYTES) -> None:
+    """Adds up gradients over all processes, in place.
+
+    Behind a CUDA graph, and not inside of it beside the backward pass, they come as a few large messages.
+
+    Args:
+        gradients: of any shapes, the same ones in the same order on every process.
+        bucket_bytes: how much is copied together and sent at once. A larger tensor is sent as it is.
+    """
+    for bucket in _buckets(gradients, bucket_bytes):
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            torch.distributed.all_reduce(bucket[0])
+            continue
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(gradient) for part, gradient in zip(parts, bucket)])
+
+
+def _buckets(gradients: list[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        size = sum(one.nbytes for one in bucket) + gradient.nbytes
+        if bucket and (size > bucket_bytes or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
 
 
 class GraphedStep:
@@ -15,7 +49,7 @@ class GraphedStep:
     A small model's step is bound by the host, which launches thousands of kernels; a graph launches them all at once.
 
     Args:
-        model: the trained module, as prepared for training.
+        model: the trained module, without DDP around it.
         distil: `(model, inputs, weights, active, counts) -> DistillationOutput`, everything up to the loss.
         accumulates: whether several calls add up their gradients before an optimizer step.
 
@@ -32,9 +66,12 @@ class GraphedStep:
         self.active: frozenset[str] | None = None
 
     def __call__(
-        self, inputs: dict[str, Tensor], weights: Tensor, active: frozenset[str], counts: Tensor
+        self, inputs: dict[str, Tensor], weights: Tensor, active: frozenset[str], counts: Tensor, reduces: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Leaves gradients in the parameters; returns loss and parts, which the next call overwrites."""
+        """Leaves gradients in the parameters; returns loss and parts, which the next call overwrites.
+
+        With `reduces` the gradients are then added up over all processes.
+        """
         shapes = {name: value.shape for name, value in inputs.items()}
         if self.shapes is not None and shapes != self.shapes:
             raise ValueError(
@@ -50,6 +87,8 @@ class GraphedStep:
         self.counts.copy_(counts, non_blocking=True)
         self.graph.replay()
         self._hand_over_gradients()
+        if reduces:
+            sum_over_processes([one.grad for one in self.parameters if one.grad is not None])
         return self.loss, self.parts
 
     def _capture(self, inputs: dict[str, Tensor], weights: Tensor, counts: Tensor) -> None:

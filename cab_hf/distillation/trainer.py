@@ -261,24 +261,34 @@ class DistillationTrainer(EvaluatedTrainer):
         if not self.args.cuda_graph:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._graphed_step is None:
-            if self.args.world_size > 1 or self.args.device.type != "cuda":
-                raise ValueError(
-                    f"`cuda_graph=True` is for one process on one GPU; there are {self.args.world_size} on "
-                    f"{self.args.device.type}. Set `cuda_graph=False`."
-                )
-            if self.args.fp16:
-                raise ValueError(
-                    f"`cuda_graph=True` can't scale losses as `fp16={self.args.fp16}` needs. Use `bf16=True`, or set "
-                    "`cuda_graph=False`."
-                )
-            self._graphed_step = GraphedStep(
-                model, self._distil, accumulates=self.args.gradient_accumulation_steps > 1
-            )
+            self._graphed_step = self._make_graphed_step(model)
         model.train()
         weights, active = self._weights()
-        loss, parts = self._graphed_step(self._prepare_inputs(inputs), weights, active, num_items_in_batch)
+        processes = self.args.world_size
+        reduces = processes > 1 and self.accelerator.sync_gradients
+        inputs = self._prepare_inputs(inputs)
+        loss, parts = self._graphed_step(inputs, weights, active, num_items_in_batch, reduces)
         self._accumulate_parts(parts)
-        return loss
+        return loss * processes  # the log has the processes' mean
+
+    def _make_graphed_step(self, model: nn.Module) -> GraphedStep:
+        args, is_ddp = self.args, not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if args.device.type != "cuda" or not is_ddp:
+            sharded = "" if is_ddp else " under FSDP or DeepSpeed"
+            raise ValueError(
+                f"`cuda_graph=True` is for whole students on GPUs, alone or under DDP; this one is on "
+                f"{args.device.type}{sharded}. Set `cuda_graph=False`."
+            )
+        if args.fp16:
+            raise ValueError(
+                f"`cuda_graph=True` can't scale losses as `fp16={args.fp16}` needs. Use `bf16=True`, or set "
+                "`cuda_graph=False`."
+            )
+        # DDP sends gradients in the middle of the backward pass. Here they are sent behind the graph.
+        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if args.torch_compile:
+            model = torch.compile(model, **self.accelerator.state.dynamo_plugin.to_kwargs())
+        return GraphedStep(model, self._distil, accumulates=args.gradient_accumulation_steps > 1)
 
     def _weights(self) -> tuple[Tensor, frozenset[str]]:
         """The loss weights `(6,)` at this moment of training, and the names of those that are not zero."""

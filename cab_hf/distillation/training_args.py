@@ -140,7 +140,7 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     cuda_graph: bool = field(
         default=False,
-        metadata={"help": "Replay the whole step as one CUDA graph: for batches of one shape, on a single process."},
+        metadata={"help": "Replay the whole step as one CUDA graph: for batches of one shape, alone or under DDP."},
     )
 
     hub_strategy: str = field(

@@ -29,6 +29,7 @@ from torch.utils.data import default_collate
 
 from cab_hf import DistillationTrainer, student_from_teacher
 from cab_hf.data.augmentation import two_sizes
+from cab_hf.distillation.cuda_graph import GraphedStep, sum_over_processes
 from cab_hf.distillation.training_args import LOSSES
 
 
@@ -47,6 +48,9 @@ TRAININGS = {
     "partly frozen": {**SIX_LOSSES, "trainable": "in_proj|norm"},
     "lora": {**SIX_LOSSES, "lora": True},
     "recomputed": {**SIX_LOSSES, "activation_checkpointing": True},
+    "graphed": {**SIX_LOSSES, "max_steps": 2, "cuda_graph": True},
+    "graphed, accumulated": {**SIX_LOSSES, "max_steps": 2, "gradient_accumulation_steps": 2, "cuda_graph": True},
+    "compiled": {**SIX_LOSSES, "max_steps": 2, "torch_compile_backend": "eager"},
     "hybrid": {**SIX_LOSSES, "max_steps": 2, "mixer": "hybrid"},
     "hybrid, bridge only, recomputed": {
         **NO_LOSS,
@@ -90,6 +94,22 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(self.rows)
 
 
+class RunAgain(GraphedStep):
+    """Stands for a CUDA graph where there is no GPU: replays a step by running it."""
+
+    def _capture(self, inputs: dict[str, Tensor], weights: Tensor, counts: Tensor) -> None:
+        self.inputs = {name: value.clone() for name, value in inputs.items()}
+        self.weights, self.counts, self.graph = weights.clone(), counts.clone(), self
+
+    def replay(self) -> None:
+        earlier = [parameter.grad for parameter in self.parameters]
+        self._clear_gradients()
+        self.loss, self.parts = self._run()
+        self.gradients = [parameter.grad for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, earlier):
+            parameter.grad = gradient
+
+
 def train(folder: Path, processes: int, options: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Trains on batches of 8 rows in all, and returns what is to be compared."""
     options = {**options, **more}
@@ -102,10 +122,14 @@ def train(folder: Path, processes: int, options: dict[str, Any], **more: Any) ->
         student = get_peft_model(student, config)
     resume = options.pop("resume", None)
     trainer, recorder = make_trainer(folder, rows=ROWS, student=student, per_device_train_batch_size=batch, **options)
+    if trainer.args.cuda_graph:
+        model, accumulates = trainer.model, trainer.args.gradient_accumulation_steps > 1
+        trainer._make_graphed_step = lambda _: RunAgain(model, trainer._distil, accumulates)
     trainer.train(resume_from_checkpoint=resume)
     if processes > 1:
-        assert isinstance(trainer.model_wrapped, DistributedDataParallel)
-        assert not trainer.model_wrapped.find_unused_parameters
+        wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
+        assert isinstance(wrapped, DistributedDataParallel)
+        assert not wrapped.find_unused_parameters
     return {"gradients": recorder.gradients, "logs": recorder.logs, "state": dict(trainer.model.state_dict())}
 
 
@@ -166,6 +190,19 @@ def shard(folder: Path, options: dict[str, Any]) -> float:
     return max(errors).item()
 
 
+def summed() -> bool:
+    """Whether gradients of many shapes are added up over two processes, in place."""
+    generator = torch.Generator().manual_seed(3)
+    whole = [torch.randn(shape, generator=generator) for shape in ((3,), (), (2, 5), (40,), (1, 2), (6,), (2, 2))]
+    whole[2], whole[5] = whole[2].T, whole[5].double()
+    rank = torch.distributed.get_rank()
+    ours = [(rank + 1) * gradient for gradient in whole]
+    places = [gradient.data_ptr() for gradient in ours]
+    sum_over_processes(ours, bucket_bytes=64)
+    same = [torch.equal(gradient, 3 * expected) for gradient, expected in zip(ours, whole)]
+    return all(same) and places == [gradient.data_ptr() for gradient in ours]
+
+
 def everything(folder: Path, processes: int) -> dict[str, Any]:
     results = {name: train(folder / "plain", processes, options) for name, options in TRAININGS.items()}
     results |= {name: train_on_images(folder / "plain", processes, rest) for name, rest in IMAGE_TRAININGS.items()}
@@ -176,6 +213,7 @@ def everything(folder: Path, processes: int) -> dict[str, Any]:
     results["whole"] = train(folder / "saved", processes, saving)
     results["resumed"] = train(folder / "saved", processes, saving, resume=str(folder / "saved" / "checkpoint-2"))
     if processes > 1:
+        results["summed"] = summed()
         results["sharded"] = {name: shard(folder, options) for name, options in SHARDED.items()}
     return results
 
@@ -251,6 +289,10 @@ def test_two_processes_resume_bit_for_bit(results):
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_gradients_are_the_whole_ones(results, name):
     assert results[1]["sharded"][name] < 1e-4
+
+
+def test_gradients_of_many_shapes_are_added_up(results):
+    assert results[1]["summed"] is True
 
 
 def test_maps_of_sharded_weights_teach(tmp_path, monkeypatch):

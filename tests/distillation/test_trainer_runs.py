@@ -399,7 +399,7 @@ def test_errors_of_the_arguments_teach(tmp_path, options, said):
         ({"output_weight": 1.0, "student": lambda: tiny_student(expand=2)}, ["output_weight", "64", "32"]),
         ({"hidden_weight": 1.0, "student": lambda: tiny_student(hidden_size=16)}, ["hidden_weight", "16", "32"]),
         ({"student": lambda: tiny_student(vocab_size=2000)}, ["2000", str(VOCAB)]),
-        ({"cuda_graph": True}, ["cuda_graph", "1 on cpu", "cuda_graph=False"]),
+        ({"cuda_graph": True}, ["cuda_graph", "is on cpu", "cuda_graph=False"]),
         ({"rows": ragged_rows((0, 0))}, ["first 2 examples", "0 real tokens", "relative_loss=False"]),
         ({"ce_weight": 1.0, "rows": [{"input_ids": torch.arange(5)}]}, ["labels are missing", "ce_weight=0.0"]),
         (
