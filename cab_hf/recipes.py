@@ -95,7 +95,15 @@ class ModelArguments:
         default_factory=list,
         metadata={
             "help": "Layers whose attention stays: one number 'n=4' (evenly spread), or indices among the layers that "
-            "attend, or paths of their modules. The student is a hybrid then, with 'n=0' too."
+            "attend, or paths of their modules. 'auto:4' aligns mixers in all layers first, then measures which "
+            "attention to put back. The student is a hybrid then, with 'n=0' too."
+        },
+    )
+    keep_attention_by: Literal["both", "kl", "copying", "evenly"] = field(
+        default="both",
+        metadata={
+            "help": "What 'auto:N' chooses by: 'kl' to the teacher, 'copying', 'both' (the share of tokens copied, "
+            "less the KL as a share of that with nothing kept), or 'evenly', without choosing."
         },
     )
     accept_inexact: float = field(
@@ -126,6 +134,27 @@ class ModelArguments:
     @property
     def reads_images(self) -> bool:
         return self.task == "image-classification"
+
+    @property
+    def num_chosen(self) -> int | None:
+        """The layers of attention that are chosen by measuring: N of `keep_attention: auto:N`; None without it.
+
+        Raises:
+            ValueError: there is no number, or something beside it; or a way to choose and nothing to choose.
+        """
+        is_auto = any(str(one).startswith("auto") for one in self.keep_attention)
+        count = str(self.keep_attention[0]).removeprefix("auto:") if is_auto else ""
+        if is_auto and (len(self.keep_attention) > 1 or not count.isdigit() or int(count) < 1):
+            raise ValueError(
+                f"`keep_attention` is {self.keep_attention}. Write 'auto:4' alone, with a number from 1 on, or "
+                "name the layers."
+            )
+        if not is_auto and self.keep_attention_by != default_of("keep_attention_by"):
+            raise ValueError(
+                f"`keep_attention_by` is {self.keep_attention_by!r}, but `keep_attention` is {self.keep_attention}: "
+                "nothing is chosen. Set it to 'auto:N', or leave `keep_attention_by` out."
+            )
+        return int(count) if is_auto else None
 
     @property
     def calibrates(self) -> bool:

@@ -210,7 +210,7 @@ def release_memory() -> None:
 
 def result(run: Run, recipe: "Recipe", report: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """What is kept of a run's report."""
-    kept = ("before", "after", "after_ema", "train_tokens", "images_seen", "versions", "hardware")
+    kept = ("before", "after", "after_ema", "kept_attention", "train_tokens", "images_seen", "versions", "hardware")
     whole = {
         "method": run.method,
         "data": run.data,

@@ -179,6 +179,43 @@ def recall_curves(recall: Mapping[str, Mapping[str, Mapping[str, Any]]], path: s
     return _save(figure, path)
 
 
+def kept_attention(choice: Mapping[str, Any], path: str | Path) -> Path:
+    """Draws what each layer's attention is worth in a hybrid, a curve a step; the layer that was taken is marked.
+
+    Args:
+        choice: what `cab_hf.evaluation.choose_attention` returned.
+        path: Picture to write, 1600 pixels wide; its suffix picks the format.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = _figure("Kept attention", f"Attention put back, one layer at a time, taken by {choice['by']}")
+    paths, nothing = choice["paths"], choice["nothing_kept"]
+    for column, (name, title) in enumerate({"kl": "KL to teacher", "copying": "share copied"}.items(), start=1):
+        axes = figure.add_subplot(1, 2, column)
+        axes.axhline(nothing[name], color="gray", linestyle=":", label="nothing kept")
+        if name in choice["teacher"]:
+            axes.axhline(choice["teacher"][name], color="gray", linestyle="--", label="teacher")
+        for number, step in enumerate(choice["steps"]):
+            places = [paths.index(one) for one in step["candidates"]]
+            values = [one[name] for one in step["candidates"].values()]
+            place, color = paths.index(step["kept"]), f"C{number}"
+            axes.plot(places, values, color=color, marker=".", label=f"step {number + 1}: layer {place}")
+            axes.plot(place, step[name], color=color, marker="o", markersize=11)
+        axes.set_ylim(0)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_title(title, fontsize=13)
+        axes.set_xlabel("layer whose attention is put back", fontsize=12)
+        axes.tick_params(labelsize=12)
+        axes.grid(True, alpha=0.25)
+        if column == 1:
+            axes.legend(fontsize=11)
+    return _save(figure, path)
+
+
 def _figure(what: str, title: str | None = None) -> "Figure":
     """An empty picture, 1600 pixels wide, that needs no display; a long title goes on in the next line."""
     try:

@@ -31,8 +31,17 @@ _LOSSES = {
 }
 
 
+_CHOICES = {
+    "kl": "put back one at a time, by the KL to the teacher",
+    "copying": "put back one at a time, by how much is copied",
+    "both": "put back one at a time, by the KL to the teacher and how much is copied",
+    "evenly": "evenly spread",
+}
+
+
 PLOTS = {
     "learning_curves.png": "Losses",
+    "keep_attention.png": "Attention put back",
     "recall.png": "Recall over the gap",
     "speed.png": "Speed and memory",
     "attention.png": "Attention maps",
@@ -177,6 +186,12 @@ def _training_rows(recipe: Recipe, report: Mapping[str, Any], teacher: str, sour
             "Text": f"{', '.join(sources)}{written}, in rows of {recipe.data.block_size:,} tokens",
             "Tokens": f"{report['train_tokens']:,}",
         }
+    choice = report.get("kept_attention")
+    if choice is not None:
+        rows["Attention kept"] = (
+            f"layers {', '.join(map(str, choice['layers']))} of {len(choice['paths'])}, counted from 0; "
+            f"{_CHOICES[choice['by']]} (keep_attention.json)"
+        )
     return rows | {
         "Stages": "; ".join(
             f"{one['name']}: {one['steps']:,} steps, {one[unit]:,} {unit}" for one in report["stages"]

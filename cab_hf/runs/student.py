@@ -76,7 +76,7 @@ def build_student(
         layer_map=parse_layer_map(layer_map),
         copy_weights=model.copy_weights,
         copy_attention=model.copy_attention,
-        keep_attention=parse_kept(model.keep_attention),
+        keep_attention=parse_kept(model.keep_attention) if model.num_chosen is None else 0,
         accept_inexact=model.accept_inexact,
         calibration_inputs=batches[0] if batches else None,
         **config,

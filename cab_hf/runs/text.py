@@ -26,6 +26,7 @@ from cab_hf.hub.sources import public_name
 from cab_hf.inference import check_positions, num_positions
 from cab_hf.recipes import DataArguments, Recipe
 from cab_hf.runs.inputs import blocks_digest, check_inputs
+from cab_hf.runs.keep import attention_to_choose_from, keep_attention, num_alignments
 from cab_hf.runs.stages import finetune_stage, run_facts, run_stage, tell
 from cab_hf.runs.student import build_student
 from cab_hf.teachers.loading import load_teacher
@@ -119,22 +120,34 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
     tell(recipe, "student: being made, and its start fitted to the teacher ...")
     student = build_student(recipe.model, teacher_model, args.layer_map, batches).to(args.device)
     tell(recipe, f"student: {type(student).__name__}, {student.num_parameters():,} parameters; measuring it untrained")
+    attention = attention_to_choose_from(recipe, student, teacher_model)
     teacher = make_teacher(teacher_model, args)
 
     check_data(recipe, train_blocks, heldout)
     before = _evaluate(recipe.data, args, student, teacher.model, tokenizer, heldout)
-    histories = []
-    for number, stage in enumerate(recipe.stages, start=1):
-        history = run_stage(
-            stage,
-            student,
-            teacher,
-            (number, len(recipe.stages)),
-            train_dataset=train_blocks,
-            eval_dataset=_one_or_all(heldout),
-            **prepared.trainer_options,
-        )
-        histories.append(history | {"tokens": history["examples"] * len(train_blocks[0]["input_ids"])})
+
+    def run(first: int, last: int) -> list[dict[str, Any]]:
+        histories = [
+            run_stage(
+                recipe.stages[index],
+                student,
+                teacher,
+                (index + 1, len(recipe.stages)),
+                train_dataset=train_blocks,
+                eval_dataset=_one_or_all(heldout),
+                **prepared.trainer_options,
+            )
+            for index in range(first, last)
+        ]
+        return [one | {"tokens": one["examples"] * len(train_blocks[0]["input_ids"])} for one in histories]
+
+    aligned = num_alignments(recipe)
+    histories, chosen = run(0, aligned), {}
+    if attention:
+        tokens = _plain_tokens(tokenizer)
+        chosen = {"kept_attention": keep_attention(recipe, student, teacher.model, attention, train_blocks, tokens)}
+        attention.clear()
+    histories += run(aligned, len(recipe.stages))
     tell(recipe, "measuring the trained student")
     report = {
         "teacher": recipe.model.teacher,
@@ -147,6 +160,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
         "before": before,
         "after": _evaluate(recipe.data, args, student, teacher.model, tokenizer, heldout),
         "stages": histories,
+        **chosen,
         **run_facts(args),
         "folder": str(recipe.output_dir),
     }

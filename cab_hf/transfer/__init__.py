@@ -5,7 +5,7 @@ from cab_hf.transfer.families import FAMILIES, Affine, Family, TeacherLayer, fam
 from cab_hf.transfer.fit import fit_output_projection
 from cab_hf.transfer.from_teacher import copy_teacher_weights, student_config
 from cab_hf.transfer.gate import fit_gate
-from cab_hf.transfer.hybrid import hybrid_from_teacher
+from cab_hf.transfer.hybrid import attention_for, hybrid_from_teacher, put_back
 from cab_hf.transfer.reading import Reading, read_attention
 from cab_hf.transfer.student import student_from_teacher
 from cab_hf.transfer.vim import convert_vim_checkpoint, vim_from_state_dict
@@ -26,6 +26,7 @@ __all__ = [
     "Reading",
     "TeacherLayer",
     "VisionFamily",
+    "attention_for",
     "calibrate_output_norm",
     "convert_vim_checkpoint",
     "copy_teacher_weights",
@@ -34,6 +35,7 @@ __all__ = [
     "fit_gate",
     "fit_output_projection",
     "hybrid_from_teacher",
+    "put_back",
     "read_attention",
     "student_config",
     "student_from_teacher",

@@ -4,11 +4,12 @@ Shapes: `h` head, `p` features of a head, `d` width.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -144,6 +145,54 @@ def parse_kept(given: Sequence[str | int]) -> int | list[int | str] | None:
     if len(given) == 1 and given[0].startswith("n=") and given[0][2:].isdigit():
         return int(given[0][2:])
     return None if not given else [int(one) if one.isdigit() else one for one in given]
+
+
+def attention_for(student: CABHybridPreTrainedModel, teacher: PreTrainedModel) -> dict[str, nn.Module]:
+    """Copies of the attention that a hybrid's mixers stand for, as the hybrid would hold it, by its path.
+
+    Args:
+        student: whose dtype and configs they take.
+        teacher: that the student was made of; neither changed nor shared.
+
+    Returns:
+        One module for each mixer, in the order of their calls, on the CPU.
+    """
+    ours, theirs = student.body, body_of(teacher)
+    parts = {path: part for path, part in theirs.named_modules() if isinstance(part, PreTrainedModel)}
+    configs = {id(part.config): ours.get_submodule(path).config for path, part in parts.items()}
+    found = {}
+    for path in student.config.mixers:
+        module = copy.deepcopy(theirs.get_submodule(path), dict(configs))
+        found[path] = module.to("cpu", student.dtype).requires_grad_(True)
+    return found
+
+
+@contextmanager
+def with_attention(student: CABHybridPreTrainedModel, attention: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Attention stands where mixers do, by its path, until the block ends."""
+    mixers = {path: student.body.get_submodule(path) for path in attention}
+    try:
+        for path, module in attention.items():
+            student.body.set_submodule(path, module)
+        yield
+    finally:
+        for path, mixer in mixers.items():
+            student.body.set_submodule(path, mixer)
+
+
+def put_back(student: CABHybridPreTrainedModel, attention: Mapping[str, nn.Module]) -> None:
+    """Puts attention where mixers stand, by its path and for good: the student is the hybrid that keeps these layers.
+
+    Args:
+        student: changed in place, its config, too.
+        attention: of `attention_for`.
+    """
+    for path, module in attention.items():
+        student.body.set_submodule(path, module.to(student.device).train(student.training))
+    config = student.config
+    config.mixers = {path: settings for path, settings in config.mixers.items() if path not in attention}
+    with evaluating(student):
+        _measure(student)
 
 
 def norm_epsilon(teacher: PreTrainedModel) -> float:
