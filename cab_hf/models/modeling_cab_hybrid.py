@@ -4,11 +4,10 @@ No family is known here. A mixer is called, and answers, as the attention module
 Shape legend: `b` batch, `t` token, `d` width.
 """
 
-import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -58,25 +57,35 @@ class HandedOver(NamedTuple):
     with_gradients: bool = False
 
 
-_NOTHING = HandedOver()
-# A pass belongs to a thread and ends: nothing of it may stay in a module, where copies and later passes would find it.
-_handed: ContextVar[HandedOver] = ContextVar("handed", default=_NOTHING)
+class _Pass(threading.local):
+    """What this thread's forward pass is handed, and what the parts around the running one were.
+
+    A pass belongs to a thread and ends: nothing of it may stay in a module, where copies and later passes would find
+    it. `torch.compile` follows a `threading.local` into one graph, and no `ContextVar`.
+    """
+
+    given: HandedOver = HandedOver()
+    outer: tuple = ()
+
+
+_pass = _Pass()
 
 
 @contextmanager
 def handing_over(given: HandedOver) -> Iterator[None]:
-    token = _handed.set(given)
+    before = _pass.given
+    _pass.given = given
     try:
         yield
     finally:
-        _handed.reset(token)
+        _pass.given = before
 
 
 def _again_with_the_same(checkpointed: Callable) -> Callable:
     """A checkpointing function whose second pass, in the backward pass, gets what the first one was handed."""
 
     def run(block: Callable, *args: Any, **kwargs: Any) -> Any:
-        given, passes = _handed.get(), []
+        given, passes = _pass.given, []
 
         def pass_over(*inputs: Any, **named: Any) -> Any:
             passes.append(None)
@@ -156,7 +165,7 @@ class MixerAdapter(nn.Module):
             ValueError: a cache that is static or quantised, or projections asked for under reentrant checkpointing.
         """
         hidden_states = args[0] if args and self.argument is None else kwargs[self.argument or "hidden_states"]
-        given, length = _handed.get(), hidden_states.shape[1]
+        given, length = _pass.given, hidden_states.shape[1]
         rows = {"attention_mask": self._fitting(given.attention_mask, hidden_states)}
         rows["seq_idx"] = self._fitting(given.seq_idx, hidden_states)
         cache = None
@@ -281,7 +290,10 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
                 setattr(body.get_submodule(parent), name, MixerAdapter(self.config, path, attention))
         # Every part of a model that takes a padding mask of its own hands that to its mixers.
         for part in self.inner.modules():
-            if isinstance(part, PreTrainedModel) and _hand_mask_over not in part._forward_pre_hooks.values():
+            if not isinstance(part, PreTrainedModel):
+                continue
+            _parameters(type(part))  # before a compiler looks on
+            if _hand_mask_over not in part._forward_pre_hooks.values():
                 part.register_forward_pre_hook(_hand_mask_over, with_kwargs=True)
                 part.register_forward_hook(_take_mask_back, always_call=True)
 
@@ -412,29 +424,29 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
             )
 
 
-@functools.cache
-def _parameters(owner: type[PreTrainedModel]) -> tuple[str, ...]:
-    return tuple(inspect.signature(owner.forward).parameters)
-
-
 def _hand_mask_over(part: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before a part's forward pass: its 2-D mask, if any, is that of its mixers; others say nothing of padding."""
     names = _parameters(type(part))[1:]
     place = names.index("attention_mask") if "attention_mask" in names else len(args)
     mask = args[place] if place < len(args) else kwargs.get("attention_mask")
-    given = _handed.get()
+    given = _pass.given
+    _pass.outer = (given, _pass.outer)
     if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-        given = given._replace(attention_mask=mask)
-    _outer.set((_outer.get(), _handed.set(given)))
+        _pass.given = given._replace(attention_mask=mask)
 
 
 def _take_mask_back(part: PreTrainedModel, args: tuple, output: Any) -> None:
-    rest, token = _outer.get()
-    _handed.reset(token)
-    _outer.set(rest)
+    _pass.given, _pass.outer = _pass.outer
 
 
-_outer: ContextVar[tuple | None] = ContextVar("outer", default=None)  # tokens of the parts that run at the moment
+_PARAMETERS: dict[type[PreTrainedModel], tuple[str, ...]] = {}
+
+
+def _parameters(owner: type[PreTrainedModel]) -> tuple[str, ...]:
+    """Names of what the forward pass of a class takes."""
+    if owner not in _PARAMETERS:
+        _PARAMETERS[owner] = tuple(inspect.signature(owner.forward).parameters)
+    return _PARAMETERS[owner]
 
 
 def _restarting_positions(seq_idx: torch.Tensor) -> torch.Tensor:

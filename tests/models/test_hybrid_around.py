@@ -114,7 +114,7 @@ def test_pipelines_write_padded_batches_as_single_texts():
 @torch.no_grad()
 def test_torch_compile_gives_the_same_with_and_without_padding():
     student, tokens = hybrid(), tiny_tokens()
-    compiled = torch.compile(student, backend="eager")
+    compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
     mask = torch.cat((tokens[:, :2] * 0, tokens[:, 2:] * 0 + 1), 1)
     for inputs in ({}, {"attention_mask": mask}, {}):
         expected = student(tokens, use_cache=False, **inputs).logits
