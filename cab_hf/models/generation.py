@@ -3,15 +3,13 @@
 Shape legend: `b` batch, `t` token.
 """
 
-from collections.abc import Callable
 from os import PathLike
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
-from .decoding import captures
 from .states import load_state, save_state
 
 
@@ -96,12 +94,6 @@ class StatefulGenerationMixin(GenerationMixin):
         if self.config.max_position_embeddings is None:
             return None
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-
-    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
-        """The call that a static cache asks for. A captured token is faster than a compiled one, and ready at once."""
-        if compile_config is None and self.device.type == "cuda" and captures(self):
-            return self.__call__
-        return super().get_compiled_call(compile_config)
 
     def _prefill(
         self,

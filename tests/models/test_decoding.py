@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_models import VARIANTS, largest_difference, random_ids, tiny_model
+from transformers.generation import CompileConfig
 
 
 pytest.importorskip("triton")
@@ -90,6 +91,16 @@ def test_generate_goes_through_the_step(variant, way, monkeypatch):
     for mask, tokens in zip(masks, right):
         assert torch.equal(model.generate(prompt, attention_mask=mask, **options), tokens)
     assert len(calls) == 8  # four tokens behind each prompt
+
+
+def test_a_static_cache_compiles_no_step_that_is_captured(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    for captured in (True, False):
+        monkeypatch.setattr("cab_hf.models.modeling_cab_mamba.captures", lambda model, captured=captured: captured)
+        assert (model.get_compiled_call(None) == model.__call__) is captured
+    monkeypatch.setattr("cab_hf.models.modeling_cab_mamba.captures", lambda model: True)
+    assert model.get_compiled_call(CompileConfig(mode="default")) != model.__call__  # asked for, so compiled
 
 
 def with_another_parameter(model):

@@ -49,6 +49,12 @@ def steps(model, cache, tokens, **options):
     return torch.cat(list(one), dim=1)
 
 
+def eager_steps(model, tokens, start, **options):
+    """Logits `(b, t - start, V)` of eager steps behind `start` tokens: kernels of whole rows multiply in tf32."""
+    cache = model(tokens[:, :start], use_cache=True).cache
+    return eagerly(steps, model, cache, tokens[:, start:], **options)
+
+
 def eagerly(function, *given, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(decoding.DECODE_VARIABLE, "eager")
@@ -127,11 +133,12 @@ def test_caches_take_turns_are_copied_and_start_anew():
         for row, cache in enumerate(caches):
             got[row].append(model(tokens[row : row + 1, t : t + 1], cache=cache).logits)
     for row in range(3):
-        right = model(tokens[row : row + 1, :14]).logits[:, 6:]
+        right = eager_steps(model, tokens[row : row + 1, :14], 6)
         assert largest_difference(torch.cat(got[row], dim=1), right) < 1e-4
     caches[0].reset()
     again = [model(tokens[:1, t : t + 1], cache=caches[0]).logits for t in range(5)]
-    assert largest_difference(torch.cat(again, dim=1), model(tokens[:1, :5]).logits) < 1e-4
+    right = model(tokens[:1, :5]).logits
+    assert (torch.cat(again, dim=1) - right).norm() < 3e-3 * right.norm()
     assert graphs(model) == [1]
 
 
@@ -186,23 +193,23 @@ def test_adapters():
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.1 * torch.randn_like(parameter)
-    on, off = adapted(tokens).logits, None
+    on = eager_steps(adapted, tokens, 6)
     with adapted.disable_adapter():
-        off = adapted(tokens).logits
+        off = eager_steps(adapted, tokens, 6)
     assert largest_difference(on, off) > 1e-2
     cache = adapted(tokens[:, :6], use_cache=True).cache
-    assert largest_difference(steps(adapted, cache, tokens[:, 6:8]), on[:, 6:8]) < 1e-4
+    assert largest_difference(steps(adapted, cache, tokens[:, 6:8]), on[:, :2]) < 1e-4
     assert graphs(model) == [1]
     with adapted.disable_adapter():
         cache = adapted(tokens[:, :6], use_cache=True).cache
-        assert largest_difference(steps(adapted, cache, tokens[:, 6:]), off[:, 6:]) < 1e-4
+        assert largest_difference(steps(adapted, cache, tokens[:, 6:]), off) < 1e-4
     assert torch.equal(
         adapted.generate(input_ids=tokens, **SETTINGS, do_sample=False),
         eagerly(adapted.generate, input_ids=tokens, **SETTINGS, do_sample=False),
     )
     merged = adapted.merge_and_unload()
     cache = merged(tokens[:, :6], use_cache=True).cache
-    assert largest_difference(steps(merged, cache, tokens[:, 6:]), on[:, 6:]) < 1e-4
+    assert largest_difference(steps(merged, cache, tokens[:, 6:]), on) < 1e-4
 
 
 def test_graphs_are_few_and_go_with_their_model():
@@ -224,7 +231,7 @@ def test_graphs_are_few_and_go_with_their_model():
 
 def test_what_can_not_be_captured_runs_eagerly(monkeypatch):
     model, tokens = cuda_model(), ids(1, 12)
-    right = model(tokens).logits[:, 6:]
+    right = eager_steps(model, tokens, 6)
     told = []
 
     def waits_for_the_device(*given):
@@ -250,7 +257,7 @@ def test_what_else_is_asked_runs_eagerly():
     with torch.inference_mode():
         cache = model(tokens[:, :6], use_cache=True).cache
         got = steps(model, cache, tokens[:, 6:])
-    assert graphs(model) == [1] and largest_difference(got, model(tokens).logits[:, 6:]) < 1e-4
+    assert graphs(model) == [1] and largest_difference(got, eager_steps(model, tokens, 6)) < 1e-4
 
 
 def test_threads_share_a_model():
