@@ -138,6 +138,27 @@ def recall_table(recall: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(["test", "gap", *_WHO, "n tokens"], rows, names=1)
 
 
+def task_table(tasks: Mapping[str, Any]) -> str:
+    """Accuracy of both models, a row a task, as `cab_hf.runs.report.evaluate` reports it."""
+    rows = []
+    for name, row in tasks["rows"].items():
+        models = (f"{row[who]['accuracy']:.3f} ± {row[who]['stderr']:.3f}" for who in _WHO)
+        difference = _interval(row, "difference", 3)
+        rows.append([name, row["metric"], f"{row['chance']:.3f}", *models, difference, f"{row['n_questions']:,}"])
+    return _table(["task", "counted", "chance", *_WHO, "difference", "n questions"], rows, names=2)
+
+
+def above_chance(tasks: Mapping[str, Any]) -> str:
+    """How much of its teacher's margin above chance a student keeps, in a sentence."""
+    found = tasks["above_chance"]
+    if found["share"] is None:
+        return "Tasks: the teacher is clearly above chance in none, so they say nothing of the student."
+    return (
+        f"Tasks: the student keeps {_interval(found, 'share', 2)} of its teacher's margin above chance, summed over "
+        f"{', '.join(found['tasks'])}."
+    )
+
+
 def generation_table(generation: Mapping[str, Any]) -> str:
     """How much both models repeat themselves, as `cab_hf.runs.report.evaluate` reports it."""
     names = ("repetition_rate", "distinct_1", "distinct_2", "distinct_3")

@@ -5,6 +5,7 @@ Shape legend: `b` batch, `c` channel, `t` token, `n` rows, `V` label.
 
 import json
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from cab_hf.evaluation.metrics import crossing_length
 from cab_hf.evaluation.plots import recall_curves, speed_curves
 from cab_hf.evaluation.recall import associative_recall, copying_recall
 from cab_hf.evaluation.speed import image_speed, text_speed
+from cab_hf.evaluation.tasks import compare_scores, score_tasks, tasks_in
 from cab_hf.export.loading import load_image_processor, load_tokenizer, read_student
 from cab_hf.files import write_whole
 from cab_hf.hub import card_sections as sections
@@ -73,6 +75,8 @@ def evaluate(
     block_size: int | None = None,
     prompts: int = 16,
     new_tokens: int = 64,
+    tasks: str | Path | None = None,
+    task_limit: int | None = None,
     data_dir: str | Path | None = None,
     repeats: int = 3,
 ) -> dict[str, Any]:
@@ -94,13 +98,16 @@ def evaluate(
         block_size: tokens a row; by default the recipe's, or 512.
         prompts: held-out beginnings to continue, 0 for none.
         new_tokens: tokens of a continuation.
+        tasks: folder of the files of `cab_hf.evaluation.tasks`, for a language student; needs `lm_eval`.
+        task_limit: first questions of each task; None for all.
         data_dir: folder of the images, where their source needs one; the recipe's by default.
         repeats: timed runs of each speed.
 
     Returns:
-        What is in `evaluation.json`. A language student has `texts` (name -> `compare`), `generation`, `recall` and
-        `speed`. An image student has `images` (name -> `compare_images`) and `speed`. Each text or set of images also
-        names its `split` and, if it is on the Hub, its `dataset`, where these are known.
+        What is in `evaluation.json`. A language student has `texts` (name -> `compare`), `generation`, `recall`,
+        `tasks` (`compare_scores`) and `speed`. An image student has `images` (name -> `compare_images`) and `speed`.
+        Each text or set of images also names its `split` and, if it is on the Hub, its `dataset`, where these are
+        known.
 
     Raises:
         ValueError: a folder without a student, a teacher of other tokens or labels, an option that can't be.
@@ -108,7 +115,10 @@ def evaluate(
         FloatingPointError: a result that is not finite.
     """
     sizes = {"batch_size": batch_size, "max_tokens": max_tokens, "block_size": block_size, "new_tokens": new_tokens}
+    sizes |= {"task_limit": task_limit}
     _check_options(data, lengths, gaps, prompts, **sizes, repeats=repeats)
+    if tasks is not None:
+        tasks_in(tasks)
     if output is None and not Path(folder).is_dir():
         reason = "is a file and no folder of a student" if Path(folder).is_file() else "is no folder here"
         raise ValueError(
@@ -167,6 +177,8 @@ def evaluate(
             }
         if gaps:
             report["recall"] = _recall(models, tokenizer, gaps, batch_size)
+        if tasks is not None:
+            report["tasks"] = _tasks(models, tokenizer, tasks, task_limit, batch_size)
         if lengths:
             report["speed"] = _text_speed(models, sorted(lengths), repeats)
     output.mkdir(parents=True, exist_ok=True)
@@ -181,9 +193,11 @@ def describe(report: Mapping[str, Any]) -> str:
     tables = [sections.result_table(head, report.get("texts") or report["images"])]
     tables += [sections.generation_table(report["generation"])] if "generation" in report else []
     tables += [sections.recall_table(report["recall"])] if "recall" in report else []
+    tables += [sections.task_table(report["tasks"])] if "tasks" in report else []
     tables += [sections.speed_table(report["speed"])] if "speed" in report else []
     parts = list(map(sections.aligned, tables))
-    lines = sections.crossings(report["speed"]) if "speed" in report else []
+    lines = [sections.above_chance(report["tasks"])] if "tasks" in report else []
+    lines += sections.crossings(report["speed"]) if "speed" in report else []
     parts.append("\n".join(f"  {line}" for line in [*lines, f"{report['dtype']} on {report['hardware']}"]))
     return "\n\n".join(parts)
 
@@ -269,6 +283,21 @@ def _recall(
         }
         for name, test in tests.items()
     }
+
+
+def _tasks(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    limit: int | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    scores = {
+        who: score_tasks(model, tokenizer, folder, limit=limit, batch_size=batch_size) for who, model in models.items()
+    }
+    facts = {"limit": limit, "lm_eval": version("lm_eval"), "seconds": round(time.perf_counter() - start, 1)}
+    return compare_scores(scores["student"], scores["teacher"]) | facts
 
 
 def _text_speed(models: Mapping[str, PreTrainedModel], lengths: Sequence[int], repeats: int) -> dict[str, Any]:

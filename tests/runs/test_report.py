@@ -111,6 +111,21 @@ def test_only_what_is_asked_for(student, text, tmp_path):
     assert list(report["texts"]) == ["prose.txt"]
 
 
+def test_tasks_and_only_their_first_questions(student, text, tmp_path):
+    pytest.importorskip("lm_eval")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"query": "Question: Which?\n", "choices": ["this", "that one"], "gold": at % 2} for at in range(6)]
+    (folder / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {**QUICK, "lengths": (), "gaps": (), "prompts": 0, "tasks": folder, "task_limit": 4}
+    report = evaluate(student, "random-llama", [str(text)], output=tmp_path, block_size=40, **options)
+    row = report["tasks"]["rows"]["piqa"]
+    # The same question each time, with each answer as often.
+    assert row["n_questions"] == 4 and row["teacher"]["accuracy"] == row["student"]["accuracy"] == 0.5
+    assert report["tasks"]["limit"] == 4 and str(tmp_path) not in json.dumps(report)
+    assert "piqa" in describe(report) and "clearly above chance in none" in describe(report)
+
+
 def test_a_report_on_images(tmp_path):
     torch.manual_seed(0)
     folder, teacher_folder = tmp_path / "student", tmp_path / "teacher"
@@ -153,6 +168,7 @@ def test_a_report_on_images(tmp_path):
         ({"lengths": (8, 2**21)}, "lengths has 2,097,152; the longest prompt is 1,048,576"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"block_size": 0}, "block_size is 0"),
+        ({"task_limit": 0}, "task_limit is 0"),
         ({"device": "abacus"}, "'abacus' can't be used here"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"folder": "nobody/nothing", "output": None}, "is no folder here. Name the folder of a student"),
