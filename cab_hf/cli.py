@@ -251,6 +251,14 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
         help="gaps of the recall tests, in tokens; none: no tests (default: 16 64 256)",
     )
     parser.add_argument(
+        "--retrieval_lengths",
+        type=int,
+        nargs="*",
+        default=[],
+        help="lengths, in tokens, at which retrieval and loss by position are measured, such as 256 1024 4096 8192 "
+        "(default: none)",
+    )
+    parser.add_argument(
         "--tasks",
         metavar="FOLDER",
         help="folder of lambada_openai.jsonl, piqa.jsonl, ... of mosaicml/llm-foundry, scripts/eval/local_data: both "

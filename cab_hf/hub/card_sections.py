@@ -138,6 +138,46 @@ def recall_table(recall: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(["test", "gap", *_WHO, "n tokens"], rows, names=1)
 
 
+def retrieval_table(length: Mapping[str, Any]) -> str:
+    """What both models find again at each length, as `cab_hf.runs.report.evaluate` reports it."""
+    rows = [
+        [
+            test,
+            f"{int(tokens):,}",
+            *("" if one[who] is None else _interval(one[who], "recall", 3, "ci95") for who in _WHO),
+        ]
+        for test, by_length in length["retrieval"].items()
+        for tokens, one in by_length.items()
+    ]
+    return _table(["retrieval", "tokens", *_WHO], rows, names=1)
+
+
+def loss_table(length: Mapping[str, Any]) -> str:
+    """Loss of both models by position, as `cab_hf.runs.report.evaluate` reports it."""
+    rows = [
+        [
+            f"{bucket['from']:,} to {bucket['to']:,}",
+            *("" if bucket[who] is None else _interval(bucket[who], "nll", 3, "ci95") for who in _WHO),
+            _interval(bucket, "difference", 3),
+            _interval(bucket, "rise", 3),
+        ]
+        for bucket in length["loss"]["buckets"]
+    ]
+    return _table(["loss behind tokens", *_WHO, "difference", "student's rise over 512"], rows, names=1)
+
+
+def held(length: Mapping[str, Any]) -> str:
+    """Up to which length the student holds, in a sentence or two."""
+    holds = dict(length["holds_to"])
+    whole = holds.pop("all")
+    parts = ", ".join(f"{name} {tokens:,}" for name, tokens in holds.items())
+    sentence = f"Length: the student holds to {whole:,} tokens ({parts})."
+    measured = [int(tokens) for tokens in next(iter(length["retrieval"].values()))]
+    if length["teacher_positions"] is not None and max(measured) > length["teacher_positions"]:
+        sentence += f" Beyond the teacher's {length['teacher_positions']:,} positions the student alone was measured."
+    return sentence
+
+
 def task_table(tasks: Mapping[str, Any]) -> str:
     """Accuracy of both models, a row a task, as `cab_hf.runs.report.evaluate` reports it."""
     rows = []

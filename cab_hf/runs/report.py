@@ -28,8 +28,9 @@ from cab_hf.data.packing import pack_documents
 from cab_hf.evaluation.generation import generate
 from cab_hf.evaluation.images import compare_images
 from cab_hf.evaluation.language import Blocks, compare
+from cab_hf.evaluation.length import RETRIEVAL, held_length, limits_of, loss_by_position, retrieval
 from cab_hf.evaluation.metrics import crossing_length
-from cab_hf.evaluation.plots import recall_curves, speed_curves
+from cab_hf.evaluation.plots import length_curves, recall_curves, speed_curves
 from cab_hf.evaluation.recall import associative_recall, copying_recall
 from cab_hf.evaluation.speed import image_speed, text_speed
 from cab_hf.evaluation.tasks import compare_scores, score_tasks, tasks_in
@@ -75,6 +76,7 @@ def evaluate(
     block_size: int | None = None,
     prompts: int = 16,
     new_tokens: int = 64,
+    retrieval_lengths: Sequence[int] = (),
     tasks: str | Path | None = None,
     task_limit: int | None = None,
     data_dir: str | Path | None = None,
@@ -98,6 +100,8 @@ def evaluate(
         block_size: tokens a row; by default the recipe's, or 512.
         prompts: held-out beginnings to continue, 0 for none.
         new_tokens: tokens of a continuation.
+        retrieval_lengths: lengths at which retrieval and loss are measured, in tokens, of a language student. The
+            teacher is measured as far as its positions go.
         tasks: folder of the files of `cab_hf.evaluation.tasks`, for a language student; needs `lm_eval`.
         task_limit: first questions of each task; None for all.
         data_dir: folder of the images, where their source needs one; the recipe's by default.
@@ -105,9 +109,10 @@ def evaluate(
 
     Returns:
         What is in `evaluation.json`. A language student has `texts` (name -> `compare`), `generation`, `recall`,
-        `tasks` (`compare_scores`) and `speed`. An image student has `images` (name -> `compare_images`) and `speed`.
-        Each text or set of images also names its `split` and, if it is on the Hub, its `dataset`, where these are
-        known.
+        `length`, `tasks` (`compare_scores`) and `speed`. An image student has `images` (name -> `compare_images`) and
+        `speed`. Each text or set of images also names its `split` and, if it is on the Hub, its `dataset`, where these
+        are known. `length` has `retrieval` (as `recall`), `loss` (`loss_by_position`), `holds_to` (`held_length`),
+        `teacher_positions`, the `text` that it read, and `seconds`.
 
     Raises:
         ValueError: a folder without a student, a teacher of other tokens or labels, an option that can't be.
@@ -116,7 +121,7 @@ def evaluate(
     """
     sizes = {"batch_size": batch_size, "max_tokens": max_tokens, "block_size": block_size, "new_tokens": new_tokens}
     sizes |= {"task_limit": task_limit}
-    _check_options(data, lengths, gaps, prompts, **sizes, repeats=repeats)
+    _check_options(data, lengths, retrieval_lengths, gaps, prompts, **sizes, repeats=repeats)
     if tasks is not None:
         tasks_in(tasks)
     if output is None and not Path(folder).is_dir():
@@ -177,6 +182,9 @@ def evaluate(
             }
         if gaps:
             report["recall"] = _recall(models, tokenizer, gaps, batch_size)
+        if retrieval_lengths:
+            report["length"] = _length(models, tokenizer, next(iter(texts.values())), retrieval_lengths, batch_size)
+            report["length"]["text"] = next(iter(texts))
         if tasks is not None:
             report["tasks"] = _tasks(models, tokenizer, tasks, task_limit, batch_size)
         if lengths:
@@ -193,28 +201,41 @@ def describe(report: Mapping[str, Any]) -> str:
     tables = [sections.result_table(head, report.get("texts") or report["images"])]
     tables += [sections.generation_table(report["generation"])] if "generation" in report else []
     tables += [sections.recall_table(report["recall"])] if "recall" in report else []
+    tables += (
+        [sections.retrieval_table(report["length"]), sections.loss_table(report["length"])]
+        if "length" in report
+        else []
+    )
     tables += [sections.task_table(report["tasks"])] if "tasks" in report else []
     tables += [sections.speed_table(report["speed"])] if "speed" in report else []
     parts = list(map(sections.aligned, tables))
     lines = [sections.above_chance(report["tasks"])] if "tasks" in report else []
+    lines += [sections.held(report["length"])] if "length" in report else []
     lines += sections.crossings(report["speed"]) if "speed" in report else []
     parts.append("\n".join(f"  {line}" for line in [*lines, f"{report['dtype']} on {report['hardware']}"]))
     return "\n\n".join(parts)
 
 
 def _check_options(
-    data: Sequence[str], lengths: Sequence[int], gaps: Sequence[int], prompts: int, **sizes: int | None
+    data: Sequence[str],
+    lengths: Sequence[int],
+    retrieval_lengths: Sequence[int],
+    gaps: Sequence[int],
+    prompts: int,
+    **sizes: int | None,
 ) -> None:
     if isinstance(data, str) or not data:
         raise ValueError(f"data is {data!r}. Give a list of at least one source, such as ['builtin'].")
-    at_least_one = sizes | {"lengths": min(lengths, default=1)}
+    of_rows = {"lengths": lengths, "retrieval_lengths": retrieval_lengths}
+    at_least_one = sizes | {name: min(values, default=1) for name, values in of_rows.items()}
     wrong = {name: value for name, value in at_least_one.items() if value is not None and value < 1}
     wrong |= {name: value for name, value in (("prompts", prompts), ("gaps", min(gaps, default=0))) if value < 0}
     if wrong:
         name, value = next(iter(wrong.items()))
         raise ValueError(f"{name} is {value}; it must be at least {1 if name in at_least_one else 0}.")
-    if max(lengths, default=1) > LONGEST:
-        raise ValueError(f"lengths has {max(lengths):,}; the longest prompt is {LONGEST:,} tokens. Leave it out.")
+    for name, values in of_rows.items():
+        if max(values, default=1) > LONGEST:
+            raise ValueError(f"{name} has {max(values):,}; the longest prompt is {LONGEST:,} tokens. Leave it out.")
 
 
 def _load_teacher(load: Callable[[str], tuple[PreTrainedModel, Any]], name: str) -> tuple[PreTrainedModel, Any]:
@@ -273,8 +294,7 @@ def _prompts(blocks: Blocks, count: int) -> Tensor:
 def _recall(
     models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, gaps: Sequence[int], batch_size: int
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    rows = min(model.get_input_embeddings().weight.shape[0] for model in models.values())
-    tokens = sorted(set(range(min(len(tokenizer), rows))) - set(tokenizer.all_special_ids))
+    tokens = _plain_tokens(models, tokenizer)
     tests = {"copying": copying_recall, "associative": associative_recall}
     return {
         name: {
@@ -282,6 +302,45 @@ def _recall(
             for gap in sorted(gaps)
         }
         for name, test in tests.items()
+    }
+
+
+def _plain_tokens(models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that both models have rows for, without special ones."""
+    rows = min(model.get_input_embeddings().weight.shape[0] for model in models.values())
+    return sorted(set(range(min(len(tokenizer), rows))) - set(tokenizer.all_special_ids))
+
+
+def _length(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Blocks,
+    lengths: Sequence[int],
+    batch_size: int,
+) -> dict[str, Any]:
+    begin, lengths, limits = time.perf_counter(), sorted(lengths), limits_of(models)
+    text = torch.cat([torch.as_tensor(row["input_ids"]) for row in blocks])
+    tokens = _plain_tokens(models, tokenizer)
+    measured = {
+        length: {
+            who: retrieval(model, tokenizer, tokens, text, length, batch_size=batch_size)
+            if limits[who] is None or length <= limits[who]
+            else None
+            for who, model in models.items()
+        }
+        for length in lengths
+    }
+    found = {
+        test: {str(length): {who: one and one[test] for who, one in measured[length].items()} for length in lengths}
+        for test in RETRIEVAL
+    }
+    loss = loss_by_position(models, text, lengths[-1], limits=limits)
+    return {
+        "retrieval": found,
+        "loss": loss,
+        "holds_to": held_length(lengths, found, loss),
+        "teacher_positions": limits["teacher"],
+        "seconds": round(time.perf_counter() - begin, 1),
     }
 
 
@@ -407,6 +466,8 @@ def _draw(report: Mapping[str, Any], output: Path) -> list[str]:
     try:
         if "recall" in report:
             names.append(recall_curves(report["recall"], output / "recall.png").name)
+        if "length" in report:
+            names.append(length_curves(report["length"], output / "length.png").name)
         if "speed" in report:
             names.append(speed_curves(report["speed"], output / "speed.png").name)
     except ImportError as error:

@@ -126,6 +126,23 @@ def test_tasks_and_only_their_first_questions(student, text, tmp_path):
     assert "piqa" in describe(report) and "clearly above chance in none" in describe(report)
 
 
+def test_length_in_a_report(student, text, tmp_path):
+    options = {**QUICK, "lengths": (), "gaps": (), "prompts": 0, "retrieval_lengths": (512, 384)}
+    report = evaluate(student, "random-llama", [f"prose={text}"], output=tmp_path, block_size=40, **options)
+    length = report["length"]
+    assert list(length["retrieval"]) == ["needle", "needles", "key-value", "copying"]
+    assert list(length["retrieval"]["needles"]) == ["384", "512"] and length["text"] == "prose"
+    assert length["retrieval"]["copying"]["384"]["teacher"]["gap"] == 256
+    assert set(length["holds_to"]) == {"needle", "needles", "key-value", "copying", "loss", "all"}
+    assert length["teacher_positions"] == 2048 and length["loss"]["length"] == 512
+    assert report["plots"] == ["length.png"] and (tmp_path / "length.png").read_bytes()[1:4] == b"PNG"
+    table = describe(report)
+    assert "the student holds to" in table and "256 to 512" in table and "positions the student alone" not in table
+    alone = {test: {"4096": by_length["512"] | {"teacher": None}} for test, by_length in length["retrieval"].items()}
+    table = describe(report | {"length": length | {"retrieval": alone}})
+    assert "Beyond the teacher's 2,048 positions the student alone was measured." in table
+
+
 def test_a_report_on_images(tmp_path):
     torch.manual_seed(0)
     folder, teacher_folder = tmp_path / "student", tmp_path / "teacher"
@@ -169,6 +186,8 @@ def test_a_report_on_images(tmp_path):
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"block_size": 0}, "block_size is 0"),
         ({"task_limit": 0}, "task_limit is 0"),
+        ({"retrieval_lengths": (0, 256)}, "retrieval_lengths is 0"),
+        ({"retrieval_lengths": (2**21,)}, "retrieval_lengths has 2,097,152"),
         ({"device": "abacus"}, "'abacus' can't be used here"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"folder": "nobody/nothing", "output": None}, "is no folder here. Name the folder of a student"),
