@@ -72,6 +72,10 @@ _QUANTITIES = {
     "peak_mib": "peak memory, MiB",
 }
 _WHO = ("teacher", "student")
+CONTROLS = {
+    "zeroed": "the student with mixers that give zero",
+    "window": "the teacher, untrained, with a window of 64 tokens and 4 sinks",
+}
 EXPORTED = "stock"
 """The folder that the card's line exports to."""
 

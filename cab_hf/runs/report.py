@@ -25,6 +25,7 @@ from cab_hf.data.documents import load_documents, split_documents
 from cab_hf.data.image_sources import align_labels, load_images, pick_test_split
 from cab_hf.data.images import ImageDataset, collate_images, normalisation, processor_side
 from cab_hf.data.packing import pack_documents
+from cab_hf.evaluation.controls import with_window, without_mixers
 from cab_hf.evaluation.generation import generate
 from cab_hf.evaluation.images import compare_images
 from cab_hf.evaluation.language import Blocks, compare
@@ -79,6 +80,7 @@ def evaluate(
     retrieval_lengths: Sequence[int] = (),
     tasks: str | Path | None = None,
     task_limit: int | None = None,
+    control: str | None = None,
     data_dir: str | Path | None = None,
     repeats: int = 3,
 ) -> dict[str, Any]:
@@ -104,6 +106,8 @@ def evaluate(
             teacher is measured as far as its positions go.
         tasks: folder of the files of `cab_hf.evaluation.tasks`, for a language student; needs `lm_eval`.
         task_limit: first questions of each task; None for all.
+        control: what is measured in a language student's place, in quality and not in speed: "zeroed", itself with
+            mixers that give zero (`without_mixers`), or "window", its teacher with a window (`with_window`).
         data_dir: folder of the images, where their source needs one; the recipe's by default.
         repeats: timed runs of each speed.
 
@@ -124,6 +128,11 @@ def evaluate(
     _check_options(data, lengths, retrieval_lengths, gaps, prompts, **sizes, repeats=repeats)
     if tasks is not None:
         tasks_in(tasks)
+    if control is not None and (control not in sections.CONTROLS or output is None):
+        raise ValueError(
+            f"control is {control!r} and output {output}. The control is {' or '.join(sections.CONTROLS)}, and its "
+            "report needs a folder of its own (--output)."
+        )
     if output is None and not Path(folder).is_dir():
         reason = "is a file and no folder of a student" if Path(folder).is_file() else "is no folder here"
         raise ValueError(
@@ -150,6 +159,8 @@ def evaluate(
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
     }
     if report["task"] == "image-classification":
+        if control is not None:
+            raise ValueError(f"control is {control!r}, but {folder} is an image student. Leave it out.")
         settings = replace(recipe.images if recipe else ImageArguments())
         if len(data) == 1 and holds_images(Path(data[0]).expanduser()):  # as `cab-hf distill` takes it
             data, data_dir = ["imagefolder"], data[0]
@@ -163,6 +174,9 @@ def evaluate(
         teacher_size = teacher_model.config.get_text_config().vocab_size
         check_vocabularies(student.config.vocab_size, teacher_size, own, tokenizer if own else None)
         teacher_model.to(place, dtype).eval()
+        if control is not None:
+            report["control"] = control
+            student = without_mixers(student) if control == "zeroed" else with_window(teacher_model)
         models = {"teacher": teacher_model, "student": student}
         texts, origins = {}, {}
         for one in data:
@@ -187,7 +201,7 @@ def evaluate(
             report["length"]["text"] = next(iter(texts))
         if tasks is not None:
             report["tasks"] = _tasks(models, tokenizer, tasks, task_limit, batch_size)
-        if lengths:
+        if lengths and control is None:
             report["speed"] = _text_speed(models, sorted(lengths), repeats)
     output.mkdir(parents=True, exist_ok=True)
     report["plots"] = _draw(report, output)
@@ -212,6 +226,8 @@ def describe(report: Mapping[str, Any]) -> str:
     lines = [sections.above_chance(report["tasks"])] if "tasks" in report else []
     lines += [sections.held(report["length"])] if "length" in report else []
     lines += sections.crossings(report["speed"]) if "speed" in report else []
+    if "control" in report:
+        lines.append(f"In the student's place: {sections.CONTROLS[report['control']]}.")
     parts.append("\n".join(f"  {line}" for line in [*lines, f"{report['dtype']} on {report['hardware']}"]))
     return "\n\n".join(parts)
 

@@ -16,6 +16,7 @@ from cab_hf.data.documents import load_documents
 from cab_hf.data.image_sources import load_images
 from cab_hf.data.images import make_image_processor
 from cab_hf.data.packing import pack_documents
+from cab_hf.evaluation.controls import with_window, without_mixers
 from cab_hf.evaluation.language import compare
 from cab_hf.evaluation.metrics import crossing_length
 from cab_hf.evaluation.speed import image_speed, text_speed
@@ -141,6 +142,21 @@ def test_length_in_a_report(student, text, tmp_path):
     alone = {test: {"4096": by_length["512"] | {"teacher": None}} for test, by_length in length["retrieval"].items()}
     table = describe(report | {"length": length | {"retrieval": alone}})
     assert "Beyond the teacher's 2,048 positions the student alone was measured." in table
+
+
+def test_controls_in_the_students_place(student, text, tmp_path):
+    teacher, tokenizer = random_llama()
+    own = tiny_model(mixer_type="mamba2", vocab_size=len(tokenizer))
+    blocks = pack_documents(load_documents(text), tokenizer, 100)
+    for control, model in (("zeroed", without_mixers(own)), ("window", with_window(teacher))):
+        options = {**QUICK, "gaps": (), "prompts": 0, "control": control}
+        report = evaluate(student, "random-llama", [f"prose={text}"], output=tmp_path, block_size=100, **options)
+        expected = compare(model, teacher, blocks, max_tokens=200, progress=False)
+        assert report["texts"]["prose"]["kl"] == pytest.approx(expected["kl"]) and report["control"] == control
+        assert expected["kl"] > 1e-6 and "speed" not in report and "In the student's place" in describe(report)
+    for given in ({"control": "window", "output": None}, {"control": "none"}):
+        with pytest.raises(ValueError, match="zeroed or window, and its report needs a folder of its own"):
+            evaluate(**{"folder": student, "teacher": "random-llama", "data": ["builtin"], "output": tmp_path} | given)
 
 
 def test_a_report_on_images(tmp_path):
