@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.evaluation.language import logits_in_pieces
 from cab_hf.evaluation.metrics import mean_interval
-from cab_hf.evaluation.recall import associative_recall, copying_recall, needle_recall
+from cab_hf.evaluation.needles import key_value_recall, needle_recall
+from cab_hf.evaluation.recall import copying_recall
 from cab_hf.inference import check_causal, evaluating, num_positions
 
 
@@ -28,7 +29,7 @@ REFERENCE = 512
 RETRIEVAL = ("needle", "needles", "key-value", "copying")
 
 _ROWS = 16
-_SPAN, _PAIRS = 64, 16
+_SPAN = 64
 _CHUNK = 512
 
 
@@ -55,19 +56,19 @@ def retrieval(
         model: Any causal language model.
         tokenizer: Its tokenizer.
         tokens: Token ids of its vocabulary, without special ones, for random sequences.
-        text: Token ids (t,) of a text, for needles.
+        text: Token ids (t,) of a text, for needles and pairs.
         length: Tokens of a row.
         batch_size: Rows a forward pass.
 
     Returns:
-        `needle`, one in a text, and `needles`, four (`needle_recall`); `key-value`, 16 pairs (`associative_recall`),
-        and `copying` of 64 tokens (`copying_recall`), both over random tokens that fill the row.
+        `needle`, one in a text, and `needles`, four (`needle_recall`); `key-value`, eight lines before a text
+        (`key_value_recall`); `copying` of 64 random tokens over others (`copying_recall`).
     """
     options = {"batch_size": batch_size}
     return {
         "needle": needle_recall(model, tokenizer, text, length, n=64, **options),
         "needles": needle_recall(model, tokenizer, text, length, needles=4, n=32, **options),
-        "key-value": associative_recall(model, tokens, length - 4 * _PAIRS, pairs=_PAIRS, **options),
+        "key-value": key_value_recall(model, tokenizer, text, length, **options),
         "copying": copying_recall(model, tokens, length - 2 * _SPAN, length=_SPAN, **options),
     }
 

@@ -1,4 +1,4 @@
-"""What a model finds again in its context: copying, associative recall, and needles in a text.
+"""What a model finds again in its context: copying and associative recall.
 
 Shapes: `b` batch, `t` token.
 """
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from cab_hf.evaluation.language import batches_of, logits_in_pieces
-from cab_hf.evaluation.metrics import Recall, recall_of_counts
+from cab_hf.evaluation.metrics import Recall
 from cab_hf.inference import evaluating
 
 
@@ -111,97 +111,6 @@ def associative_recall(
     return found | {"gap": gap, "pairs": pairs}
 
 
-def needle_recall(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: Tensor,
-    length: int,
-    *,
-    needles: int = 1,
-    n: int = 64,
-    seed: int = 0,
-    batch_size: int = 8,
-    progress: bool = True,
-) -> dict[str, float | int | list[float]]:
-    """Share of numbers that a model finds in a text, each asked for by the word that it was given to.
-
-    A sequence is a text in which sentences like " The magic number of the river is 4817350." were put, and at its end
-    " Again: the magic number of the river is" with the number, for each of the words in another order. A number is
-    found when each of its tokens is the most likely one given all (true) tokens before it, so that greedy generation
-    would write it. One needle lies at another depth in each sequence, from the beginning to the end; several lie at
-    even distances.
-
-    Args:
-        model: Any causal language model.
-        tokenizer: Its tokenizer.
-        text: Token ids (t,) of a text, each sequence another stretch of it; a short one is repeated.
-        length: Tokens of a sequence.
-        needles: Sentences of a sequence, at most 32.
-        n: Sequences.
-        seed: Picks words and numbers.
-        batch_size: Sequences a forward pass.
-        progress: Show a progress bar.
-
-    Returns:
-        `recall`, its 95 % interval `ci95` as in `Recall`, `n_needles` counted, `n_sequences`, `length`, `needles`.
-
-    Raises:
-        ValueError: `length` is too small for the sentences, or there is no text.
-
-    Source: the tasks of Hsieh et al. (2024), "RULER", there with other sentences and by generation.
-    """
-    if not len(text):
-        raise ValueError("text has no tokens. Give some in which the needles can be hidden.")
-    generator = np.random.default_rng(seed)
-    sequences, asked = [], []  # asked: of each sequence, the spans of its numbers
-    for index in range(n):
-        words = generator.choice(_WORDS, needles, replace=False)
-        numbers = {str(word): str(generator.integers(10**6, 10**7)) for word in words}
-        hidden = [_tokens(tokenizer, f" The magic number of the {word} is {numbers[word]}.") for word in numbers]
-        tail, spans = [], []
-        for word in generator.permutation(words):
-            question = f" Again: the magic number of the {word} is"
-            whole, start = _tokens(tokenizer, f"{question} {numbers[word]}"), len(_tokens(tokenizer, question))
-            spans.append((len(tail) + start, len(tail) + len(whole)))
-            tail += whole + _tokens(tokenizer, ".")
-        room = length - len(tail) - sum(map(len, hidden))
-        if room < 0:
-            raise ValueError(f"length is {length}, but the sentences alone take {length - room} tokens. Give more.")
-        offset = index * max(len(text) // n, 1)
-        filler = text[torch.arange(offset, offset + room) % len(text)].tolist()
-        depths = [index / max(n - 1, 1)] if needles == 1 else [(one + 0.5) / needles for one in range(needles)]
-        places = [0, *(round(depth * room) for depth in depths), room]
-        row: list[int] = []
-        for before, after, sentence in zip(places, places[1:], [*hidden, []]):
-            row += filler[before:after] + sentence
-        sequences.append(row + tail)
-        asked.append([(start - len(tail), end - len(tail)) for start, end in spans])
-    keep = 1 - min(start for spans in asked for start, _ in spans)
-    tokens, right = torch.tensor(sequences), []
-    title = f"{needles} needle{'s' * (needles > 1)} in {length} tokens"
-    with evaluating(model):
-        for batch in batches_of(model, tokens, batch_size, None, "right", progress, title):
-            rows = batch["input_ids"]
-            predicted = _likeliest_after(model, rows, keep).to(rows.device)  # (b, keep)
-            for row, likeliest in zip(rows, predicted):
-                spans = asked[len(right)]
-                found = [row[start:end].equal(likeliest[start - 1 : end - 1]) for start, end in spans]
-                right.append(sum(found))
-    report = recall_of_counts(right, [needles] * n)
-    report["n_needles"] = report.pop("n_tokens")
-    return report | {"length": length, "needles": needles}
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-_WORDS = (
-    "apple bridge candle desert engine forest garden hammer island jacket kitchen lantern mirror needle orange pencil "
-    "queen river saddle table umbrella valley window yellow anchor bottle castle doctor eagle flower glove harbour"
-).split()
-
-
 def _pool(vocabulary: int | Sequence[int], needed: int) -> np.ndarray:
     pool = np.arange(vocabulary) if isinstance(vocabulary, int) else np.unique(np.asarray(vocabulary))
     if len(pool) < needed:
@@ -224,12 +133,12 @@ def _recall(
         for batch in batches_of(model, tokens, batch_size, None, "right", progress, title):
             tokens = batch["input_ids"]
             # What is asked stands at the end of the row, so that a place counts from there.
-            predicted = _likeliest_after(model, tokens, -asked.start)[:, asked]
+            predicted = likeliest_after(model, tokens, -asked.start)[:, asked]
             metric.add_batch(predictions=predicted.tolist(), references=tokens[:, answers].tolist())
     return metric.compute()
 
 
-def _likeliest_after(model: PreTrainedModel, tokens: Tensor, keep: int) -> Tensor:
+def likeliest_after(model: PreTrainedModel, tokens: Tensor, keep: int) -> Tensor:
     """The likeliest token after each of the last `keep` tokens of rows (b, t)."""
     pieces = logits_in_pieces(model, tokens, tokens.shape[1] - keep)
     return torch.cat([logits.argmax(-1) for _, logits in pieces], dim=1)

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedModel
 
 from cab_hf.evaluation.language import logits_in_pieces
-from cab_hf.evaluation.length import held_length, limits_of, loss_by_position, retrieval
-from cab_hf.evaluation.recall import copying_recall, needle_recall
+from cab_hf.evaluation.length import RETRIEVAL, held_length, limits_of, loss_by_position, retrieval
+from cab_hf.evaluation.needles import key_value_recall, needle_recall
+from cab_hf.evaluation.recall import copying_recall
 from cab_hf.evaluation.tiny_families import tiny_model as tiny_family
 from cab_hf.teachers.demo import random_llama
 from cab_hf.transfer.hybrid import hybrid_from_teacher
@@ -113,10 +114,24 @@ class TestNeedles:
 
     def test_errors(self):
         tokenizer = random_llama()[1]
-        with pytest.raises(ValueError, match="length is 60, but the sentences alone take"):
+        with pytest.raises(ValueError, match="length is 60, but what is told and asked takes"):
             needle_recall(Finder(), tokenizer, TEXT, 60, n=1)
         with pytest.raises(ValueError, match="text has no tokens"):
             needle_recall(Finder(), tokenizer, TEXT[:0], 600, n=1)
+        with pytest.raises(ValueError, match="40 numbers to find, and 32 words"):
+            key_value_recall(Finder(), tokenizer, TEXT, 6000, pairs=40)
+
+
+def test_keys_and_their_values():
+    tokenizer, model = random_llama()[1], Finder(5)
+    found = key_value_recall(model, tokenizer, TEXT, 300, pairs=3, n=5, progress=False)
+    assert found["recall"] == 1.0 and found["n_needles"] == 15 and found["length"] == 300
+    for text in (tokenizer.decode(row) for row in model.seen if len(row) == 300):
+        _, *told = text.split("\n")
+        asked, told = told[3:], told[:3]
+        told[-1] = told[-1].partition(": ")[0] + ": " + told[-1].partition(": ")[2][:4]
+        assert text.startswith("\n") and sorted(told) == sorted(asked) and len(set(told)) == 3
+    assert key_value_recall(models()["ssd"], tokenizer, TEXT, 300, progress=False)["recall"] == 0
 
 
 def test_loss_by_position_is_that_of_the_rows():
@@ -149,7 +164,7 @@ def test_loss_by_position_is_that_of_the_rows():
 def test_retrieval_at_a_length():
     model, tokenizer = Finder(1), random_llama()[1]
     found = retrieval(model, tokenizer, range(1, 257), TEXT, 600)
-    assert found["copying"]["recall"] == found["key-value"]["recall"] == 1.0
+    assert list(found) == list(RETRIEVAL) and found["copying"]["recall"] == 1.0
     assert {len(row) for row in model.seen if len(row) > 5} == {600}
 
 
