@@ -250,6 +250,27 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
         default=[16, 64, 256],
         help="gaps of the recall tests, in tokens; none: no tests (default: 16 64 256)",
     )
+    parser.add_argument(
+        "--retrieval_lengths",
+        type=int,
+        nargs="*",
+        default=[],
+        help="lengths, in tokens, at which retrieval and loss by position are measured, such as 256 1024 4096 8192 "
+        "(default: none)",
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="FOLDER",
+        help="folder of lambada_openai.jsonl, piqa.jsonl, ... of mosaicml/llm-foundry, scripts/eval/local_data: both "
+        "models answer them (needs lm_eval; default: none)",
+    )
+    parser.add_argument("--task_limit", type=int, help="first questions of each task (default: all)")
+    parser.add_argument(
+        "--control",
+        choices=("zeroed", "window"),
+        help="measure in the student's place itself with mixers that give zero, or its teacher with a window of 64 "
+        "tokens and 4 sinks; needs --output",
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="rows of a batch (default: 8)")
     parser.add_argument("--block_size", type=int, help="tokens of a row (default: the recipe's, or 512)")
     parser.add_argument("--prompts", type=int, default=16, help="held-out beginnings to continue (default: 16)")

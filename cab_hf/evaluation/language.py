@@ -28,7 +28,11 @@ from cab_hf.teachers.teacher import check_vocabularies
 # Dataset of rows, or (n, t) token ids, or rows as dicts or lists of token ids.
 Blocks = datasets.Dataset | datasets.IterableDataset | torch.Tensor | Sequence[dict | Sequence[int]]
 
+PIECE = 2048
+"""Tokens of a forward pass where a row is read in pieces."""
+
 _CHUNK = 512
+_MEMORY = ("cache", "past_key_values", "cache_params")
 
 
 def perplexity(
@@ -218,6 +222,38 @@ def logits_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.T
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     # With a cache Transformers models would not see the borders between packed documents.
     return model(**inputs, use_cache=False).logits
+
+
+def logits_in_pieces(
+    model: PreTrainedModel, tokens: torch.Tensor, first: int = 0, piece: int = PIECE
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Logits of rows without padding, a piece at a time: memory does not grow with a row's length as all logits would.
+
+    Args:
+        model: Any causal language model. One that takes no cache reads the rows whole.
+        tokens: Token ids (b, t).
+        first: The first token whose logits are wanted.
+        piece: Tokens a forward pass; later ones go on from the cache of the earlier ones.
+
+    Yields:
+        A place in the row, and the logits (b, up to `piece`, V) from there on.
+    """
+    length = tokens.shape[1]
+    memory = next((name for name in _MEMORY if name in accepted_arguments(model)), None)
+    if memory is None or length <= piece:
+        yield first, logits_of(model, {"input_ids": tokens})[:, first:]
+        return
+    tokens, cache = tokens.to(model.device), None
+    mask = torch.ones_like(tokens)
+    for start in range(0, length, piece):
+        end = min(start + piece, length)
+        wanted = end - max(start, first)
+        given = {"attention_mask": mask[:, :end]} if "attention_mask" in accepted_arguments(model) else {}
+        given |= {memory: cache, "use_cache": True, "logits_to_keep": max(wanted, 1)}
+        output = model(input_ids=tokens[:, start:end], **given)
+        cache = output[memory]
+        if wanted > 0:
+            yield end - wanted, output.logits
 
 
 def _token_chunks(targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

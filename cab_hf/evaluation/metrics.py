@@ -14,7 +14,7 @@ from transformers import EvalPrediction
 from cab_hf.data.packing import IGNORE_INDEX
 
 
-_Z95 = 1.959964
+Z95 = 1.959964
 _TOP = (1, 5)
 
 
@@ -174,7 +174,19 @@ def ratio_interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float,
     if rows == 1:
         return float(mean), -math.inf, math.inf
     error = math.sqrt(rows / (rows - 1) * np.square(sums - mean * counts).sum()) / counts.sum()
-    return float(mean), float(mean - _Z95 * error), float(mean + _Z95 * error)
+    return float(mean), float(mean - Z95 * error), float(mean + Z95 * error)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values (n,); infinite for a single one."""
+    values = np.asarray(values, dtype=np.float64)
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of independent values (n,) and its 95 % interval by the normal approximation: (mean, low, high)."""
+    mean, error = float(np.mean(values)), standard_error(values)
+    return mean, mean - Z95 * error, mean + Z95 * error
 
 
 def wilson_interval(share: float, n: float) -> tuple[float, float]:
@@ -182,16 +194,16 @@ def wilson_interval(share: float, n: float) -> tuple[float, float]:
 
     Source: Wilson (1927), "Probable inference, the law of succession, and statistical inference".
     """
-    centre = share + _Z95**2 / (2 * n)
-    spread = _Z95 * math.sqrt(share * (1 - share) / n + _Z95**2 / (4 * n**2))
-    scale = 1 + _Z95**2 / n
+    centre = share + Z95**2 / (2 * n)
+    spread = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    scale = 1 + Z95**2 / n
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def effective_count(right: Sequence[int], counts: Sequence[int]) -> float:
     """Independent trials that would spread as much as the rows do: at least the rows, at most the tokens."""
     share, low, high = ratio_interval(right, counts)
-    error = (high - low) / (2 * _Z95)
+    error = (high - low) / (2 * Z95)
     if error == 0 or math.isinf(error):
         return len(counts)
     return float(np.clip(share * (1 - share) / error**2, len(counts), sum(counts)))

@@ -216,6 +216,56 @@ def kept_attention(choice: Mapping[str, Any], path: str | Path) -> Path:
     return _save(figure, path)
 
 
+def length_curves(length: Mapping[str, Any], path: str | Path) -> Path:
+    """Draws loss by position and retrieval over the length, teacher beside student, with 95 % intervals.
+
+    A dotted line marks the length up to which the student holds, in each panel that of its own test.
+
+    Args:
+        length: What `cab_hf.runs.report` measured: `loss`, `retrieval` and `holds_to`.
+        path: Picture to write, 1600 pixels wide; its suffix picks the format.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    holds = length["holds_to"]
+    figure = _figure("Length curves", f"Over the length of the text: the student holds to {holds['all']:,} tokens")
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
+    lengths = [int(one) for one in next(iter(length["retrieval"].values()))]
+    panels = {"loss": left.subplots(), **dict(zip(length["retrieval"], right.subplots(2, 2, sharex=True).flat))}
+    for name, axes in panels.items():
+        for who, style in _WHO.items():
+            if name == "loss":
+                rows = [(one["to"], one[who]) for one in length["loss"]["buckets"]]
+            else:
+                rows = [(int(tokens), one[who]) for tokens, one in length["retrieval"][name].items()]
+            rows = [(tokens, one["nll" if name == "loss" else "recall"], *one["ci95"]) for tokens, one in rows if one]
+            if rows:
+                places, values, lows, highs = zip(*rows)
+                axes.plot(places, values, label=who, linewidth=2, markersize=5, **style)
+                axes.fill_between(places, lows, highs, color=style["color"], alpha=0.2)
+        if holds[name]:
+            axes.axvline(holds[name], color="gray", linestyle=":", linewidth=2)
+        axes.set_xscale("log", base=2)
+        ticks = lengths if name != "loss" else [one["to"] for one in length["loss"]["buckets"]]
+        ticks = ticks[:: 1 + len(ticks) // 7]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45 * (len(ticks) > 3))
+        axes.minorticks_off()
+        if name != "loss":
+            axes.set_ylim(-0.03, 1.03)
+        axes.set_title("loss by position, nats" if name == "loss" else name, fontsize=12)
+        axes.tick_params(labelsize=9)
+        axes.grid(True, alpha=0.25)
+    panels["loss"].set_xlabel("tokens before the predicted one", fontsize=11)
+    panels["loss"].legend(fontsize=11)
+    right.supxlabel("length of the text, tokens", fontsize=11)
+    right.supylabel("share found", fontsize=11)
+    return _save(figure, path)
+
+
 def _figure(what: str, title: str | None = None) -> "Figure":
     """An empty picture, 1600 pixels wide, that needs no display; a long title goes on in the next line."""
     try:

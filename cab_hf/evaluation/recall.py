@@ -1,12 +1,16 @@
-"""What a model finds again in its context: copying and associative recall."""
+"""What a model finds again in its context: copying and associative recall.
+
+Shapes: `b` batch, `t` token.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from cab_hf.evaluation.language import batches_of, logits_of
+from cab_hf.evaluation.language import batches_of, logits_in_pieces
 from cab_hf.evaluation.metrics import Recall
 from cab_hf.inference import evaluating
 
@@ -127,6 +131,14 @@ def _recall(
     tokens, metric = torch.from_numpy(np.stack(sequences)), Recall(keep_in_memory=True)
     with evaluating(model):
         for batch in batches_of(model, tokens, batch_size, None, "right", progress, title):
-            predicted = logits_of(model, batch)[:, asked].argmax(-1)
-            metric.add_batch(predictions=predicted.tolist(), references=batch["input_ids"][:, answers].tolist())
+            tokens = batch["input_ids"]
+            # What is asked stands at the end of the row, so that a place counts from there.
+            predicted = likeliest_after(model, tokens, -asked.start)[:, asked]
+            metric.add_batch(predictions=predicted.tolist(), references=tokens[:, answers].tolist())
     return metric.compute()
+
+
+def likeliest_after(model: PreTrainedModel, tokens: Tensor, keep: int) -> Tensor:
+    """The likeliest token after each of the last `keep` tokens of rows (b, t)."""
+    pieces = logits_in_pieces(model, tokens, tokens.shape[1] - keep)
+    return torch.cat([logits.argmax(-1) for _, logits in pieces], dim=1)

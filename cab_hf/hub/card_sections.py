@@ -72,6 +72,10 @@ _QUANTITIES = {
     "peak_mib": "peak memory, MiB",
 }
 _WHO = ("teacher", "student")
+CONTROLS = {
+    "zeroed": "the student with mixers that give zero",
+    "window": "the teacher, untrained, with a window of 64 tokens and 4 sinks",
+}
 EXPORTED = "stock"
 """The folder that the card's line exports to."""
 
@@ -136,6 +140,67 @@ def recall_table(recall: Mapping[str, Mapping[str, Any]]) -> str:
         for gap, one in gaps.items()
     ]
     return _table(["test", "gap", *_WHO, "n tokens"], rows, names=1)
+
+
+def retrieval_table(length: Mapping[str, Any]) -> str:
+    """What both models find again at each length, as `cab_hf.runs.report.evaluate` reports it."""
+    rows = [
+        [
+            test,
+            f"{int(tokens):,}",
+            *("" if one[who] is None else _interval(one[who], "recall", 3, "ci95") for who in _WHO),
+        ]
+        for test, by_length in length["retrieval"].items()
+        for tokens, one in by_length.items()
+    ]
+    return _table(["retrieval", "tokens", *_WHO], rows, names=1)
+
+
+def loss_table(length: Mapping[str, Any]) -> str:
+    """Loss of both models by position, as `cab_hf.runs.report.evaluate` reports it."""
+    rows = [
+        [
+            f"{bucket['from']:,} to {bucket['to']:,}",
+            *("" if bucket[who] is None else _interval(bucket[who], "nll", 3, "ci95") for who in _WHO),
+            _interval(bucket, "difference", 3),
+            _interval(bucket, "rise", 3),
+        ]
+        for bucket in length["loss"]["buckets"]
+    ]
+    return _table(["loss behind tokens", *_WHO, "difference", "student's rise over 512"], rows, names=1)
+
+
+def held(length: Mapping[str, Any]) -> str:
+    """Up to which length the student holds, in a sentence or two."""
+    holds = dict(length["holds_to"])
+    whole = holds.pop("all")
+    parts = ", ".join(f"{name} {tokens:,}" for name, tokens in holds.items())
+    sentence = f"Length: the student holds to {whole:,} tokens ({parts})."
+    measured = [int(tokens) for tokens in next(iter(length["retrieval"].values()))]
+    if length["teacher_positions"] is not None and max(measured) > length["teacher_positions"]:
+        sentence += f" Beyond the teacher's {length['teacher_positions']:,} positions the student alone was measured."
+    return sentence
+
+
+def task_table(tasks: Mapping[str, Any]) -> str:
+    """Accuracy of both models, a row a task, as `cab_hf.runs.report.evaluate` reports it."""
+    rows = []
+    for name, row in tasks["rows"].items():
+        models = (f"{row[who]['accuracy']:.3f} ± {row[who]['stderr']:.3f}" for who in _WHO)
+        difference = _interval(row, "difference", 3)
+        rows.append([name, row["metric"], f"{row['chance']:.3f}", *models, difference, f"{row['n_questions']:,}"])
+    return _table(["task", "counted", "chance", *_WHO, "difference", "n questions"], rows, names=2)
+
+
+def above_chance(tasks: Mapping[str, Any]) -> str:
+    """How much of its teacher's margin above chance a student keeps, in a sentence."""
+    found = tasks["above_chance"]
+    if found["share"] is None:
+        return "Tasks: the teacher is clearly above chance in none, so they say nothing of the student."
+    return (
+        f"Tasks: the student keeps {_interval(found, 'share', 2)} of its teacher's margin above chance, summed over "
+        f"{', '.join(found['tasks'])}."
+    )
 
 
 def generation_table(generation: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ Shape legend: `b` batch, `c` channel, `t` token, `n` rows, `V` label.
 
 import json
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -24,13 +25,16 @@ from cab_hf.data.documents import load_documents, split_documents
 from cab_hf.data.image_sources import align_labels, load_images, pick_test_split
 from cab_hf.data.images import ImageDataset, collate_images, normalisation, processor_side
 from cab_hf.data.packing import pack_documents
+from cab_hf.evaluation.controls import with_window, without_mixers
 from cab_hf.evaluation.generation import generate
 from cab_hf.evaluation.images import compare_images
 from cab_hf.evaluation.language import Blocks, compare
+from cab_hf.evaluation.length import RETRIEVAL, held_length, limits_of, loss_by_position, retrieval
 from cab_hf.evaluation.metrics import crossing_length
-from cab_hf.evaluation.plots import recall_curves, speed_curves
+from cab_hf.evaluation.plots import length_curves, recall_curves, speed_curves
 from cab_hf.evaluation.recall import associative_recall, copying_recall
 from cab_hf.evaluation.speed import image_speed, text_speed
+from cab_hf.evaluation.tasks import compare_scores, score_tasks, tasks_in
 from cab_hf.export.loading import load_image_processor, load_tokenizer, read_student
 from cab_hf.files import write_whole
 from cab_hf.hub import card_sections as sections
@@ -73,6 +77,10 @@ def evaluate(
     block_size: int | None = None,
     prompts: int = 16,
     new_tokens: int = 64,
+    retrieval_lengths: Sequence[int] = (),
+    tasks: str | Path | None = None,
+    task_limit: int | None = None,
+    control: str | None = None,
     data_dir: str | Path | None = None,
     repeats: int = 3,
 ) -> dict[str, Any]:
@@ -94,13 +102,21 @@ def evaluate(
         block_size: tokens a row; by default the recipe's, or 512.
         prompts: held-out beginnings to continue, 0 for none.
         new_tokens: tokens of a continuation.
+        retrieval_lengths: lengths at which retrieval and loss are measured, in tokens, of a language student. The
+            teacher is measured as far as its positions go.
+        tasks: folder of the files of `cab_hf.evaluation.tasks`, for a language student; needs `lm_eval`.
+        task_limit: first questions of each task; None for all.
+        control: what is measured in a language student's place, in quality and not in speed: "zeroed", itself with
+            mixers that give zero (`without_mixers`), or "window", its teacher with a window (`with_window`).
         data_dir: folder of the images, where their source needs one; the recipe's by default.
         repeats: timed runs of each speed.
 
     Returns:
-        What is in `evaluation.json`. A language student has `texts` (name -> `compare`), `generation`, `recall` and
-        `speed`. An image student has `images` (name -> `compare_images`) and `speed`. Each text or set of images also
-        names its `split` and, if it is on the Hub, its `dataset`, where these are known.
+        What is in `evaluation.json`. A language student has `texts` (name -> `compare`), `generation`, `recall`,
+        `length`, `tasks` (`compare_scores`) and `speed`. An image student has `images` (name -> `compare_images`) and
+        `speed`. Each text or set of images also names its `split` and, if it is on the Hub, its `dataset`, where these
+        are known. `length` has `retrieval` (as `recall`), `loss` (`loss_by_position`), `holds_to` (`held_length`),
+        `teacher_positions`, the `text` that it read, and `seconds`.
 
     Raises:
         ValueError: a folder without a student, a teacher of other tokens or labels, an option that can't be.
@@ -108,7 +124,15 @@ def evaluate(
         FloatingPointError: a result that is not finite.
     """
     sizes = {"batch_size": batch_size, "max_tokens": max_tokens, "block_size": block_size, "new_tokens": new_tokens}
-    _check_options(data, lengths, gaps, prompts, **sizes, repeats=repeats)
+    sizes |= {"task_limit": task_limit}
+    _check_options(data, lengths, retrieval_lengths, gaps, prompts, **sizes, repeats=repeats)
+    if tasks is not None:
+        tasks_in(tasks)
+    if control is not None and (control not in sections.CONTROLS or output is None):
+        raise ValueError(
+            f"control is {control!r} and output {output}. The control is {' or '.join(sections.CONTROLS)}, and its "
+            "report needs a folder of its own (--output)."
+        )
     if output is None and not Path(folder).is_dir():
         reason = "is a file and no folder of a student" if Path(folder).is_file() else "is no folder here"
         raise ValueError(
@@ -135,6 +159,8 @@ def evaluate(
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
     }
     if report["task"] == "image-classification":
+        if control is not None:
+            raise ValueError(f"control is {control!r}, but {folder} is an image student. Leave it out.")
         settings = replace(recipe.images if recipe else ImageArguments())
         if len(data) == 1 and holds_images(Path(data[0]).expanduser()):  # as `cab-hf distill` takes it
             data, data_dir = ["imagefolder"], data[0]
@@ -148,6 +174,9 @@ def evaluate(
         teacher_size = teacher_model.config.get_text_config().vocab_size
         check_vocabularies(student.config.vocab_size, teacher_size, own, tokenizer if own else None)
         teacher_model.to(place, dtype).eval()
+        if control is not None:
+            report["control"] = control
+            student = without_mixers(student) if control == "zeroed" else with_window(teacher_model)
         models = {"teacher": teacher_model, "student": student}
         texts, origins = {}, {}
         for one in data:
@@ -167,7 +196,12 @@ def evaluate(
             }
         if gaps:
             report["recall"] = _recall(models, tokenizer, gaps, batch_size)
-        if lengths:
+        if retrieval_lengths:
+            report["length"] = _length(models, tokenizer, next(iter(texts.values())), retrieval_lengths, batch_size)
+            report["length"]["text"] = next(iter(texts))
+        if tasks is not None:
+            report["tasks"] = _tasks(models, tokenizer, tasks, task_limit, batch_size)
+        if lengths and control is None:
             report["speed"] = _text_speed(models, sorted(lengths), repeats)
     output.mkdir(parents=True, exist_ok=True)
     report["plots"] = _draw(report, output)
@@ -181,26 +215,43 @@ def describe(report: Mapping[str, Any]) -> str:
     tables = [sections.result_table(head, report.get("texts") or report["images"])]
     tables += [sections.generation_table(report["generation"])] if "generation" in report else []
     tables += [sections.recall_table(report["recall"])] if "recall" in report else []
+    tables += (
+        [sections.retrieval_table(report["length"]), sections.loss_table(report["length"])]
+        if "length" in report
+        else []
+    )
+    tables += [sections.task_table(report["tasks"])] if "tasks" in report else []
     tables += [sections.speed_table(report["speed"])] if "speed" in report else []
     parts = list(map(sections.aligned, tables))
-    lines = sections.crossings(report["speed"]) if "speed" in report else []
+    lines = [sections.above_chance(report["tasks"])] if "tasks" in report else []
+    lines += [sections.held(report["length"])] if "length" in report else []
+    lines += sections.crossings(report["speed"]) if "speed" in report else []
+    if "control" in report:
+        lines.append(f"In the student's place: {sections.CONTROLS[report['control']]}.")
     parts.append("\n".join(f"  {line}" for line in [*lines, f"{report['dtype']} on {report['hardware']}"]))
     return "\n\n".join(parts)
 
 
 def _check_options(
-    data: Sequence[str], lengths: Sequence[int], gaps: Sequence[int], prompts: int, **sizes: int | None
+    data: Sequence[str],
+    lengths: Sequence[int],
+    retrieval_lengths: Sequence[int],
+    gaps: Sequence[int],
+    prompts: int,
+    **sizes: int | None,
 ) -> None:
     if isinstance(data, str) or not data:
         raise ValueError(f"data is {data!r}. Give a list of at least one source, such as ['builtin'].")
-    at_least_one = sizes | {"lengths": min(lengths, default=1)}
+    of_rows = {"lengths": lengths, "retrieval_lengths": retrieval_lengths}
+    at_least_one = sizes | {name: min(values, default=1) for name, values in of_rows.items()}
     wrong = {name: value for name, value in at_least_one.items() if value is not None and value < 1}
     wrong |= {name: value for name, value in (("prompts", prompts), ("gaps", min(gaps, default=0))) if value < 0}
     if wrong:
         name, value = next(iter(wrong.items()))
         raise ValueError(f"{name} is {value}; it must be at least {1 if name in at_least_one else 0}.")
-    if max(lengths, default=1) > LONGEST:
-        raise ValueError(f"lengths has {max(lengths):,}; the longest prompt is {LONGEST:,} tokens. Leave it out.")
+    for name, values in of_rows.items():
+        if max(values, default=1) > LONGEST:
+            raise ValueError(f"{name} has {max(values):,}; the longest prompt is {LONGEST:,} tokens. Leave it out.")
 
 
 def _load_teacher(load: Callable[[str], tuple[PreTrainedModel, Any]], name: str) -> tuple[PreTrainedModel, Any]:
@@ -259,8 +310,7 @@ def _prompts(blocks: Blocks, count: int) -> Tensor:
 def _recall(
     models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, gaps: Sequence[int], batch_size: int
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    rows = min(model.get_input_embeddings().weight.shape[0] for model in models.values())
-    tokens = sorted(set(range(min(len(tokenizer), rows))) - set(tokenizer.all_special_ids))
+    tokens = _plain_tokens(models, tokenizer)
     tests = {"copying": copying_recall, "associative": associative_recall}
     return {
         name: {
@@ -269,6 +319,60 @@ def _recall(
         }
         for name, test in tests.items()
     }
+
+
+def _plain_tokens(models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that both models have rows for, without special ones."""
+    rows = min(model.get_input_embeddings().weight.shape[0] for model in models.values())
+    return sorted(set(range(min(len(tokenizer), rows))) - set(tokenizer.all_special_ids))
+
+
+def _length(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Blocks,
+    lengths: Sequence[int],
+    batch_size: int,
+) -> dict[str, Any]:
+    begin, lengths, limits = time.perf_counter(), sorted(lengths), limits_of(models)
+    text = torch.cat([torch.as_tensor(row["input_ids"]) for row in blocks])
+    tokens = _plain_tokens(models, tokenizer)
+    measured = {
+        length: {
+            who: retrieval(model, tokenizer, tokens, text, length, batch_size=batch_size)
+            if limits[who] is None or length <= limits[who]
+            else None
+            for who, model in models.items()
+        }
+        for length in lengths
+    }
+    found = {
+        test: {str(length): {who: one and one[test] for who, one in measured[length].items()} for length in lengths}
+        for test in RETRIEVAL
+    }
+    loss = loss_by_position(models, text, lengths[-1], limits=limits)
+    return {
+        "retrieval": found,
+        "loss": loss,
+        "holds_to": held_length(lengths, found, loss),
+        "teacher_positions": limits["teacher"],
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
+
+
+def _tasks(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    limit: int | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    scores = {
+        who: score_tasks(model, tokenizer, folder, limit=limit, batch_size=batch_size) for who, model in models.items()
+    }
+    facts = {"limit": limit, "lm_eval": version("lm_eval"), "seconds": round(time.perf_counter() - start, 1)}
+    return compare_scores(scores["student"], scores["teacher"]) | facts
 
 
 def _text_speed(models: Mapping[str, PreTrainedModel], lengths: Sequence[int], repeats: int) -> dict[str, Any]:
@@ -378,6 +482,8 @@ def _draw(report: Mapping[str, Any], output: Path) -> list[str]:
     try:
         if "recall" in report:
             names.append(recall_curves(report["recall"], output / "recall.png").name)
+        if "length" in report:
+            names.append(length_curves(report["length"], output / "length.png").name)
         if "speed" in report:
             names.append(speed_curves(report["speed"], output / "speed.png").name)
     except ImportError as error:

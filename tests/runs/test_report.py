@@ -16,6 +16,7 @@ from cab_hf.data.documents import load_documents
 from cab_hf.data.image_sources import load_images
 from cab_hf.data.images import make_image_processor
 from cab_hf.data.packing import pack_documents
+from cab_hf.evaluation.controls import with_window, without_mixers
 from cab_hf.evaluation.language import compare
 from cab_hf.evaluation.metrics import crossing_length
 from cab_hf.evaluation.speed import image_speed, text_speed
@@ -111,6 +112,53 @@ def test_only_what_is_asked_for(student, text, tmp_path):
     assert list(report["texts"]) == ["prose.txt"]
 
 
+def test_tasks_and_only_their_first_questions(student, text, tmp_path):
+    pytest.importorskip("lm_eval")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"query": "Question: Which?\n", "choices": ["this", "that one"], "gold": at % 2} for at in range(6)]
+    (folder / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {**QUICK, "lengths": (), "gaps": (), "prompts": 0, "tasks": folder, "task_limit": 4}
+    report = evaluate(student, "random-llama", [str(text)], output=tmp_path, block_size=40, **options)
+    row = report["tasks"]["rows"]["piqa"]
+    # The same question each time, with each answer as often.
+    assert row["n_questions"] == 4 and row["teacher"]["accuracy"] == row["student"]["accuracy"] == 0.5
+    assert report["tasks"]["limit"] == 4 and str(tmp_path) not in json.dumps(report)
+    assert "piqa" in describe(report) and "clearly above chance in none" in describe(report)
+
+
+def test_length_in_a_report(student, text, tmp_path):
+    options = {**QUICK, "lengths": (), "gaps": (), "prompts": 0, "retrieval_lengths": (512, 384)}
+    report = evaluate(student, "random-llama", [f"prose={text}"], output=tmp_path, block_size=40, **options)
+    length = report["length"]
+    assert list(length["retrieval"]) == ["needle", "needles", "key-value", "copying"]
+    assert list(length["retrieval"]["needles"]) == ["384", "512"] and length["text"] == "prose"
+    assert length["retrieval"]["copying"]["384"]["teacher"]["gap"] == 256
+    assert set(length["holds_to"]) == {"needle", "needles", "key-value", "copying", "loss", "all"}
+    assert length["teacher_positions"] == 2048 and length["loss"]["length"] == 512
+    assert report["plots"] == ["length.png"] and (tmp_path / "length.png").read_bytes()[1:4] == b"PNG"
+    table = describe(report)
+    assert "the student holds to" in table and "256 to 512" in table and "positions the student alone" not in table
+    alone = {test: {"4096": by_length["512"] | {"teacher": None}} for test, by_length in length["retrieval"].items()}
+    table = describe(report | {"length": length | {"retrieval": alone}})
+    assert "Beyond the teacher's 2,048 positions the student alone was measured." in table
+
+
+def test_controls_in_the_students_place(student, text, tmp_path):
+    teacher, tokenizer = random_llama()
+    own = tiny_model(mixer_type="mamba2", vocab_size=len(tokenizer))
+    blocks = pack_documents(load_documents(text), tokenizer, 100)
+    for control, model in (("zeroed", without_mixers(own)), ("window", with_window(teacher))):
+        options = {**QUICK, "gaps": (), "prompts": 0, "control": control}
+        report = evaluate(student, "random-llama", [f"prose={text}"], output=tmp_path, block_size=100, **options)
+        expected = compare(model, teacher, blocks, max_tokens=200, progress=False)
+        assert report["texts"]["prose"]["kl"] == pytest.approx(expected["kl"]) and report["control"] == control
+        assert expected["kl"] > 1e-6 and "speed" not in report and "In the student's place" in describe(report)
+    for given in ({"control": "window", "output": None}, {"control": "none"}):
+        with pytest.raises(ValueError, match="zeroed or window, and its report needs a folder of its own"):
+            evaluate(**{"folder": student, "teacher": "random-llama", "data": ["builtin"], "output": tmp_path} | given)
+
+
 def test_a_report_on_images(tmp_path):
     torch.manual_seed(0)
     folder, teacher_folder = tmp_path / "student", tmp_path / "teacher"
@@ -153,6 +201,9 @@ def test_a_report_on_images(tmp_path):
         ({"lengths": (8, 2**21)}, "lengths has 2,097,152; the longest prompt is 1,048,576"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"block_size": 0}, "block_size is 0"),
+        ({"task_limit": 0}, "task_limit is 0"),
+        ({"retrieval_lengths": (0, 256)}, "retrieval_lengths is 0"),
+        ({"retrieval_lengths": (2**21,)}, "retrieval_lengths has 2,097,152"),
         ({"device": "abacus"}, "'abacus' can't be used here"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"folder": "nobody/nothing", "output": None}, "is no folder here. Name the folder of a student"),
