@@ -28,6 +28,7 @@ def choose_attention(
     *,
     by: Literal["both", "kl", "copying", "evenly"] = "both",
     gaps: Sequence[int] = GAPS,
+    length: int = 64,
     batch_size: int = 8,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -50,13 +51,13 @@ def choose_attention(
         blocks: rows of text to measure the KL on, as `compare` takes them.
         vocabulary: as in `copying_recall`.
         by: what is best.
-        gaps: tokens between the two copies.
+        gaps, length: tokens between the two copies, and of a copy.
         batch_size: rows a forward pass.
         progress: show a progress bar.
 
     Returns:
-        `kept`, of `paths`, and `layers`, their indices, in the order of their calls; `by`, `gaps`, `n_tokens` of the
-        text, `n_copied` tokens, `seconds`; `teacher` (`copying`), `nothing_kept` (`kl`, `copying`), and for each of
+        `kept`, of `paths`, and `layers`, their indices, in the order of their calls; `by`, `gaps`, `length`, `n_tokens` of
+        the text, `n_copied` tokens, `seconds`; `teacher` (`copying`), `nothing_kept` (`kl`, `copying`), and for each of
         `steps` the path `kept`, its `kl` and `copying`, and those of all `candidates`.
 
     Raises:
@@ -86,9 +87,8 @@ def choose_attention(
     counts = {}
 
     def copying(model: PreTrainedModel) -> float:
-        found = [
-            copying_recall(model, vocabulary, gap, n=SEQUENCES, batch_size=batch_size, progress=False) for gap in gaps
-        ]
+        options = {"length": length, "n": SEQUENCES, "batch_size": batch_size, "progress": False}
+        found = [copying_recall(model, vocabulary, gap, **options) for gap in gaps]
         counts["n_copied"] = sum(one["n_tokens"] for one in found)
         return sum(one["recall"] for one in found) / len(found)
 
@@ -121,6 +121,7 @@ def choose_attention(
         "kept": kept,
         "layers": [paths.index(path) for path in kept],
         "gaps": list(gaps),
+        "length": length,
         **counts,
         "teacher": {"copying": goal},
         "nothing_kept": start,
