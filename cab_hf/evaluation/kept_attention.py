@@ -56,14 +56,15 @@ def choose_attention(
         progress: show a progress bar.
 
     Returns:
-        `kept`, of `paths`, and `layers`, their indices, in the order of their calls; `by`, `gaps`, `length`, `n_tokens` of
-        the text, `n_copied` tokens, `seconds`; `teacher` (`copying`), `nothing_kept` (`kl`, `copying`), and for each of
-        `steps` the path `kept`, its `kl` and `copying`, and those of all `candidates`.
+        `kept`, of `paths`, and `layers`, their indices, in the order of their calls; `by`, `gaps`, `length`,
+        `n_tokens` of the text, `n_copied` tokens, `seconds`; `teacher` (`copying`), `nothing_kept` (`kl`, `copying`),
+        and for each of `steps` the path `kept`, its `kl` and `copying`, and those of all `candidates`.
 
     Raises:
         ValueError: `count` is none, or all, of the layers, or `by` is unknown.
 
-    Source: KL-guided layer selection (arXiv 2512.20569) restores one layer at a time; the copying score is ours.
+    Source: KL-guided layer selection (arXiv 2512.20569) restores one layer at a time. Copying counts, too, because the
+    KL may hide what it is about (`tests/evaluation/test_kept_attention.py` trains a teacher that shows it).
 
     Example:
         >>> import torch
