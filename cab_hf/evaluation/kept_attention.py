@@ -28,6 +28,7 @@ def choose_attention(
     *,
     by: Literal["both", "kl", "copying", "evenly"] = "both",
     gaps: Sequence[int] = GAPS,
+    length: int = 64,
     batch_size: int = 8,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -50,19 +51,20 @@ def choose_attention(
         blocks: rows of text to measure the KL on, as `compare` takes them.
         vocabulary: as in `copying_recall`.
         by: what is best.
-        gaps: tokens between the two copies.
+        gaps, length: tokens between the two copies, and of a copy.
         batch_size: rows a forward pass.
         progress: show a progress bar.
 
     Returns:
-        `kept`, of `paths`, and `layers`, their indices, in the order of their calls; `by`, `gaps`, `n_tokens` of the
-        text, `n_copied` tokens, `seconds`; `teacher` (`copying`), `nothing_kept` (`kl`, `copying`), and for each of
-        `steps` the path `kept`, its `kl` and `copying`, and those of all `candidates`.
+        `kept`, of `paths`, and `layers`, their indices, in the order of their calls; `by`, `gaps`, `length`,
+        `n_tokens` of the text, `n_copied` tokens, `seconds`; `teacher` (`copying`), `nothing_kept` (`kl`, `copying`),
+        and for each of `steps` the path `kept`, its `kl` and `copying`, and those of all `candidates`.
 
     Raises:
         ValueError: `count` is none, or all, of the layers, or `by` is unknown.
 
-    Source: KL-guided layer selection (arXiv 2512.20569) restores one layer at a time; the copying score is ours.
+    Source: KL-guided layer selection (arXiv 2512.20569) restores one layer at a time. Copying counts, too, because the
+    KL may hide what it is about (`tests/evaluation/test_kept_attention.py` trains a teacher that shows it).
 
     Example:
         >>> import torch
@@ -86,9 +88,8 @@ def choose_attention(
     counts = {}
 
     def copying(model: PreTrainedModel) -> float:
-        found = [
-            copying_recall(model, vocabulary, gap, n=SEQUENCES, batch_size=batch_size, progress=False) for gap in gaps
-        ]
+        options = {"length": length, "n": SEQUENCES, "batch_size": batch_size, "progress": False}
+        found = [copying_recall(model, vocabulary, gap, **options) for gap in gaps]
         counts["n_copied"] = sum(one["n_tokens"] for one in found)
         return sum(one["recall"] for one in found) / len(found)
 
@@ -121,6 +122,7 @@ def choose_attention(
         "kept": kept,
         "layers": [paths.index(path) for path in kept],
         "gaps": list(gaps),
+        "length": length,
         **counts,
         "teacher": {"copying": goal},
         "nothing_kept": start,
