@@ -77,13 +77,15 @@ def test_a_student_keeps_template_special_tokens_and_ends(teacher, chats, start)
 def test_blocks_and_held_out_conversations(teacher, chats):
     recipe = recipe_of(teacher, chats, "--loss_on", "assistant", "--holdout", "0.2")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
-    blocks, heldout, copies = load_blocks(recipe.data, tokenizer, model, recipe.args, teacher.parent / "stages")
-    assert list(copies.values()) == [0] and len(next(iter(heldout.values()))) > 0
+    blocks, heldout, copies, is_chat = load_blocks(
+        recipe.data, tokenizer, model, recipe.args, teacher.parent / "stages"
+    )
+    assert is_chat and list(copies.values()) == [0] and len(next(iter(heldout.values()))) > 0
     labels = np.array(blocks["labels"])
     text = tokenizer.decode(labels[labels >= 0])
     assert "Hello.<|end|>" in text and "Bye?" not in text and "user" not in text
     everything = recipe_of(teacher, chats).data
-    blocks, _, _ = load_blocks(everything, tokenizer, model, recipe.args, teacher.parent / "stages")
+    blocks, *_ = load_blocks(everything, tokenizer, model, recipe.args, teacher.parent / "stages")
     assert (np.array(blocks["labels"]) >= 0).mean() > 0.9
     # Plain text may be evaluated beside them, on all of its tokens.
     mixed = recipe_of(teacher, chats, "--loss_on", "assistant", "--eval_dataset", "docs=builtin").data
