@@ -16,8 +16,9 @@ from tiny_distillation import tiny_teacher
 from tiny_images import SIZE, tiny_image_teacher
 from transformers import AutoModelForCausalLM, ViTImageProcessor
 
+from cab_hf.checks import parse_count
 from cab_hf.cli import main
-from cab_hf.runs.distill import data_options, parse_count, recipe_values, task_of
+from cab_hf.runs.distill import data_options, recipe_values, task_of
 from cab_hf.teachers.demo import random_llama
 
 
@@ -168,7 +169,7 @@ def test_errors_are_one_line(here, pictures, capsys):
     assert "Did you mean '--tokens'?" in error_of(capsys, *teacher, "notes.txt", "--token", "6k")
     Path("empty.txt").write_text("")
     assert "empty.txt is empty" in error_of(capsys, *teacher, "empty.txt", "--tokens", "1k", *QUICK)
-    assert "Did you mean 'kl_weight'" in error_of(capsys, *teacher, "notes.txt", "--kl_wieght", 1)
+    assert "Did you mean '--kl_weight'" in error_of(capsys, *teacher, "notes.txt", "--kl_wieght", 1)
     assert "no file and no folder" in error_of(capsys, "distill", "./nothing", "--data", "notes.txt")
     assert "the following arguments are required: --data" in error_of(capsys, "distill", "random-llama")
     if torch.cuda.device_count() < 64:
