@@ -50,6 +50,7 @@ ITS_OWN = {
 FIRST_SHARE = 0.3  # of the steps, for all stages but the last: as at 5M and 20M tokens and on CIFAR-10
 IMAGES_SEEN = {True: 192_000, False: 6_400}  # on a GPU as on CIFAR-10; on a CPU, minutes
 CPU_EVAL_TOKENS = 6_144
+HOURS_OF_WRITING = 6
 
 
 def read_teacher_config(teacher: str) -> PreTrainedConfig:
@@ -193,6 +194,7 @@ def _fit_machine(values: dict[str, Any], on_gpu: bool, world: int) -> None:
         values["eval_max_tokens"] = min(values.get("eval_max_tokens") or CPU_EVAL_TOKENS, CPU_EVAL_TOKENS)
     if world > 1:
         values |= {"cuda_graph": False, "torch_compile": False}  # a graph is of one process
+        values.setdefault("ddp_timeout", HOURS_OF_WRITING * 3600)  # the first process writes the teacher's text
         batch = values.get("per_device_train_batch_size", default_of("per_device_train_batch_size"))
         values["per_device_train_batch_size"] = max(1, batch // world)
 
