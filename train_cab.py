@@ -1,18 +1,32 @@
-"""accelerate launch train_cab.py RECIPE.yaml [--option value ...]: distil a Transformer into a Mamba."""
+"""accelerate launch train_cab.py RECIPE.yaml [--option value ...]: distil a Transformer into a Mamba.
+
+`--dry_run` says what would happen, and stops.
+"""
 
 import sys
 
-from accelerate import PartialState
-
-from cab_hf.recipes import errors_in_one_line, parse_recipe
-from cab_hf.runs.run import run_recipe
+from cab_hf.checks import interrupts_in_one_line, quiet_bars
 
 
 def main() -> None:
-    way_out = "Set a smaller per_device_train_batch_size (with more gradient_accumulation_steps) or block_size."
-    with errors_in_one_line(way_out):
-        run_recipe(parse_recipe(sys.argv[1:]))
-        PartialState().destroy_process_group()
+    with interrupts_in_one_line():
+        quiet_bars()
+        from accelerate import PartialState
+
+        from cab_hf.recipes import errors_in_one_line, parse_recipe
+        from cab_hf.runs.plan import plan
+        from cab_hf.runs.run import run_recipe
+        from cab_hf.runs.stages import tell
+
+        way_out = "Set a smaller per_device_train_batch_size (with more gradient_accumulation_steps) or block_size."
+        with errors_in_one_line(way_out):
+            given = [text for text in sys.argv[1:] if text != "--dry_run"]
+            recipe = parse_recipe(given)
+            if len(given) < len(sys.argv) - 1:
+                tell(recipe, plan(recipe))
+            else:
+                run_recipe(recipe)
+            PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

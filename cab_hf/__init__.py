@@ -1,31 +1,41 @@
 """Turn any pretrained Transformer into a Mamba: distillation through the attention bridge (arXiv 2510.19266)."""
 
-from cab_hf import deprecated
-from cab_hf.data import load_documents
-from cab_hf.distillation import (
-    AttentionBridge,
-    DistillationModel,
-    DistillationTrainer,
-    DistillationTrainingArguments,
-)
-from cab_hf.models import (
-    CABHybridConfig,
-    CABHybridForCausalLM,
-    CABHybridForSequenceClassification,
-    CABHybridModel,
-    CABMambaConfig,
-    CABMambaForCausalLM,
-    CABMambaForSequenceClassification,
-    CABMambaModel,
-    CABVisionMambaConfig,
-    CABVisionMambaForImageClassification,
-    CABVisionMambaModel,
-)
-from cab_hf.teachers import RecordedTeacher, Teacher, record_teacher
-from cab_hf.transfer import fit_output_projection, student_from_teacher
+import sys
+from pathlib import Path
 
 
-del deprecated
+def _is_command() -> bool:
+    """Whether this process is `cab-hf`, which reads its line before it imports torch, and then what it needs."""
+    program = sys.argv[0] if sys.argv else ""
+    return Path(program).stem in ("cab-hf", "train_cab") or (program == "-m" and "cab_hf.cli" in sys.orig_argv)
+
+
+if not _is_command():
+    from cab_hf import deprecated
+    from cab_hf.data import load_documents
+    from cab_hf.distillation import (
+        AttentionBridge,
+        DistillationModel,
+        DistillationTrainer,
+        DistillationTrainingArguments,
+    )
+    from cab_hf.models import (
+        CABHybridConfig,
+        CABHybridForCausalLM,
+        CABHybridForSequenceClassification,
+        CABHybridModel,
+        CABMambaConfig,
+        CABMambaForCausalLM,
+        CABMambaForSequenceClassification,
+        CABMambaModel,
+        CABVisionMambaConfig,
+        CABVisionMambaForImageClassification,
+        CABVisionMambaModel,
+    )
+    from cab_hf.teachers import RecordedTeacher, Teacher, record_teacher
+    from cab_hf.transfer import fit_output_projection, student_from_teacher
+
+    del deprecated
 
 __version__ = "0.1.0"
 

@@ -1,17 +1,27 @@
 """The command `cab-hf`: from a teacher to a student, and what can be done with it.
 
-A subcommand is two functions: one adds its options to a parser, the other runs it. `COMMANDS` names them.
+A subcommand is two functions: one adds its options to a parser, the other runs it. `COMMANDS` names them. The line is
+read before torch is imported, so that help and a mistyped word take no seconds: whatever needs it is imported where it
+is used.
 """
 
 import argparse
-import difflib
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cab_hf.hub.sources import check_source
-from cab_hf.recipes import errors_in_one_line, print_recipe_options
+from cab_hf.checks import (
+    check_options,
+    check_source,
+    end,
+    find_recipe,
+    interrupts_in_one_line,
+    parse_count,
+    quiet_bars,
+)
 
 
 class Command:
@@ -21,7 +31,8 @@ class Command:
         help: one line of what it does.
         add_options: adds its arguments to its parser.
         run: runs it with the parsed arguments.
-        takes_recipe_options: whether all options of a recipe are options, too; `run` finds them in `recipe_options`.
+        check: refuses arguments, without an import of torch. It has all options of a recipe, too: they are found in
+            `recipe_options`.
     """
 
     def __init__(
@@ -29,10 +40,9 @@ class Command:
         help: str,
         add_options: Callable[[argparse.ArgumentParser], None],
         run: Callable[[argparse.Namespace], None],
-        takes_recipe_options: bool = False,
+        check: Callable[[argparse.Namespace], None] | None = None,
     ) -> None:
-        self.help, self.add_options, self.run = help, add_options, run
-        self.takes_recipe_options = takes_recipe_options
+        self.help, self.add_options, self.run, self.check = help, add_options, run, check
 
 
 def _distil_options(parser: argparse.ArgumentParser) -> None:
@@ -65,44 +75,55 @@ def _distil_options(parser: argparse.ArgumentParser) -> None:
 DISTIL_OPTIONS = ("data", "tokens", "images", "recipe", "output_dir", "gpus", "dry_run", "push_to_hub")
 
 
+def _check_distil(arguments: argparse.Namespace) -> None:
+    check_options(arguments.recipe_options, DISTIL_OPTIONS)
+    if arguments.tokens and arguments.images:
+        raise ValueError(f"`--tokens` is {arguments.tokens} and `--images` {arguments.images}. Give one of them.")
+    amount = arguments.tokens or arguments.images
+    arguments.amount = None if amount is None else parse_count(amount)
+    if arguments.recipe is not None:
+        find_recipe(arguments.recipe)
+    for source in arguments.data:
+        check_source("data", source, "dataset")
+
+
 def _distil(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    from cab_hf.recipes import build_recipe, known_options, parse_options
-    from cab_hf.runs.distill import launch, parse_count, recipe_values
+    from cab_hf.recipes import build_recipe, parse_options
+    from cab_hf.runs.distill import check_gpus, launch, recipe_values
     from cab_hf.runs.plan import caches, plan
     from cab_hf.runs.run import run_recipe
     from cab_hf.runs.stages import tell
 
-    if arguments.gpus > 1:
-        given = list(arguments.given)
-        place = next(index for index, text in enumerate(given) if text.partition("=")[0] == "--gpus")
-        del given[place : place + (1 if "=" in given[place] else 2)]
-        raise SystemExit(launch(arguments.gpus, given))
-    for given in arguments.recipe_options:
-        near = difflib.get_close_matches(given.partition("=")[0].lstrip("-"), DISTIL_OPTIONS, n=1, cutoff=0.7)
-        if given.startswith("--") and near and given.partition("=")[0].lstrip("-") not in known_options():
-            raise ValueError(f"Unknown option: {given!r}. Did you mean '--{near[0]}'?")
+    launches = arguments.gpus > 1
+    if launches:
+        check_gpus(arguments.gpus)
+    if launches or os.environ.get("RANK", "0") != "0":
+        for name in ("cab_hf", "transformers"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # the first process warns
     options = parse_options(arguments.recipe_options)
     for name in ("output_dir", "push_to_hub"):
         if getattr(arguments, name) is not None:
             options |= parse_options([f"--{name}", getattr(arguments, name)])
-    if arguments.tokens and arguments.images:
-        raise ValueError(f"`--tokens` is {arguments.tokens} and `--images` {arguments.images}. Give one of them.")
-    amount = arguments.tokens or arguments.images
     values = recipe_values(
         arguments.teacher,
         arguments.data,
         recipe=arguments.recipe,
-        amount=None if amount is None else parse_count(amount),
+        amount=arguments.amount,
         options=options,
+        processes=arguments.gpus if launches else None,
     )
+    if launches:
+        gpus = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        gpus.add_argument("--gpus")
+        raise SystemExit(launch(arguments.gpus, gpus.parse_known_args(arguments.given)[1]))
     recipe = build_recipe(values)
     if arguments.dry_run:
-        print(plan(recipe))
-        return
-    tell(recipe, f"output: {recipe.output_dir}; caches: {caches(recipe)}")
-    run_recipe(recipe)
+        tell(recipe, plan(recipe))
+    else:
+        tell(recipe, f"output: {recipe.output_dir}; caches: {caches(recipe)}")
+        run_recipe(recipe)
     PartialState().destroy_process_group()
 
 
@@ -393,7 +414,7 @@ COMMANDS = {
         "turn a Transformer into a Mamba: one command from a teacher and data to a student",
         _distil_options,
         _distil,
-        takes_recipe_options=True,
+        _check_distil,
     ),
     "evaluate": Command("measure a student beside its teacher: quality, recall, speed", _evaluate_options, _evaluate),
     "chat": Command("talk with a student, or with its teacher", _chat_options, _chat),
@@ -421,26 +442,48 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(given: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line.
+
+    Raises:
+        ValueError: an argument that is unknown, missing or malformed.
+        OSError: a teacher, data or a recipe that is not there.
+    """
+    parsed, others = make_parser().parse_known_args(given)
+    command = COMMANDS[parsed.command]
+    if others and command.check is None:
+        raise ValueError(f"Unknown options: {' '.join(others)}. `cab-hf {parsed.command} --help` lists them.")
+    if command.check is not None:
+        parsed.given, parsed.recipe_options = given[1:], others
+        command.check(parsed)
+    if getattr(parsed, "teacher", None) is not None:
+        check_source("teacher", parsed.teacher, "model")
+    return parsed
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a subcommand; an error is one line on stderr and exit code 1, ctrl-C 130.
 
     Args:
         arguments: of the command line, without the program's name; those of the process when None.
     """
-    way_out = "Give a smaller --batch_size, --tokens or --lengths, or --device cpu."
-    with errors_in_one_line(way_out, RuntimeError):
+    with interrupts_in_one_line():
+        quiet_bars()
         given = list(sys.argv[1:] if arguments is None else arguments)
         if given[:1] == ["distill"] and "--help-all" in given:
+            from cab_hf.recipes import print_recipe_options
+
             print_recipe_options()
             return
-        parsed, others = make_parser().parse_known_args(given)
-        if COMMANDS[parsed.command].takes_recipe_options:
-            parsed.given, parsed.recipe_options = given[1:], others
-        elif others:
-            raise ValueError(f"Unknown options: {' '.join(others)}. `cab-hf {parsed.command} --help` lists them.")
-        if getattr(parsed, "teacher", None) is not None:
-            check_source("teacher", parsed.teacher, "model")
-        COMMANDS[parsed.command].run(parsed)
+        try:
+            parsed = parse(given)
+        except (ValueError, OSError) as error:
+            end(error)
+        from cab_hf.recipes import errors_in_one_line
+
+        way_out = "Give a smaller --batch_size, --tokens or --lengths, or --device cpu."
+        with errors_in_one_line(way_out, RuntimeError):
+            COMMANDS[parsed.command].run(parsed)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import sys
 from argparse import SUPPRESS
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+from cab_hf.checks import LISTS, end, interrupts_in_one_line
 from cab_hf.data.augmentation import AugmentationArguments
 from cab_hf.data.packing import LossOn
 from cab_hf.distillation.training_args import DistillationTrainingArguments
@@ -236,7 +236,13 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "Also test copying over these gaps, in tokens: perplexity does not show it."},
     )
-    sample_prompt: str = field(default="The", metadata={"help": "Prompt of the printed sample; empty: no sample."})
+    sample_prompt: str = field(
+        default="The",
+        metadata={
+            "help": "Prompt of the printed sample; where conversations are learnt, the user's turn (a question if not "
+            "given); empty: no sample."
+        },
+    )
     sample_tokens: int = field(default=48, metadata={"help": "Tokens of the sample."})
     verify_reload: bool = field(
         default=False,
@@ -294,7 +300,6 @@ ARGUMENT_CLASSES = (
     AugmentationArguments,
     DistillationTrainingArguments,
 )
-LISTS = {"stages", "baselines"}
 USER_ERRORS = (
     ValueError,
     OSError,
@@ -441,6 +446,8 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         kind(**{field.name: whole[field.name] for field in fields(kind) if field.name in whole})
         for kind in ARGUMENT_CLASSES[:-1]
     )
+    if model.reads_images and data.loss_on != default_of("loss_on"):
+        raise ValueError(f"`loss_on` is {data.loss_on!r}, but images are no conversations. Leave it out.")
     stages = _training_runs(whole, values.get("stages") or [{"name": "train"}], "stage")
     baselines = _training_runs(whole, values.get("baselines") or [], "baseline")
     return Recipe(model, data, images, augmentation, stages, baselines, values | {"output_dir": whole["output_dir"]})
@@ -503,6 +510,7 @@ def _parser() -> HfArgumentParser:
         allow_abbrev=False,
     )
     for action in parser._actions:
+        action.option_strings = action.option_strings[:1]  # what is shown; --block-size is --block_size, too
         if action.dest != "help":
             action.default, action.required = SUPPRESS, False
         if action.type is dict:
@@ -581,25 +589,15 @@ def errors_in_one_line(out_of_memory: str, *others: type[Exception]) -> Iterator
         out_of_memory: the way out where memory does not suffice.
         others: kinds of errors beside those that inputs, files, disks, networks and their libraries raise.
     """
-    try:
-        yield
-    except KeyboardInterrupt:
-        _end(
-            "interrupted. Run the same command again to go on: what is finished is kept, and the newest checkpoint "
-            "where there is one (--save_steps).",
-            130,
-        )
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        _end(f"Out of memory ({error}). {out_of_memory}", 1)
-    except DatasetsError as error:
-        _end(f"{error} {error.__cause__ or ''}", 1)
-    except (*USER_ERRORS, *others) as error:
-        _end(error, 1)
-
-
-def _end(error: Exception | str, code: int) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    raise SystemExit(code)
+    with interrupts_in_one_line():
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            end(f"Out of memory ({error}). {out_of_memory}")
+        except DatasetsError as error:
+            end(f"{error} {error.__cause__ or ''}")
+        except (*USER_ERRORS, *others) as error:
+            end(error)
 
 
 def read_recipe(folder: Path) -> Recipe | None:

@@ -10,9 +10,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
+from cab_hf.checks import is_repo_id
 from cab_hf.hub.card import write_card
 from cab_hf.hub.card_sections import plain
-from cab_hf.hub.sources import describe_teacher, is_repo_id
+from cab_hf.hub.sources import describe_teacher
 from cab_hf.models.students import UNFILLED
 
 

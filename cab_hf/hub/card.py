@@ -43,6 +43,7 @@ def build_card(
     plots: Sequence[tuple[str, str]] = (),
     evaluation: Mapping[str, Any] | None = None,
     sample: tuple[str, str] | None = None,
+    is_chat: bool = False,
 ) -> ModelCard:
     """The card of a saved student. A section without data is left out, and no field is made up.
 
@@ -69,6 +70,8 @@ def build_card(
         plots: (title, file in the folder) of the pictures to show.
         evaluation: What `cab_hf.runs.report.evaluate` returns; its `generation`, `recall` and `speed` are shown.
         sample: A prompt, and what the student wrote after it.
+        is_chat: Whether it learnt conversations: the sample is a user's turn and the answer, and the lines that load
+            the student ask it something through its chat template.
 
     Returns:
         The card; `write_card` saves it.
@@ -141,12 +144,13 @@ def build_card(
         measured_on=sections.measured_on(evaluation) if speed else None,
         crossings=sections.crossings(speed) if speed else [],
         limits=sections.limits(head, metrics, evaluation),
-        uses=sections.ways_to_load(folder, head, repo_id, stock),
+        uses=sections.ways_to_load(folder, head, repo_id, stock, is_chat),
         training={key: sections.plain(value) for key, value in training.items() if value not in (None, "")},
         recipe=recipe.strip() if recipe else None,
         fence="`" * (1 + max(map(len, re.findall("`{2,}", recipe or "``")), default=2)),
         plots=list(plots),
         sample=[" ".join(text.split()).replace("`", "'") for text in sample] if sample else None,
+        is_chat=is_chat,
     )
 
 

@@ -278,7 +278,7 @@ def limits(head: Head, metrics: Mapping[str, Mapping[str, Any]], evaluation: Map
 
 
 def ways_to_load(
-    folder: Path, head: Head, repo_id: str | None, stock: tuple[str | None, str] | None
+    folder: Path, head: Head, repo_id: str | None, stock: tuple[str | None, str] | None, is_chat: bool = False
 ) -> list[tuple[str, str]]:
     """The ways to load the student that work, each with its code.
 
@@ -288,11 +288,17 @@ def ways_to_load(
         repo_id: Hub id under which it will be found; None for the folder itself.
         stock: (sub-folder, class) of a copy that transformers itself loads, None for one that an export would make;
             None where no class of transformers has the student's shape.
+        is_chat: whether it learnt conversations, so that it is asked through its chat template.
     """
     helper, name, file = head.helper
     has_helper = (folder / file).is_file()
     names = sorted([helper, head.auto]) + ["pipeline"] if has_helper else [head.auto]
     last = [f'pipe = pipeline("{head.task}", model=model, {name}={name})'] if has_helper else []
+    if is_chat and has_helper:
+        last += [
+            'messages = [{"role": "user", "content": "What is the capital of France?"}]',
+            'print(pipe(messages)[0]["generated_text"][-1]["content"])',
+        ]
 
     def code(place: str, imports: Sequence[str] = (), trusted: str = "", subfolder: str = "") -> str:
         first = [f"{name} = {helper}.from_pretrained({json.dumps(place)}{trusted})"] if has_helper else []

@@ -8,13 +8,14 @@ from typing import Any
 import yaml
 from transformers.utils import logging
 
+from cab_hf.checks import SPECIAL_SOURCES
 from cab_hf.data.image_sources import BUILTIN
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.files import read_json
 from cab_hf.hub.card import build_card, head_of, read_config, short_count, write_card
 from cab_hf.hub.card_sections import percent
 from cab_hf.hub.publish import shareable
-from cab_hf.hub.sources import SPECIAL_SOURCES, dataset_facts, describe_teacher, is_hub_id, local_name, public_name
+from cab_hf.hub.sources import dataset_facts, describe_teacher, is_hub_id, local_name, public_name
 from cab_hf.recipes import EVALUATION_NAME, RECIPE_NAME, REPORT_NAME, Recipe, read_recipe
 
 
@@ -114,6 +115,7 @@ def write_model_card(
         datasets=[source for source in recipe.data.dataset if source in on_hub],
         repo_id=report.get("repo_id") or recipe.stages[-1].args.hub_model_id,
         sample=(report["sample_prompt"], report["sample"]) if is_own and report.get("sample") else None,
+        is_chat=is_own and report.get("is_chat", False),
         recipe=yaml.safe_dump(shareable(recipe.values), sort_keys=False),
         plots=[
             (title, file)

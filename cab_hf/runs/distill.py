@@ -4,11 +4,10 @@ A shipped recipe is the model. What belongs to its own teacher and data goes, st
 asked for, learning rates the teacher's width, and what this machine can't do is left out.
 """
 
+import logging as logging_of_processes
 import os
-import re
 import shlex
-import subprocess
-import sys
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from cab_hf.checks import check_source, end, find_recipe
 from cab_hf.distillation.training_args import rate_at_width
 from cab_hf.files import shipped
-from cab_hf.hub.sources import check_source, local_name
+from cab_hf.hub.sources import local_name
 from cab_hf.recipes import default_of, load_recipe, without
 from cab_hf.teachers.demo import random_llama
 from cab_hf.teachers.loading import reads_images, teacher_source
@@ -50,43 +50,7 @@ ITS_OWN = {
 FIRST_SHARE = 0.3  # of the steps, for all stages but the last: as at 5M and 20M tokens and on CIFAR-10
 IMAGES_SEEN = {True: 192_000, False: 6_400}  # on a GPU as on CIFAR-10; on a CPU, minutes
 CPU_EVAL_TOKENS = 6_144
-
-
-def parse_count(text: str) -> int:
-    """A number of tokens or images such as 20M, 1.5k or 300000.
-
-    Raises:
-        ValueError: it is none, or not positive.
-
-    Example:
-        >>> parse_count("1.5M")
-        1500000
-    """
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([kmb]?)", str(text).strip().lower().replace(",", "").replace("_", ""))
-    try:
-        count = round(float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[found[2]])
-    except (TypeError, ValueError):
-        count = 0
-    if count < 1:
-        raise ValueError(
-            f"`--tokens` or `--images` is {text!r}, which is no positive number. Write one such as 300000, 500k or "
-            "20M."
-        )
-    return count
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe's file: a path, or the name of one that the package ships.
-
-    Raises:
-        FileNotFoundError: neither; the message lists the shipped ones.
-    """
-    folder = shipped("training_args")
-    for path in (Path(name), folder / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-    raise FileNotFoundError(f"`--recipe` {name!r} is no file (seen from {Path.cwd()}), and none of {known}.")
+HOURS_OF_WRITING = 6
 
 
 def read_teacher_config(teacher: str) -> PreTrainedConfig:
@@ -153,6 +117,7 @@ def recipe_values(
     recipe: str | None = None,
     amount: int | None = None,
     options: Mapping[str, Any] | None = None,
+    processes: int | None = None,
 ) -> dict[str, Any]:
     """The values of a recipe for a teacher and data.
 
@@ -167,6 +132,7 @@ def recipe_values(
             `quickstart_lm`.
         amount: tokens or images to train on in all, over all processes; the recipe's own number when None.
         options: of a recipe, given by the user: they win over all that is worked out here.
+        processes: that train together; by default as many as the launcher started.
 
     Returns:
         Values for [`~cab_hf.recipes.build_recipe`].
@@ -195,7 +161,7 @@ def recipe_values(
     values = without(values, ITS_OWN)
     values |= {"task": task, "teacher": teacher, **data_options(task, data)}
     values.setdefault("output_dir", str(Path("outputs") / f"{Path(local_name(teacher)).name}-mamba"))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = processes or int(os.environ.get("WORLD_SIZE", 1))
     _fit_machine(values, on_gpu, world)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if task == TEXT and longest and longest < values.get("block_size", default_of("block_size")):
@@ -228,6 +194,7 @@ def _fit_machine(values: dict[str, Any], on_gpu: bool, world: int) -> None:
         values["eval_max_tokens"] = min(values.get("eval_max_tokens") or CPU_EVAL_TOKENS, CPU_EVAL_TOKENS)
     if world > 1:
         values |= {"cuda_graph": False, "torch_compile": False}  # a graph is of one process
+        values.setdefault("ddp_timeout", HOURS_OF_WRITING * 3600)  # the first process writes the teacher's text
         batch = values.get("per_device_train_batch_size", default_of("per_device_train_batch_size"))
         values["per_device_train_batch_size"] = max(1, batch // world)
 
@@ -290,16 +257,34 @@ def launch(gpus: int, arguments: Sequence[str]) -> int:
         arguments: of `cab-hf distill`, without `--gpus`.
 
     Returns:
-        The exit code.
-
-    Raises:
-        ValueError: this machine has fewer GPUs.
+        The exit code: of the first process that failed, or 130 after ctrl-C.
     """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    line = ["--num_processes", str(gpus), "-m", "cab_hf.cli", "distill", *arguments]
+    print(shlex.join(["accelerate", "launch", *line]), flush=True)
+    # Nothing of an accelerate config of the user's, which may be of another kind of run; a port that is free.
+    threads = os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // gpus))
+    config = shipped("training_args") / "accelerate/ddp.yaml"
+    own = ["--config_file", str(config), "--main_process_port", "0", "--num_cpu_threads_per_process", str(threads)]
+    logging_of_processes.disable(logging_of_processes.ERROR)  # the processes say what is wrong themselves
+    try:
+        launch_command(launch_command_parser().parse_args([*own, *line]))
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        if code < 0:
+            end(f"a process was ended by {signal.Signals(-code).name}: for want of memory, if nobody sent it.")
+        return code
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def check_gpus(gpus: int) -> None:
+    """Raises ValueError where this machine has fewer GPUs."""
     found = torch.cuda.device_count()
     if gpus > found:
         way_out = f"Give at most {found}." if found > 1 else "Leave it out."
         raise ValueError(f"`--gpus` is {gpus}, but this machine has {found}. {way_out}")
-    line = ["--num_processes", str(gpus), "-m", "cab_hf.cli", "distill", *arguments]
-    print(shlex.join(["accelerate", "launch", *line]), flush=True)
-    plain = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return subprocess.call([sys.executable, "-m", "accelerate.commands.launch", *plain, *line])

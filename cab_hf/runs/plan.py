@@ -5,6 +5,7 @@ import resource
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from cab_hf.runs import text as run_text
 from cab_hf.runs.stages import what_of
 from cab_hf.runs.student import build_student
 from cab_hf.teachers.alignment import layer_map, parse_layer_map
-from cab_hf.teachers.loading import CACHE
+from cab_hf.teachers.demo import demo_cache
 
 
 EXTRAS = {
@@ -48,9 +49,17 @@ def plan(recipe: Recipe) -> str:
     and says what the run would do. Nothing is written into its folder.
 
     Raises:
-        ValueError: what the run itself would raise before its first step.
+        ValueError: what the run itself would raise before its first step; or a recipe that makes a teacher.
+        FileNotFoundError: the teacher has to be made first.
     """
-    started = time.perf_counter()
+    started, model = time.perf_counter(), recipe.model
+    if model.finetune:
+        raise ValueError("`--dry_run` tells of a distillation, but `finetune` makes a teacher. Leave one of them out.")
+    if model.teacher_recipe is not None and not Path(model.teacher).exists():
+        raise FileNotFoundError(
+            f"`--dry_run` reads the teacher, but {model.teacher} is not made yet. Make it first: "
+            f"train_cab.py {model.teacher_recipe} --output_dir {model.teacher}"
+        )
     prepared = (run_images if recipe.model.reads_images else run_text).prepare(recipe, writes=False)
     teacher, args = prepared.teacher_model, recipe.args
     student = build_student(
@@ -96,7 +105,7 @@ def plan(recipe: Recipe) -> str:
 
 def caches(recipe: Recipe) -> str:
     """Where what is read is kept."""
-    own = f", the demo's teacher {CACHE.resolve()}" if recipe.model.teacher == "smollm2-demo" else ""
+    own = f", the demo's teacher {demo_cache().resolve()}" if recipe.model.teacher == "smollm2-demo" else ""
     return f"models {HF_HUB_CACHE}, data {HF_DATASETS_CACHE}{own}"
 
 

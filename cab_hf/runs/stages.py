@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProgressCallback
 from transformers.utils import logging
 
 from cab_hf.distillation.checkpoints import last_whole_checkpoint, load_student
@@ -35,6 +35,20 @@ WORDS = {
     "hidden": "hidden states",
     "attention": "attention maps",
 }
+
+
+class _StageBar(ProgressCallback):
+    """A stage's progress bar, by its name; shown from the first step on, whatever other bars wait for."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_begin(*args, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.delay = 0
+            self.training_bar.set_description(self.name)
 
 
 def run_stage(
@@ -130,6 +144,8 @@ def train_stage(name: str, trainer: StageTrainer, place: tuple[int, int] = (1, 1
     args = trainer.args
     if trainer.is_world_process_zero():
         print(f"stage {place[0]} of {place[1]}: {name} ({what_of(args)}), {num_steps(trainer):,} steps", flush=True)
+    if trainer.pop_callback(ProgressCallback) is not None:  # None where `disable_tqdm` is set
+        trainer.add_callback(_StageBar(name))
     checkpoint = last_whole_checkpoint(args.output_dir)
     if checkpoint is not None:
         logger.warning(f"Stage {name!r} goes on from {checkpoint}.")

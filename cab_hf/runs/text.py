@@ -24,7 +24,8 @@ from cab_hf.evaluation.language import check_packing, compare
 from cab_hf.evaluation.recall import copying_recall
 from cab_hf.hub.sources import public_name
 from cab_hf.inference import check_positions, num_positions
-from cab_hf.recipes import DataArguments, Recipe
+from cab_hf.recipes import DataArguments, Recipe, default_of
+from cab_hf.runs.chat import Chat
 from cab_hf.runs.inputs import blocks_digest, check_inputs
 from cab_hf.runs.keep import attention_to_choose_from, keep_attention, num_alignments
 from cab_hf.runs.stages import finetune_stage, run_facts, run_stage, tell
@@ -34,6 +35,7 @@ from cab_hf.teachers.sampling import PROMPT_LENGTH, longest_document, sample_doc
 
 
 CALIBRATION_ROWS = 8
+CHAT_PROMPT = "What is the capital of France?"
 PIPELINE = """
 from transformers import pipeline
 generator = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
@@ -49,6 +51,7 @@ class Prepared(NamedTuple):
         train: rows to train on.
         heldout: rows of each evaluated text, by name.
         copies: of each evaluated text, the documents that are trained on, too.
+        is_chat: whether conversations are trained on.
         collator: makes batches of rows.
     """
 
@@ -57,6 +60,7 @@ class Prepared(NamedTuple):
     train: Dataset
     heldout: dict[str, Dataset]
     copies: dict[str, int]
+    is_chat: bool
     collator: LanguageCollator
 
     units = "tokens"
@@ -110,7 +114,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
     started = time.time()
     args = recipe.args
     prepared = prepare(recipe)
-    teacher_model, tokenizer, train_blocks, heldout, copies, collator = prepared
+    teacher_model, tokenizer, train_blocks, heldout, copies, is_chat, collator = prepared
     batches = []
     if recipe.model.calibrates:
         rows = min(-(-recipe.model.calibration_tokens // recipe.data.block_size), len(train_blocks))
@@ -153,6 +157,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
         "teacher": recipe.model.teacher,
         "dataset": recipe.data.dataset,
         "copies": copies,
+        "is_chat": is_chat,
         "student_parameters": student.num_parameters(),
         "teacher_parameters": teacher_model.num_parameters(),
         "train_tokens": sum(history["tokens"] for history in histories),
@@ -168,11 +173,21 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
         student.save_pretrained(recipe.output_dir)
         tokenizer.save_pretrained(recipe.output_dir)
         if recipe.data.sample_prompt:
-            report["sample"] = sample(
-                student, tokenizer, recipe.data.sample_prompt, recipe.data.sample_tokens, temperature=0.0
-            )
-            report["sample_prompt"] = recipe.data.sample_prompt
+            report |= _sample(recipe.data, student, tokenizer, is_chat)
     return report
+
+
+def _sample(
+    data: DataArguments, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, is_chat: bool
+) -> dict[str, str]:
+    """What the student writes after the recipe's prompt; one that learnt conversations answers it as a user's turn."""
+    prompt = data.sample_prompt
+    if not is_chat:
+        text = sample(student, tokenizer, prompt, data.sample_tokens, temperature=0.0)
+    else:
+        prompt = CHAT_PROMPT if prompt == default_of("sample_prompt") else prompt
+        text = "".join(Chat(student, tokenizer, max_new_tokens=data.sample_tokens, temperature=0.0).answer(prompt))
+    return {"sample_prompt": prompt, "sample": text}
 
 
 def finetune(recipe: Recipe) -> dict[str, Any]:
@@ -191,7 +206,9 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         original, tokenizer = load_teacher(recipe.model.teacher)
     with args.main_process_first(desc="data"):
         model = original.to(args.device)
-        train_blocks, heldout, copies = load_blocks(recipe.data, tokenizer, model, args, recipe.output_dir / "stages")
+        train_blocks, heldout, copies, _ = load_blocks(
+            recipe.data, tokenizer, model, args, recipe.output_dir / "stages"
+        )
     collator = LanguageCollator.of(tokenizer)
     check_packing(original, collator([train_blocks[0]]))
     if recipe.data.recall_gaps:  # whether the model has positions enough, before a long training
@@ -274,9 +291,9 @@ def load_blocks(
     teacher: PreTrainedModel,
     args: DistillationTrainingArguments,
     folder: Path,
-) -> tuple[Dataset, dict[str, Dataset], dict[str, int]]:
+) -> tuple[Dataset, dict[str, Dataset], dict[str, int], bool]:
     """Training blocks, those of the teacher's own text among them; by name, the blocks of each evaluated text, and
-    how many of its documents are trained on, too.
+    how many of its documents are trained on, too; and whether the training documents are conversations.
 
     Args:
         data: of the recipe.
@@ -328,12 +345,16 @@ def load_blocks(
         for row in blocks.with_format("torch"):
             check_positions(teacher, {name: value[None] for name, value in row.items()})
     blocks = insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed)
-    return blocks, heldout, copies
+    return blocks, heldout, copies, _are_conversations(training)
 
 
 def loss_of(data: DataArguments, documents: Dataset) -> LossOn:
     """On which tokens an evaluated text is measured: of plain text on all."""
-    return data.loss_on if "conversation" in documents.column_names else "all"
+    return data.loss_on if _are_conversations(documents) else "all"
+
+
+def _are_conversations(documents: Dataset) -> bool:
+    return "conversation" in documents.column_names
 
 
 def _teacher_text(
@@ -434,6 +455,7 @@ def text_summary(report: dict[str, Any]) -> str:
             lines.append(f"  copying over a gap of {gap}: teacher {teacher:.3f}, {whose} {student:.3f}")
     lines += ["", f"trained on {report['train_tokens']:,} tokens; {report['seconds']:,.0f} s on {report['hardware']}"]
     if report.get("sample"):
-        text = textwrap.shorten(report["sample_prompt"] + report["sample"], 600)
+        turns = "user: {} assistant: {}" if report.get("is_chat") else "{}{}"
+        text = textwrap.shorten(turns.format(report["sample_prompt"], report["sample"]), 600)
         lines += ["", textwrap.fill("sample: " + text, 110, subsequent_indent="        ")]
     return "\n".join([*lines, "", f"The {whose} is in {report['folder']}", ""])

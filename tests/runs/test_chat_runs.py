@@ -1,6 +1,11 @@
 """A run on conversations: what it learns on, and what the student's folder keeps of the teacher."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from cab_hf.cli import main
 from cab_hf.recipes import parse_recipe
+from cab_hf.runs.chat import printable
 from cab_hf.runs.run import run_recipe
 from cab_hf.runs.text import load_blocks
 
 
 END = 258
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture
@@ -74,16 +81,37 @@ def test_a_student_keeps_template_special_tokens_and_ends(teacher, chats, start)
     assert out[0, length:].tolist() == [65, 65, 65, END]
 
 
+def test_a_card_shows_a_turn_and_its_answer(teacher, chats):
+    recipe = recipe_of(teacher, chats, "--license", "mit", "--sample_prompt", "Hi?", "--max_steps", 1)
+    report = run_recipe(recipe)
+    folder = recipe.output_dir
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    turn = [{"role": "user", "content": "Hi?"}]
+    prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    answer = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert report["is_chat"] and report["sample"] == printable(answer)
+    card = (folder / "README.md").read_text()
+    assert "\nuser: Hi?\nassistant: " in card and "a user's turn, through its chat template" in card
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert all("pipe(messages)" in one for one in code)
+    (folder.parent / "use.py").write_text(code[0])
+    done = subprocess.run([sys.executable, "../use.py"], cwd=folder, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_blocks_and_held_out_conversations(teacher, chats):
     recipe = recipe_of(teacher, chats, "--loss_on", "assistant", "--holdout", "0.2")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
-    blocks, heldout, copies = load_blocks(recipe.data, tokenizer, model, recipe.args, teacher.parent / "stages")
-    assert list(copies.values()) == [0] and len(next(iter(heldout.values()))) > 0
+    blocks, heldout, copies, is_chat = load_blocks(
+        recipe.data, tokenizer, model, recipe.args, teacher.parent / "stages"
+    )
+    assert is_chat and list(copies.values()) == [0] and len(next(iter(heldout.values()))) > 0
     labels = np.array(blocks["labels"])
     text = tokenizer.decode(labels[labels >= 0])
     assert "Hello.<|end|>" in text and "Bye?" not in text and "user" not in text
     everything = recipe_of(teacher, chats).data
-    blocks, _, _ = load_blocks(everything, tokenizer, model, recipe.args, teacher.parent / "stages")
+    blocks, *_ = load_blocks(everything, tokenizer, model, recipe.args, teacher.parent / "stages")
     assert (np.array(blocks["labels"]) >= 0).mean() > 0.9
     # Plain text may be evaluated beside them, on all of its tokens.
     mixed = recipe_of(teacher, chats, "--loss_on", "assistant", "--eval_dataset", "docs=builtin").data

