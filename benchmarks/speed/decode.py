@@ -11,16 +11,19 @@ median over tokens, `ms_range` their least and most, `cache_mib` what the contex
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from measuring import save_cells
+from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cab_hf import student_from_teacher
 
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
+INT8_CONTEXTS = (1024, 8192)
 BATCH_SIZES = {"cpu": (1,), "cuda": (1, 16)}
 TOKENS, WARM_UP, READ = 24, 4, 16
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
@@ -60,6 +63,22 @@ def decode(model: PreTrainedModel, cache: DynamicCache, batch_size: int) -> list
     return times
 
 
+def measured(teacher: LlamaForCausalLM, student: PreTrainedModel, batch_size: int, context: int) -> Iterator[dict]:
+    for name, model in (("teacher", teacher), ("student", student)):
+        cache = full_cache(teacher, batch_size, context) if name == "teacher" else read(student, batch_size)
+        size = cache_bytes(cache)
+        times = decode(model, cache, batch_size)
+        yield {
+            "model": name,
+            "batch_size": batch_size,
+            "context": context,
+            "ms": round(statistics.median(times), 2),
+            "ms_range": [round(min(times), 2), round(max(times), 2)],
+            "tokens_per_second": round(1e3 * batch_size / statistics.median(times), 1),
+            "cache_mib": round(size / 2**20, 2),
+        }
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -69,33 +88,24 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
+    on_cpu = arguments.device == "cpu"
+    dtype = torch.float32 if on_cpu else torch.bfloat16
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(LlamaConfig(**SHAPE, max_position_embeddings=2 * max(CONTEXTS)))
     teacher = teacher.to(arguments.device, dtype).eval()
-    student = student_from_teacher(teacher, dtype=dtype).eval()
+    models = teacher, student_from_teacher(teacher, dtype=dtype).eval()
     cells = []
-    for batch_size in BATCH_SIZES[arguments.device]:
-        for context in CONTEXTS:
-            for name, model in (("teacher", teacher), ("student", student)):
-                cache = full_cache(teacher, batch_size, context) if name == "teacher" else read(student, batch_size)
-                size = cache_bytes(cache)
-                times = decode(model, cache, batch_size)
-                del cache
-                cells.append(
-                    {
-                        "model": name,
-                        "batch_size": batch_size,
-                        "context": context,
-                        "ms": round(statistics.median(times), 2),
-                        "ms_range": [round(min(times), 2), round(max(times), 2)],
-                        "tokens_per_second": round(1e3 * batch_size / statistics.median(times), 1),
-                        "cache_mib": round(size / 2**20, 2),
-                    }
-                )
-                print(cells[-1], flush=True)
-    facts = {"dtype": str(dtype).removeprefix("torch."), "tokens": TOKENS}
-    save_cells(arguments.output, arguments.device, cells, **facts)
+    for name, contexts in ((str(dtype).removeprefix("torch."), CONTEXTS), ("int8", INT8_CONTEXTS if on_cpu else ())):
+        if name == "int8" and contexts:
+            from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic  # torch is to drop it
+
+            models = [quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig}) for model in models]
+        for batch_size in BATCH_SIZES[arguments.device]:
+            for context in contexts:
+                for cell in measured(*models, batch_size, context):
+                    cells.append(cell | {"dtype": name})
+                    print(cells[-1], flush=True)
+    save_cells(arguments.output, arguments.device, cells, tokens=TOKENS)
 
 
 if __name__ == "__main__":

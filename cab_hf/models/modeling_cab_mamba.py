@@ -19,7 +19,7 @@ from transformers.utils.versions import require_version
 from .configuration_cab_mamba import CABMambaConfig
 from .decoding import captures, one_token
 from .generation import UNKNOWN_POSITIONS, StatefulGenerationMixin, tokens_read
-from .mixers import MIXERS, SSMProjections, fitted
+from .mixers import MIXERS, SSMProjections, fitted, projected
 from .students import CABMambaMLP, MixerPreTrainedModel, make_norm
 
 
@@ -409,7 +409,7 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, StatefulGenerationMixin):
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(fitted(outputs.last_hidden_state[:, kept], self.lm_head))
+        logits = projected(fitted(outputs.last_hidden_state[:, kept], self.lm_head), self.lm_head)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -213,8 +213,9 @@ def causal_conv1d_update(
     if not torch.compiler.is_compiling() and backend_for("causal_conv1d", x.device, x.dtype, lacks) == "mamba_ssm":
         return _conv_update_kernel(x, conv_state, weight, bias, activation)
     dtype = _compute_dtype(x)
-    conv_state.copy_(torch.cat([conv_state[..., 1:], x.unsqueeze(-1).to(conv_state.dtype)], dim=-1))
-    y = (conv_state.to(dtype) * weight.to(dtype)).sum(-1)
+    inputs = torch.cat([conv_state[..., 1:], x.unsqueeze(-1).to(conv_state.dtype)], dim=-1)
+    conv_state.copy_(inputs)
+    y = (inputs.to(dtype) * weight.to(dtype)).sum(-1)
     if bias is not None:
         y = y + bias.to(dtype)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
@@ -466,10 +467,10 @@ def ssd_scan_update(
         dt, A = dt.to(dtype).unsqueeze(-1).expand(b, h, p), A.to(dtype)[:, None, None].expand(h, p, n)
         return _state_update_kernel(state, x, dt, A, B, C, None if D is None else D.unsqueeze(-1).expand(h, p))
     wide, dt, A = x.to(dtype), dt.to(dtype).unsqueeze(-1), A.to(dtype).unsqueeze(-1)
-    B, C = (tensor.to(dtype).repeat_interleave(h // g, dim=1).unsqueeze(2) for tensor in (B, C))  # (b, h, 1, n)
-    state.mul_(torch.exp(dt * A).unsqueeze(-1)).add_((dt * wide).unsqueeze(-1) * B)
+    B, C = (tensor.to(dtype).unsqueeze(2).expand(b, g, h // g, n).reshape(b, h, 1, n) for tensor in (B, C))
+    state.mul_(torch.exp(dt * A).unsqueeze(-1)).addcmul_((dt * wide).unsqueeze(-1), B)
     y = (state * C).sum(-1)
-    return (y if D is None else y + wide * D.to(dtype).unsqueeze(-1)).to(x.dtype)
+    return (y if D is None else torch.addcmul(y, wide, D.to(dtype).unsqueeze(-1))).to(x.dtype)
 
 
 @torch.compiler.disable

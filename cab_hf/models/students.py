@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, cached_file, logging
 
 from .configuration_cab_mamba import MixerConfig
-from .mixers import StateSpaceBranch
+from .mixers import StateSpaceBranch, projected
 
 
 logger = logging.get_logger(__name__)
@@ -60,9 +60,10 @@ class CABMambaMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        up = self.up_proj(hidden_states)
-        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
-        return self.down_proj(inner)
+        inner = projected(hidden_states, self.up_proj)
+        if self.gate_proj is None:
+            return projected(self.act_fn(inner), self.down_proj)
+        return projected(self.act_fn(projected(hidden_states, self.gate_proj)) * inner, self.down_proj)
 
 
 class MixerPreTrainedModel(PreTrainedModel):

@@ -125,10 +125,12 @@ def test_texts_are_written_with_their_source(run, monkeypatch, tmp_path):
 def test_decoding(run):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape = sizes | {"num_key_value_heads": 1, "vocab_size": 99}
-    run("speed/decode.py", "--output", "a.json", CONTEXTS=(8, 16), TOKENS=2, WARM_UP=1, SHAPE=shape)
+    small = {"CONTEXTS": (8, 16), "INT8_CONTEXTS": (8,), "TOKENS": 2, "WARM_UP": 1, "SHAPE": shape}
+    run("speed/decode.py", "--output", "a.json", **small)
     cells = json.loads(Path("a.json").read_text())["cells"]
     sizes = {(cell["model"], cell["context"]): cell["cache_mib"] for cell in cells}
-    assert len(cells) == 4 and sizes["student", 8] == sizes["student", 16] and all(cell["ms"] > 0 for cell in cells)
+    assert [cell["dtype"] for cell in cells] == ["float32"] * 4 + ["int8"] * 2
+    assert sizes["student", 8] == sizes["student", 16] and all(cell["ms"] > 0 for cell in cells)
 
 
 def test_tokens_of_generate(run):

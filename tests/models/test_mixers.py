@@ -9,7 +9,7 @@ from reference import naive_causal_conv1d, naive_selective_scan, naive_ssd_scan
 from tiny_models import MIXER_TYPES, largest_difference, random_ids, shake, tiny_config, tiny_model
 
 from cab_hf.models import mixers
-from cab_hf.models.mixers import MIXERS, S6Mixer, SSDMixer
+from cab_hf.models.mixers import MIXERS, S6Mixer, SSDMixer, projected
 from cab_hf.models.modeling_cab_mamba import CABMambaForCausalLM
 
 
@@ -388,6 +388,27 @@ def test_an_ssd_time_step_is_not_rounded_to_half_precision():
     raw = mixer.in_proj(x)[..., -8:].float()
     assert torch.equal(projections.time_step, F.softplus(raw + mixer.dt_bias.float()))
     assert not torch.equal(projections.time_step, projections.time_step.bfloat16().float())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("threads", "rows"), [(2, 512), (3, 512), (4, 333)])
+def test_a_row_meets_a_matrix_in_parts(threads, rows, bias, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    torch.manual_seed(0)
+    module, x = torch.nn.Linear(256, rows, bias=bias), torch.randn(1, 1, 512)[..., ::2]
+    right, two = module(x), module(x.expand(1, 2, -1))
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "linear", None)  # it is not called
+        assert largest_difference(projected(x, module), right) < 1e-6
+    assert projected(x, module).shape == right.shape
+    # what is not one plain row and one plain matrix goes the usual way
+    assert torch.equal(projected(x.expand(1, 2, -1), module), two)
+    with torch.enable_grad():
+        assert projected(x, module).requires_grad
+    module.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert largest_difference(projected(x, module), 2 * right) < 1e-6
 
 
 def test_both_mixers_are_listed():

@@ -13,7 +13,7 @@ from transformers import (
     pipeline,
 )
 
-from cab_hf.models import CABMambaForCausalLM, CABMambaForSequenceClassification, CABMambaModel
+from cab_hf.models import CABMambaForCausalLM, CABMambaForSequenceClassification, CABMambaModel, mixers
 
 
 SPLITS = ([8, 5], [1, 12], [12, 1], [4, 1, 1, 7])
@@ -147,6 +147,16 @@ def test_prefill_and_steps_equal_one_forward(model, left, right):
     logits = fed(model, row, mask, [7 + left + right, 1, 1, 1, 1])
     assert largest_difference(logits[:, real], whole[:, :7]) < 1e-4
     assert largest_difference(logits[:, -4:], whole[:, 7:]) < 1e-4
+
+
+def test_steps_in_parts_equal_one_forward(model, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(mixers, "SMALLEST_IN_PARTS", 1)
+    ids = random_ids(1, 11)
+    with torch.no_grad():
+        logits = fed(model, ids, torch.ones_like(ids), [7, 1, 1, 1, 1])
+        assert largest_difference(logits, model(ids).logits) < 1e-4
 
 
 @pytest.mark.parametrize("chunks", SPLITS, ids=str)

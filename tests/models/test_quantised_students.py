@@ -93,6 +93,21 @@ def test_quantisers_leave_the_time_steps_in_float(skip, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mixer_type", MIXER_TYPES)
+def test_dynamic_int8(mixer_type, tmp_path):
+    """A module whose `weight` is a method."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model = next(model for model, _ in students(mixer_type, tmp_path))
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and "dt_proj" not in name]
+    got = quantization.quantize_dynamic(model, dict.fromkeys(linear, quantization.per_channel_dynamic_qconfig))
+    right = model(IDS).logits
+    assert off(got(IDS).logits, right) < 0.2
+    cache = got(IDS[:, :8], use_cache=True).cache
+    steps = [got(IDS[:, t : t + 1], cache=cache).logits for t in range(8, 12)]
+    assert off(torch.cat(steps, dim=1), right[:, 8:]) < 0.2
+
+
+@torch.no_grad()
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.02), (4, 0.2)])
 @pytest.mark.parametrize("mixer_type", MIXER_TYPES)
