@@ -141,6 +141,7 @@ def evaluate(
     output = Path(folder if output is None else output)
     if output.is_file():
         raise ValueError(f"output is {output}, which is a file. Name a folder for {EVALUATION_NAME} and the plots.")
+    begin = time.perf_counter()
     place, dtype = place_and_dtype(device, dtype)
     student = read_student(folder)
     if student.dtype != dtype:
@@ -205,6 +206,7 @@ def evaluate(
             report["speed"] = _text_speed(models, sorted(lengths), repeats)
     output.mkdir(parents=True, exist_ok=True)
     report["plots"] = _draw(report, output)
+    report["seconds"] = round(time.perf_counter() - begin, 1)
     write_whole(output / EVALUATION_NAME, json.dumps(report, indent=1) + "\n")
     return report
 
@@ -228,7 +230,10 @@ def describe(report: Mapping[str, Any]) -> str:
     lines += sections.crossings(report["speed"]) if "speed" in report else []
     if "control" in report:
         lines.append(f"In the student's place: {sections.CONTROLS[report['control']]}.")
-    parts.append("\n".join(f"  {line}" for line in [*lines, f"{report['dtype']} on {report['hardware']}"]))
+    took = [f"{report['seconds']:,} s"] if "seconds" in report else []
+    took += [f"{name} {report[name]['seconds']:,} s" for name in ("length", "tasks") if name in report]
+    lines.append(", ".join([f"{report['dtype']} on {report['hardware']}", *took]))
+    parts.append("\n".join(f"  {line}" for line in lines))
     return "\n\n".join(parts)
 
 

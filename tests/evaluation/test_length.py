@@ -123,7 +123,7 @@ class TestNeedles:
 
 
 def test_keys_and_their_values():
-    tokenizer, model = random_llama()[1], Finder(5)
+    tokenizer, model = random_llama()[1], Finder(7)
     found = key_value_recall(model, tokenizer, TEXT, 300, pairs=3, n=5, progress=False)
     assert found["recall"] == 1.0 and found["n_needles"] == 15 and found["length"] == 300
     for text in (tokenizer.decode(row) for row in model.seen if len(row) == 300):
