@@ -293,6 +293,7 @@ def test_ctrl_c_at_a_terminal_stops_the_answer_and_not_the_program(tmp_path):
                 read_until(size=60)
                 process.send_signal(signal.SIGINT)
                 read_until(b"> ")
+            time.sleep(1)  # a signal between the prompt and the wait for a key is noticed at the next key
             process.send_signal(signal.SIGINT)  # at the prompt
             read_until(b"> ")
             os.write(ours, b"\x04")
