@@ -17,13 +17,14 @@ VOCABULARY, GAPS, SPAN = 64, (4, 8, 16), 16
 FAST = {"gaps": [2], "length": 8, "progress": False}
 
 
-def repeats(count: int, generator: torch.Generator, gap: int = 8) -> torch.Tensor:
-    """Rows of 20 random tokens, a gap, and the same 20."""
-    copied, others = (torch.randint(VOCABULARY, (count, length), generator=generator) for length in (20, gap))
-    return torch.cat([copied, others, copied], 1)
+def repeats(count: int, generator: torch.Generator, varied: bool = False) -> torch.Tensor:
+    """Rows of 20 random tokens, a gap of 8, or of 0 to 8, and the same 20."""
+    copied, others = (torch.randint(VOCABULARY, (count, length), generator=generator) for length in (20, 8))
+    gap = int(torch.randint(9, (1,), generator=generator)) if varied else 8
+    return torch.cat([copied, others[:, :gap], copied], 1)
 
 
-def copying_teacher(generator: torch.Generator, steps: int = 500) -> LlamaForCausalLM:
+def copying_teacher(generator: torch.Generator, steps: int = 800) -> LlamaForCausalLM:
     """Three layers that learnt to copy: early ones tell each token what stood before it, the last one finds it."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -31,7 +32,7 @@ def copying_teacher(generator: torch.Generator, steps: int = 500) -> LlamaForCau
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     for _ in range(steps):
-        rows = repeats(32, generator, int(torch.randint(9, (1,), generator=generator)))
+        rows = repeats(32, generator, varied=True)
         labels = rows.clone()
         labels[:, :-19] = -100
         model(rows, labels=labels).loss.backward()
@@ -86,7 +87,8 @@ def test_the_layer_that_copies_is_found_as_distilling_with_each_finds_it(tmp_pat
         student = student_from_teacher(teacher, keep_attention=[layer], **start)
         tried[layer] = copied(distil(student, teacher, rows, tmp_path, outputs=100, kl=60))
     best = max(tried, key=tried.get)
-    assert tried[best] > 2 * max(value for layer, value in tried.items() if layer != best), tried
+    others = max(value for layer, value in tried.items() if layer != best)
+    assert tried[best] > others + 0.2, tried
 
     student = student_from_teacher(teacher, keep_attention=0, **start)
     distil(student, teacher, rows, tmp_path, outputs=100)
@@ -97,7 +99,8 @@ def test_the_layer_that_copies_is_found_as_distilling_with_each_finds_it(tmp_pat
         assert choice["layers"] == [best], (by, choice["steps"])
     put_back(student, {path: attention[path] for path in choice["kept"]})
     assert copied(student) > 2 * choice["nothing_kept"]["copying"]
-    assert copied(distil(student, teacher, rows, tmp_path, kl=60)) > 0.9 * tried[best]
+    ended = copied(distil(student, teacher, rows, tmp_path, kl=60))
+    assert ended > others + 0.2, (ended, tried)
 
 
 @pytest.mark.parametrize("by", ["both", "kl", "copying"])
