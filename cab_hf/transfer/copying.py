@@ -145,7 +145,20 @@ def copy_reading(name: str, mixer: SSDMixer | S6Mixer, attention: Reading) -> No
     Raises:
         ValueError: sizes that don't fit; the message holds both.
     """
-    (_copy_attention_to_ssd if isinstance(mixer, SSDMixer) else _copy_attention_to_s6)(name, mixer, attention)
+    config, width, is_ssd = mixer.config, attention.heads * attention.head_dim, isinstance(mixer, SSDMixer)
+    if config.mixer_width != width or is_ssd and config.head_dim != attention.head_dim:
+        raise ValueError(
+            f"The student's {name} has a width (expand * hidden_size) of {config.mixer_width} in heads of "
+            f"{config.head_dim}, the teacher's attention one of {width} in heads of {attention.head_dim}. Leave "
+            "expand and head_dim to the teacher, or pass copy_attention=False."
+        )
+    if is_ssd:
+        _copy_attention_to_ssd(name, mixer, attention)
+        return
+    bias = None if mixer.in_proj.bias is None else mixer.in_proj.bias[:width]
+    rows = (mixer.in_proj.weight[:width], bias, attention.value, attention.heads, attention.head_dim)
+    _copy_rows(f"{name}.in_proj", *rows)
+    copy_affine(f"{name}.out_proj", mixer.out_proj, attention.output)
 
 
 def copy_tensor(name: str, target: Tensor, source: Tensor) -> None:
@@ -203,19 +216,22 @@ def copy_affine(name: str, target: nn.Linear | None, source: Affine | None) -> N
         copy_bias(f"{name}.bias", target.bias, source.bias)
 
 
-def _by_head(x: Tensor, heads: int, head_dim: int) -> Tensor:
-    """Rows `(h_kv * p, ...)` of a projection as `(h, p, ...)`, grouped heads repeated."""
-    x = x.unflatten(0, (-1, head_dim))
-    return x.repeat_interleave(heads // x.shape[0], dim=0)
-
-
 def _copy_rows(
-    name: str, target: Tensor, bias: Tensor | None, source: Affine, head_dim: int, scale: float = 1.0
+    name: str, target: Tensor, bias: Tensor | None, source: Affine, heads: int, head_dim: int, scale: float = 1.0
 ) -> None:
-    """Fills `target` `(h, n, d)` and `bias` `(h, n)`, views of an input projection, with heads of `n` >= `p` rows."""
-    copy_tensor(f"{name}.weight", target[:, :head_dim], _by_head(source.weight, len(target), head_dim) * scale)
-    rows = None if source.bias is None else _by_head(source.bias, len(target), head_dim) * scale
-    copy_bias(f"{name}.bias", None if bias is None else bias[:, :head_dim], rows)
+    """Fills `target` `(h * n, d)` and `bias` `(h * n,)`, views of an input projection, with heads of `n` >= `p` rows.
+
+    A grouped head goes to all heads of its group, without a copy in between.
+    """
+    groups = source.weight.shape[0] // head_dim
+    for part, rows, given in (("weight", target, source.weight), ("bias", bias, source.bias)):
+        if rows is not None:
+            rows = rows.unflatten(0, (groups, heads // groups, -1))[:, :, :head_dim]
+        if given is not None:
+            given = given.unflatten(0, (groups, 1, -1)).expand(-1, heads // groups, *(-1,) * given.ndim)
+        copy_bias(f"{name}.{part}", rows, given)
+        if rows is not None and scale != 1.0:
+            rows *= scale
 
 
 def _rows_of(mixer: SSDMixer) -> list[int]:
@@ -224,22 +240,8 @@ def _rows_of(mixer: SSDMixer) -> list[int]:
     return [width, width, states, states, mixer.config.num_heads]
 
 
-def _check_heads(name: str, mixer: SSDMixer | S6Mixer, attention: Reading) -> int:
-    """Returns the teacher's head count, or says why the mixer can't take its heads."""
-    head_dim, width = mixer.config.head_dim, mixer.config.mixer_width
-    teacher_width = attention.heads * attention.head_dim
-    if width != teacher_width or width % head_dim or attention.value.weight.shape[0] % head_dim:
-        raise ValueError(
-            f"The student's {name} has a width (expand * hidden_size) of {width} in heads of {head_dim}, the "
-            f"teacher's attention one of {teacher_width} with values of {attention.value.weight.shape[0]}. Leave "
-            "expand and head_dim to the teacher, or pass copy_attention=False."
-        )
-    return width // head_dim
-
-
 def _copy_attention_to_ssd(name: str, mixer: SSDMixer, attention: Reading) -> None:
-    heads = _check_heads(name, mixer, attention)
-    config, key_dim = mixer.config, attention.key_dim
+    config, heads, key_dim = mixer.config, attention.heads, attention.key_dim
     if config.n_groups != heads or config.state_size < key_dim:
         raise ValueError(
             f"The student's {name} has n_groups={config.n_groups} and state_size={config.state_size}, the teacher "
@@ -268,8 +270,7 @@ def _copy_attention_to_ssd(name: str, mixer: SSDMixer, attention: Reading) -> No
         (3, attention.query, key_dim, attention.scaling / of_keys),
     )
     for part, source, size, scale in rows:
-        bias = None if biases[part] is None else biases[part].unflatten(0, (heads, -1))
-        _copy_rows(f"{name}.in_proj", weights[part].unflatten(0, (heads, -1)), bias, source, size, scale)
+        _copy_rows(f"{name}.in_proj", weights[part], biases[part], source, heads, size, scale)
     if in_convolution:
         mixer.conv1d.bias.mul_(mixer.conv1d.weight.sum(dim=(1, 2)))
     if attention.output is not None:
@@ -286,12 +287,3 @@ def _keep_values_linear(mixer: SSDMixer) -> None:
         mixer.conv1d.bias[:width] *= VALUE_TAPS
     mixer.A_log -= math.log(gain)
     mixer.dt_bias.copy_(inverse_softplus(gain * mixer.averaging_time_steps(mixer.config.num_heads)))
-
-
-def _copy_attention_to_s6(name: str, mixer: S6Mixer, attention: Reading) -> None:
-    heads = _check_heads(name, mixer, attention)
-    width, head_dim = mixer.config.mixer_width, mixer.config.head_dim
-    bias = None if mixer.in_proj.bias is None else mixer.in_proj.bias[:width].unflatten(0, (heads, -1))
-    target = mixer.in_proj.weight[:width].unflatten(0, (heads, -1))
-    _copy_rows(f"{name}.in_proj", target, bias, attention.value, head_dim)
-    copy_affine(f"{name}.out_proj", mixer.out_proj, attention.output)

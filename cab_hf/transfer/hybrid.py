@@ -207,9 +207,9 @@ def _measure(student: CABHybridPreTrainedModel) -> None:
         if tokens is None:
             return
         config.packs_documents = True
-        start, end = tokens[:1, :3], tokens[:1, 3:]
-        rows = torch.cat([torch.cat(parts, 1) for parts in ((start, end), (start.flip(1), end), (end, start))])
-        seq_idx = torch.tensor([[0, 0, 0, 1, 1]] * 2 + [[0, 0, 1, 1, 1]], device=rows.device)
+        start, other, end = tokens[:1].split((1, 1, 3), dim=1)
+        rows = torch.cat([torch.cat(parts, 1) for parts in ((start, end), (other, end), (end, start))])
+        seq_idx = torch.tensor([[0, 1, 1, 1]] * 2 + [[0, 0, 0, 1]], device=rows.device)
         packed = True
         try:
             output = student(rows, seq_idx=seq_idx)
@@ -219,7 +219,7 @@ def _measure(student: CABHybridPreTrainedModel) -> None:
     finally:
         handle.remove()
     said = seen[-1] if seen else output[0]
-    behind, behind_other, alone = said[0, 3:], said[1, 3:], said[2, :2]
+    behind, behind_other, alone = said[0, 1:], said[1, 1:], said[2, :3]
     errors = [float((behind - other).norm() / behind.norm()) for other in (behind_other, alone)]
     logits = output.get("logits")
     if head is not None and logits is not None and student.body is not student.inner:

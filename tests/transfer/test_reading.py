@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel, DINOv3ViTConfig, LlamaConfig, LlamaForCausalLM
 
 from cab_hf.evaluation.tiny_families import tiny_model
+from cab_hf.teachers.examination import recorded
 from cab_hf.transfer import reading
 from cab_hf.transfer.hybrid import hybrid_from_teacher, norm_epsilon
 from cab_hf.transfer.reading import check_readings, read_attention
@@ -93,10 +94,10 @@ def test_a_residual_inside_is_refused():
     assert not readings
     with pytest.raises(ValueError, match=r"'encoder\.albert.*attention'.*(residual|attends \d times).*keep_attention"):
         check_readings(model, readings, left_out)
-    with reading._probing(model) as probe:
-        site = reading._record(model, {"input_ids": torch.tensor([[5]])}, {"a": attention_of(model)})["a"]
+    with recorded(model), torch.no_grad():
+        site = reading._record(model, model, {"input_ids": torch.tensor([[5]])}, {"a": attention_of(model)})["a"]
         with pytest.raises(ValueError, match="a residual stands inside of it"):
-            reading._read(site, site, probe)
+            reading._read(site, site)
 
 
 def tiny_albert():
@@ -164,6 +165,14 @@ def test_half_precision_is_read_in_its_own_dtype():
     assert one.value.weight.dtype == torch.bfloat16 and max(one.errors.values()) == 0.0
     student = hybrid_from_teacher(model)
     assert student.mixer_list[0].in_proj.weight.dtype == torch.float32
+
+
+def test_what_is_read_shares_the_teachers_memory():
+    model = tiny_model("gpt2")  # whose query, key and value are one projection
+    places = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    for one in read_attention(model)[0].values():
+        for part in reading.PARTS:
+            assert getattr(one, part).weight.untyped_storage().data_ptr() in places
 
 
 def test_reading_calls_attention_alone_and_is_fast():

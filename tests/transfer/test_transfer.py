@@ -602,6 +602,18 @@ def test_fit_adds_up_batches_and_ignores_padding():
         fit_output_projection(whole, teacher, [inputs], ridge=-1)
 
 
+def test_heads_of_another_width_are_refused_or_mean_nothing():
+    teacher = make("llama")  # 6 heads of 6, whose values are grouped
+    with pytest.raises(ValueError, match="in heads of 12, the teacher's .* in heads of 6. Leave expand and head_dim"):
+        student_from_teacher(teacher, head_dim=12, num_heads=3, n_groups=3)
+    usual, other = (student_from_teacher(teacher, mixer_type="mamba", **fields) for fields in ({}, WIDE))
+    for ours, theirs in zip(usual.mixer_list, other.mixer_list, strict=True):  # an S6 mixer has no heads
+        assert torch.equal(ours.in_proj.weight[:36], theirs.in_proj.weight[:36])
+
+
+WIDE = {"head_dim": 12, "num_heads": 3, "n_groups": 3}
+
+
 def test_steps_work_alone():
     teacher = make("gpt_neox")
     student = CABMambaForCausalLM(
