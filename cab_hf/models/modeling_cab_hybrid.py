@@ -12,7 +12,6 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +30,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_cab_hybrid import CABHybridConfig
 from .mixers import BIDIRECTIONAL_MIXERS, MIXERS, BidirectionalProjections, SSMProjections, StateSpaceBranch
-from .students import MixerPreTrainedModel, body_of
+from .students import MixerPreTrainedModel, body_of, positions_from_documents
 
 
 AUTO_MAP = {
@@ -50,12 +49,14 @@ class HandedOver(NamedTuple):
         seq_idx: `(b, t)`, index of each token's document.
         show: called with a mixer's path and projections.
         with_gradients: whether the pass as a whole is recorded for a backward pass.
+        outer: what held before, outside of the part that runs.
     """
 
     attention_mask: torch.Tensor | None = None
     seq_idx: torch.Tensor | None = None
     show: Callable[[str, SSMProjections | BidirectionalProjections], None] | None = None
     with_gradients: bool = False
+    outer: "HandedOver | None" = None
 
 
 _NOTHING = HandedOver()
@@ -374,7 +375,7 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
             rows = given.get("input_ids", given.get("inputs_embeds"))
             seq_idx = seq_idx.to(torch.int32).expand(len(rows), -1)
             if positions is None and "position_ids" in accepted:
-                given["position_ids"] = _restarting_positions(seq_idx)
+                given["position_ids"] = positions_from_documents(seq_idx)
         if self.training or seq_idx is not None:
             given.setdefault("use_cache", False)
         if "use_cache" not in accepted:
@@ -425,23 +426,11 @@ def _hand_mask_over(part: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) 
     given = _handed.get()
     if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
         given = given._replace(attention_mask=mask)
-    _outer.set((_outer.get(), _handed.set(given)))
+    _handed.set(given._replace(outer=_handed.get()))
 
 
 def _take_mask_back(part: PreTrainedModel, args: tuple, output: Any) -> None:
-    rest, token = _outer.get()
-    _handed.reset(token)
-    _outer.set(rest)
-
-
-_outer: ContextVar[tuple | None] = ContextVar("outer", default=None)  # tokens of the parts that run at the moment
-
-
-def _restarting_positions(seq_idx: torch.Tensor) -> torch.Tensor:
-    """Position ids `(b, t)` that restart at 0 wherever `seq_idx` `(b, t)` changes."""
-    index = torch.arange(seq_idx.shape[-1], device=seq_idx.device).expand_as(seq_idx)
-    starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-    return index - torch.where(starts, index, 0).cummax(dim=-1).values
+    _handed.set(_handed.get().outer)
 
 
 class CABHybridModel(CABHybridPreTrainedModel):

@@ -29,7 +29,6 @@ _START = {
 
 # What stock classes and llama.cpp hold, too: no biases around the mixer, and SiLU after the convolution.
 STARTS = ("linear", "served")
-STOCK_START = {"conv_activation": "silu", "use_bias": False, "gate_init": "fitted"}
 
 _FILLED = "_is_hf_initialized"  # by which transformers knows what it must not start
 
@@ -37,19 +36,23 @@ VALUE_TAPS = 1 / 8
 """Taps of the values in front of a SiLU, which is half its argument near zero: a tenth of a value is 2.5 % off."""
 
 
-def transparent_start(start: str, readings: Iterable[Reading]) -> dict[str, Any]:
-    """Fields of a mixer's config that `start` asks for."""
-    if start not in STARTS:
-        raise ValueError(f"start is {start!r}. It must be {' or '.join(map(repr, STARTS))}.")
+def start_fields(start: str, mixer_type: str = "mamba2", readings: Iterable[Reading] = ()) -> dict[str, Any]:
+    """Fields of a mixer's config that `start` asks for, with a bias behind it where the readings have one.
+
+    Raises:
+        ValueError: no start of these mixers.
+    """
+    if start not in STARTS or (start == "served" and mixer_type != "mamba2"):
+        raise ValueError(
+            f"start is {start!r} with mixer_type {mixer_type!r}. It must be {' or '.join(map(repr, STARTS))}, and "
+            "'served' is for mamba2."
+        )
     fields = {**_START, "use_bias": True}
     if start == "served":
-        fields |= STOCK_START | {"use_bias": has_output_bias(readings)}
+        outputs = (one.output for one in readings if one.output is not None)
+        has_bias = any(output.bias is not None and bool(output.bias.any()) for output in outputs)
+        fields |= {"conv_activation": "silu", "use_bias": has_bias, "gate_init": "fitted"}
     return fields
-
-
-def has_output_bias(readings: Iterable[Reading]) -> bool:
-    outputs = (one.output for one in readings if one.output is not None)
-    return any(output.bias is not None and bool(output.bias.any()) for output in outputs)
 
 
 def check_fields(config_class: type[PreTrainedConfig], fields: Iterable[str]) -> None:
@@ -66,13 +69,20 @@ def check_fields(config_class: type[PreTrainedConfig], fields: Iterable[str]) ->
             raise ValueError(f"{config_class.__name__} has no field {name!r}.{hint}")
 
 
-def mixer_fields(teacher_config: PreTrainedConfig, num_hidden_layers: int | None, mixer_type: str) -> dict[str, Any]:
+def mixer_fields(
+    teacher_config: PreTrainedConfig,
+    num_hidden_layers: int | None,
+    mixer_type: str,
+    start: str = "linear",
+    readings: Iterable[Reading] = (),
+) -> dict[str, Any]:
     """Fields of a student's config: the teacher's width and depth, one transparent mixer head an attention head.
 
     Args:
         teacher_config: config of a teacher.
         num_hidden_layers: depth; the teacher's when None.
         mixer_type: "mamba2", whose B and C are as wide as a key, or "mamba", whose state size is S6's usual one.
+        start, readings: of `start_fields`.
     """
     heads = teacher_config.num_attention_heads
     head_dim = teacher_config.to_dict().get("head_dim") or teacher_config.hidden_size // heads
@@ -85,10 +95,9 @@ def mixer_fields(teacher_config: PreTrainedConfig, num_hidden_layers: int | None
         "n_groups": heads,
         "state_size": head_dim if mixer_type == "mamba2" else None,
         "expand": heads * head_dim / teacher_config.hidden_size,
-        "use_bias": True,
         "residual_in_fp32": False,
         "initializer_range": teacher_config.initializer_range,
-        **_START,
+        **start_fields(start, mixer_type, readings),
     }
 
 

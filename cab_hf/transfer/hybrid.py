@@ -19,7 +19,7 @@ from cab_hf.models.modeling_cab_hybrid import CABHybridForCausalLM, CABHybridPre
 from cab_hf.models.students import body_of, cast
 from cab_hf.teachers.attention_interface import base_of
 from cab_hf.teachers.examination import named, tiny_batch
-from cab_hf.transfer.copying import check_fields, fill_the_rest, transparent_start
+from cab_hf.transfer.copying import check_fields, fill_the_rest, start_fields
 from cab_hf.transfer.reading import Reading, check_readings, exactness, read_attention
 
 
@@ -73,7 +73,8 @@ def hybrid_from_teacher(
             "left for mixers. Keep fewer."
         )
     check_readings(teacher, readings, left_out, accept_inexact)
-    fields = {**transparent_start(start, readings.values()), "layer_norm_epsilon": norm_epsilon(teacher), **overrides}
+    begin = start_fields(start, readings=readings.values())
+    fields = begin | {"layer_norm_epsilon": norm_epsilon(teacher)} | overrides
     tolerance = exactness(teacher)
     settings = {path: _settings(one, tolerance, fields) for path, one in readings.items()}
     shared = {

@@ -85,7 +85,7 @@ class _Call(NamedTuple):
 
 
 @dataclass
-class _Site:
+class Site:
     """An attention module, and the arguments of one call of it."""
 
     path: str
@@ -114,10 +114,10 @@ class _Site:
             args = (hidden_states, *args[1:])
         else:
             kwargs[self.argument] = hidden_states
-        return _first(self.module(*args, **kwargs))
+        return first(self.module(*args, **kwargs))
 
 
-def _first(output: Any) -> Tensor:
+def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -164,14 +164,19 @@ def read_attention(model: PreTrainedModel) -> tuple[dict[str, Reading], dict[str
     batch = tiny_batch(model, body)
     one, several = ({name: x[:1, :n] if name == "input_ids" else x[:1] for name, x in batch.items()} for n in (1, 3))
     modules = {path: module for path, module in body.named_modules() if any(module.children())}
+
+    def run(part: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+        return part(**inputs)
+
     readings: dict[str, Reading] = {}
     with evaluating(model), recorded(body):
-        with collected_calls() as calls:
-            single = _record(model, body, one, modules)
+        with collected_calls() as calls, called(modules) as single:
+            tried(model, run, body, one)
         found, left_out = attending(body, calls)
         read = _read if calls else _read_by_name
         found = found if calls else named_modules(body)
-        whole = _record(model, body, several, {path: modules[path] for path in found if path in single})
+        with called({path: modules[path] for path in found if path in single}) as whole:
+            tried(model, run, body, several)
         for index, path in enumerate(found):
             if path not in whole:
                 left_out[path] = "it is not called in every pass"
@@ -238,24 +243,22 @@ class _NotLinear(ValueError):
     """Why a module's attention can't be taken for projections around attention."""
 
 
-def _record(
-    model: PreTrainedModel, body: PreTrainedModel, batch: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
-) -> dict[str, _Site]:
-    """One forward pass, and how each module was called in it."""
-    sites: dict[str, _Site] = {}
+@contextmanager
+def called(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Site]]:
+    """How each module is first called inside the block, by path."""
+    sites: dict[str, Site] = {}
 
     def note(path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        sites.setdefault(path, _Site(path, module, args, dict(kwargs), output))
+        sites.setdefault(path, Site(path, module, args, dict(kwargs), output))
 
     with ExitStack() as stack:
         for path, module in modules.items():
             handle = module.register_forward_hook(functools.partial(note, path), with_kwargs=True)
             stack.callback(handle.remove)
-        tried(model, lambda part, inputs: part(**inputs), body, batch)
-    return sites
+        yield sites
 
 
-def _ask(site: _Site, hidden_states: Tensor, answer: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, _Call]:
+def _ask(site: Site, hidden_states: Tensor, answer: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, _Call]:
     """The module's output, and its call of attention, which `answer` makes of query and value."""
     calls = []
 
@@ -270,7 +273,7 @@ def _ask(site: _Site, hidden_states: Tensor, answer: Callable[[Tensor, Tensor], 
     return output, calls[0]
 
 
-def _read(single: _Site, whole: _Site) -> Reading:
+def _read(single: Site, whole: Site) -> Reading:
     hidden = single.hidden_states
     if hidden.ndim != 3:
         raise _NotLinear(f"it reads {hidden.ndim} dimensions")
@@ -366,7 +369,7 @@ def _units(size: int, like: Tensor) -> Iterator[Tensor]:
         yield (index[:, None] == 1 + torch.arange(size, device=like.device)).to(like.dtype)
 
 
-def _answers_to_units(site: _Site, noise: Tensor) -> dict[str, Tensor]:
+def _answers_to_units(site: Site, noise: Tensor) -> dict[str, Tensor]:
     """What a module shows of zero and the unit vectors, `(1 + d, h * p)` of each projection, its norms linear."""
     rows: dict[str, list[Tensor]] = {"query": [], "key": [], "value": []}
     with _linear_norms(site.module):
@@ -382,7 +385,7 @@ def _silence(query: Tensor, value: Tensor) -> Tensor:
     return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
-def _outputs_of_units(site: _Site, noise: Tensor, flat: Tensor, heads: int) -> Tensor:
+def _outputs_of_units(site: Site, noise: Tensor, flat: Tensor, heads: int) -> Tensor:
     """What a module makes of zero and the unit vectors in attention's place, `(1 + h * p, n)`."""
     rows = []
     for units in _units(flat.shape[2], flat):
@@ -472,7 +475,7 @@ def _as_linear(linear: tuple[Tensor, Tensor] | None, child: nn.Module, args: tup
     return args[0] * scale + shift
 
 
-def _is_causal(site: _Site) -> bool:
+def _is_causal(site: Site) -> bool:
     """Whether the first output stays when all later tokens change."""
     hidden = site.hidden_states
     if hidden.shape[1] < 2:
@@ -483,7 +486,7 @@ def _is_causal(site: _Site) -> bool:
     return _relative(one, other) < TOLERANCES.get(hidden.dtype, ROUNDED)
 
 
-def _read_by_name(single: _Site, whole: _Site) -> Reading:
+def _read_by_name(single: Site, whole: Site) -> Reading:
     """Of a module that computes attention itself: what its children would compute must be what it computes."""
     module, hidden = single.module, whole.hidden_states
     children = named_projections(module)

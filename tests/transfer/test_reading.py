@@ -94,10 +94,10 @@ def test_a_residual_inside_is_refused():
     assert not readings
     with pytest.raises(ValueError, match=r"'encoder\.albert.*attention'.*(residual|attends \d times).*keep_attention"):
         check_readings(model, readings, left_out)
-    with recorded(model), torch.no_grad():
-        site = reading._record(model, model, {"input_ids": torch.tensor([[5]])}, {"a": attention_of(model)})["a"]
+    with recorded(model), torch.no_grad(), reading.called({"a": attention_of(model)}) as sites:
+        model(torch.tensor([[5]]))
         with pytest.raises(ValueError, match="a residual stands inside of it"):
-            reading._read(site, site)
+            reading._read(sites["a"], sites["a"])
 
 
 def tiny_albert():
