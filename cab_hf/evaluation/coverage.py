@@ -189,17 +189,16 @@ def _captured(model: PreTrainedModel, tokens: Tensor) -> bool | str:
 
 def _students(teacher: PreTrainedModel, row: Row) -> list[CABHybridForCausalLM | None]:
     readings, left_out = read_attention(teacher)
-    left = [path for path, reason in left_out.items() if reason != "cross-attention"]
     if not readings:
         raise ValueError("; ".join(dict.fromkeys(left_out.values())))
     row["read"] = max(max(one.errors.values()) for one in readings.values())
-    row["exactness"], row["kept"] = exactness(teacher), len(left)
+    row["exactness"], row["kept"] = exactness(teacher), len(left_out)
     options = {"accept_inexact": float("inf")}
-    student = hybrid_from_teacher(teacher, keep_attention=left, **options)
+    student = hybrid_from_teacher(teacher, keep_attention=list(left_out), **options)
     paths = list(readings)
     if len(paths) == 1:
         return [student, None]
-    return [student, hybrid_from_teacher(teacher, keep_attention=[*left, *paths[1::2]], **options)]
+    return [student, hybrid_from_teacher(teacher, keep_attention=[*left_out, *paths[1::2]], **options)]
 
 
 @torch.no_grad()

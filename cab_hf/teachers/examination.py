@@ -21,7 +21,6 @@ from cab_hf.teachers.named_attention import is_cross_attention, named_calls, nam
 from cab_hf.teachers.rotary import RotaryPlan, find_plan, recorded_tables, relative_error
 
 
-CROSS_ATTENTION = "cross-attention"
 _WORKING = "Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, BERT, ViT, DeiT, DINO, CLIP and others like them"
 Run = Callable[..., ModelOutput]
 """`run(module, inputs, **asked)`: a forward pass of the model or its body, as the teacher makes it."""
@@ -200,7 +199,7 @@ def attending(
     for module, call in calls:
         path, query, key = paths.get(id(module), ""), call.attention.query, call.attention.key
         if is_cross_attention(path):
-            reasons[path] = CROSS_ATTENTION
+            continue
         elif rows not in (None, len(query)):
             return {}, {path: f"it attends inside {len(query)} windows of {rows} inputs"}
         elif counts[id(module)] > 1:

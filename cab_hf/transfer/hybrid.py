@@ -62,7 +62,6 @@ def hybrid_from_teacher(
             "Load it dequantised (`teacher.dequantize()`), or by a class of transformers (trust_remote_code=False)."
         )
     readings, left_out = read_attention(teacher)
-    left_out = {path: reason for path, reason in left_out.items() if reason != "cross-attention"}
     paths = [path for path, _ in body_of(teacher).named_modules() if path in readings or path in left_out]
     kept = kept_paths(keep_attention, paths)
     readings = {path: one for path, one in readings.items() if path not in kept}
@@ -120,7 +119,7 @@ def kept_paths(keep_attention: int | Sequence[int | str], paths: Sequence[str]) 
             )
         keep_attention = [(2 * one + 1) * count // (2 * keep_attention) for one in range(keep_attention)]
     kept = []
-    for one in keep_attention:
+    for one in [keep_attention] if isinstance(keep_attention, str) else keep_attention:
         if isinstance(one, str) and not one.isdigit():
             found = [path for path in paths if path == one or one.endswith("." + path)]
         else:

@@ -146,7 +146,7 @@ def read_attention(model: PreTrainedModel) -> tuple[dict[str, Reading], dict[str
 
     Returns:
         Readings by the module's path inside the model's body, in the order of their calls; and what was left out, by
-        path, with the reason.
+        path, with the reason. Cross-attention is in neither.
 
     Raises:
         ValueError: it fails on a tiny batch, or no module of it attends.
