@@ -166,13 +166,25 @@ def examine(model: PreTrainedModel, body: PreTrainedModel, base: str | None, run
     )
 
 
+def _implementations(body: PreTrainedModel) -> Callable[[], None]:
+    """What gives each part its attention implementation back: set by name, some would refuse it."""
+    parts = [part for part in body.modules() if isinstance(part, PreTrainedModel)]
+    before = [(part.config, part.config._attn_implementation) for part in parts]
+
+    def restore() -> None:
+        for config, name in before:
+            config._attn_implementation = name
+
+    return restore
+
+
 def _switch(body: PreTrainedModel, base: str) -> bool:
     """Switches to recording attention; False, and as it was, where the model does not follow the interface."""
-    recording = register_recording(base)
+    recording, restore = register_recording(base), _implementations(body)
     try:
         body.set_attn_implementation(recording)
     except (ValueError, AttributeError, ImportError):  # parts of it refuse any other
-        body.set_attn_implementation(base)
+        restore()
         return False
     return body.config.get_text_config()._attn_implementation == recording
 
@@ -180,12 +192,12 @@ def _switch(body: PreTrainedModel, base: str) -> bool:
 @contextmanager
 def recorded(body: PreTrainedModel) -> Iterator[None]:
     """Attention that the block can collect or answer, of a model that follows the interface."""
-    before = body.config.get_text_config()._attn_implementation or "eager"
+    before, restore = base_of(body.config.get_text_config()._attn_implementation or "eager"), _implementations(body)
     try:
-        _switch(body, base_of(before) if base_of(before) in ("sdpa", "eager") else "sdpa")
+        _switch(body, before if before in ("sdpa", "eager") else "sdpa")
         yield
     finally:
-        body.set_attn_implementation(before)
+        restore()
 
 
 def attending(

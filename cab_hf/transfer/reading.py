@@ -161,8 +161,8 @@ def read_attention(model: PreTrainedModel) -> tuple[dict[str, Reading], dict[str
     for module in body.modules():
         if "in_features" in vars(module):
             refuse_codes(module)
-    batch = tiny_batch(model, body)
-    one, several = ({name: x[:1, :n] if name == "input_ids" else x[:1] for name, x in batch.items()} for n in (1, 3))
+    several = {name: x[:1] for name, x in tiny_batch(model, body).items()}
+    one = {name: x[:, :1] if name == "input_ids" else x for name, x in several.items()}
     modules = {path: module for path, module in body.named_modules() if any(module.children())}
 
     def run(part: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
@@ -174,11 +174,14 @@ def read_attention(model: PreTrainedModel) -> tuple[dict[str, Reading], dict[str
             tried(model, run, body, one)
         found, left_out = attending(body, calls)
         read = _read if calls else _read_by_name
-        found = found if calls else named_modules(body)
-        with called({path: modules[path] for path in found if path in single}) as whole:
+        modules = {path: body.get_submodule(path) for path in found} if calls else named_modules(body)
+        with called(modules) as whole:
             tried(model, run, body, several)
-        for index, path in enumerate(found):
-            if path not in whole:
+        if not calls:  # the first pass may have put others in their place
+            with called(modules) as single:
+                tried(model, run, body, one)
+        for index, path in enumerate(found if calls else single):
+            if path not in single or path not in whole:
                 left_out[path] = "it is not called in every pass"
                 continue
             try:
@@ -186,7 +189,7 @@ def read_attention(model: PreTrainedModel) -> tuple[dict[str, Reading], dict[str
             except _NotLinear as reason:
                 left_out[path] = str(reason)
             else:
-                layer = getattr(modules[path], "layer_idx", None)
+                layer = getattr(single[path].module, "layer_idx", None)
                 readings[path].call["cache_layer"] = index if layer is None else layer
     if not readings and not left_out:
         raise ValueError(
