@@ -4,9 +4,10 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModel, DINOv3ViTConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, CLIPConfig, CLIPModel, DINOv3ViTConfig, LlamaConfig, LlamaForCausalLM
 
 from cab_hf.evaluation.tiny_families import tiny_model
+from cab_hf.teachers.attention_interface import register_recording
 from cab_hf.teachers.examination import recorded
 from cab_hf.transfer import reading
 from cab_hf.transfer.hybrid import hybrid_from_teacher, norm_epsilon
@@ -145,6 +146,23 @@ def test_attention_that_computes_itself_is_compared_with_its_named_projections()
     attention = model.transformer.h[0].attn.attention
     attention.k_proj.register_forward_hook(lambda module, args, output: output * 2)
     assert read_attention(model)[0]["h.0.attn.attention"].errors["key"] > 0.01
+
+
+@pytest.mark.parametrize("family", ["big_bird", "git"])
+def test_modules_that_a_pass_replaces_or_never_calls(family):
+    """BigBird puts full attention in place of the sparse one at a short row; GIT's image encoder reads no text."""
+    readings, left_out = read_attention(tiny_model(family))
+    assert list(readings) == [f"encoder.layer.{index}.attention.self" for index in range(4)] and not left_out
+
+
+def test_each_part_has_its_attention_implementation_back():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = CLIPModel(CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 32, "patch_size": 16}))
+    model.vision_model.set_attn_implementation("eager")
+    with recorded(model):
+        assert model.text_model.config._attn_implementation == register_recording("sdpa")
+    found = [part.config._attn_implementation for part in (model, model.text_model, model.vision_model)]
+    assert found == ["sdpa", "sdpa", "eager"]
 
 
 @pytest.mark.parametrize(("family", "epsilon"), [("qwen2", 1e-6), ("olmo2", 1e-5), ("gpt2", 1e-5), ("glm", 1.5625e-7)])
