@@ -68,7 +68,7 @@ def check_family(family: str) -> Row:
         Of the student: `forward` (finite, of the teacher's shape), `gradients` (every parameter of its mixers has
         one), `cache` (generation with cache is that without), `half` (the same with every second attention kept),
         `left_padding` (generation is that of unpadded rows, whole and half replaced), `saved` (a folder loads with
-        equal logits), `remote` (the same by `trust_remote_code`).
+        equal logits, but for rounding), `remote` (the same by `trust_remote_code`).
         `teacher_cache`, `teacher_left_padding`: the same of the teacher.
     """
     row: Row = {"family": family}
@@ -189,17 +189,16 @@ def _captured(model: PreTrainedModel, tokens: Tensor) -> bool | str:
 
 def _students(teacher: PreTrainedModel, row: Row) -> list[CABHybridForCausalLM | None]:
     readings, left_out = read_attention(teacher)
-    left = [path for path, reason in left_out.items() if reason != "cross-attention"]
     if not readings:
         raise ValueError("; ".join(dict.fromkeys(left_out.values())))
     row["read"] = max(max(one.errors.values()) for one in readings.values())
-    row["exactness"], row["kept"] = exactness(teacher), len(left)
+    row["exactness"], row["kept"] = exactness(teacher), len(left_out)
     options = {"accept_inexact": float("inf")}
-    student = hybrid_from_teacher(teacher, keep_attention=left, **options)
+    student = hybrid_from_teacher(teacher, keep_attention=list(left_out), **options)
     paths = list(readings)
     if len(paths) == 1:
         return [student, None]
-    return [student, hybrid_from_teacher(teacher, keep_attention=[*left, *paths[1::2]], **options)]
+    return [student, hybrid_from_teacher(teacher, keep_attention=[*left_out, *paths[1::2]], **options)]
 
 
 @torch.no_grad()
@@ -245,8 +244,9 @@ def _reloaded(student: CABHybridForCausalLM, tokens: Tensor, remote: bool) -> bo
         name = student.hub_classes["AutoModelForCausalLM"]
         loader = get_class_from_dynamic_module(name, folder) if remote else AutoModelForCausalLM
         loaded = loader.from_pretrained(folder).eval()
-    difference = float((loaded(tokens).logits - student(tokens).logits).abs().max())
-    return difference == 0 or f"logits differ by {difference:.1e}"
+    expected = student(tokens).logits
+    difference = float((loaded(tokens).logits - expected).abs().max() / expected.abs().max())
+    return difference < 1e-5 or f"logits differ by {difference:.1e} of the largest"
 
 
 def _apart(family: str) -> Row:

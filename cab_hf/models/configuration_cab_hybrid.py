@@ -160,10 +160,13 @@ class CABHybridConfig(PreTrainedConfig):
         return MixerConfig(num_hidden_layers=1, **fields)
 
 
-def _without_code(values: dict[str, Any]) -> dict[str, Any]:
+def _without_code(values: Any) -> Any:
     """A nested config without what could run code, and without what belongs to the outer one."""
-    kept = {name: value for name, value in values.items() if name not in _LEFT_OUT}
-    return {name: _without_code(value) if isinstance(value, dict) else value for name, value in kept.items()}
+    if isinstance(values, list):
+        return [_without_code(value) for value in values]
+    if isinstance(values, dict):
+        return {name: _without_code(value) for name, value in values.items() if name not in _LEFT_OUT}
+    return values
 
 
 __all__ = ["CABHybridConfig"]

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +29,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_cab_hybrid import CABHybridConfig
 from .mixers import BIDIRECTIONAL_MIXERS, MIXERS, BidirectionalProjections, SSMProjections, StateSpaceBranch
-from .students import MixerPreTrainedModel, body_of
+from .students import MixerPreTrainedModel, body_of, positions_from_documents
 
 
 AUTO_MAP = {
@@ -49,23 +48,24 @@ class HandedOver(NamedTuple):
         seq_idx: `(b, t)`, index of each token's document.
         show: called with a mixer's path and projections.
         with_gradients: whether the pass as a whole is recorded for a backward pass.
+        outer: what held before, outside of the part that runs.
     """
 
     attention_mask: torch.Tensor | None = None
     seq_idx: torch.Tensor | None = None
     show: Callable[[str, SSMProjections | BidirectionalProjections], None] | None = None
     with_gradients: bool = False
+    outer: "HandedOver | None" = None
 
 
 class _Pass(threading.local):
-    """What this thread's forward pass is handed, and what the parts around the running one were.
+    """What this thread's forward pass is handed.
 
     A pass belongs to a thread and ends: nothing of it may stay in a module, where copies and later passes would find
     it. `torch.compile` follows a `threading.local` into one graph, and no `ContextVar`.
     """
 
     given: HandedOver = HandedOver()
-    outer: tuple = ()
 
 
 _pass = _Pass()
@@ -386,7 +386,7 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
             rows = given.get("input_ids", given.get("inputs_embeds"))
             seq_idx = seq_idx.to(torch.int32).expand(len(rows), -1)
             if positions is None and "position_ids" in accepted:
-                given["position_ids"] = _restarting_positions(seq_idx)
+                given["position_ids"] = positions_from_documents(seq_idx)
         if self.training or seq_idx is not None:
             given.setdefault("use_cache", False)
         if "use_cache" not in accepted:
@@ -430,13 +430,13 @@ def _hand_mask_over(part: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) 
     place = names.index("attention_mask") if "attention_mask" in names else len(args)
     mask = args[place] if place < len(args) else kwargs.get("attention_mask")
     given = _pass.given
-    _pass.outer = (given, _pass.outer)
     if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-        _pass.given = given._replace(attention_mask=mask)
+        given = given._replace(attention_mask=mask)
+    _pass.given = given._replace(outer=_pass.given)
 
 
 def _take_mask_back(part: PreTrainedModel, args: tuple, output: Any) -> None:
-    _pass.given, _pass.outer = _pass.outer
+    _pass.given = _pass.given.outer
 
 
 _PARAMETERS: dict[type[PreTrainedModel], tuple[str, ...]] = {}
@@ -447,13 +447,6 @@ def _parameters(owner: type[PreTrainedModel]) -> tuple[str, ...]:
     if owner not in _PARAMETERS:
         _PARAMETERS[owner] = tuple(inspect.signature(owner.forward).parameters)
     return _PARAMETERS[owner]
-
-
-def _restarting_positions(seq_idx: torch.Tensor) -> torch.Tensor:
-    """Position ids `(b, t)` that restart at 0 wherever `seq_idx` `(b, t)` changes."""
-    index = torch.arange(seq_idx.shape[-1], device=seq_idx.device).expand_as(seq_idx)
-    starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-    return index - torch.where(starts, index, 0).cummax(dim=-1).values
 
 
 class CABHybridModel(CABHybridPreTrainedModel):

@@ -43,6 +43,13 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def positions_from_documents(seq_idx: torch.Tensor) -> torch.Tensor:
+    """Position ids `(b, t)` that restart at 0 wherever `seq_idx` `(b, t)` changes."""
+    index = torch.arange(seq_idx.shape[-1], device=seq_idx.device).expand_as(seq_idx)
+    starts = nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    return index - torch.where(starts, index, 0).cummax(dim=-1).values
+
+
 def make_norm(config: MixerConfig) -> nn.Module:
     norm = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
     return norm(config.hidden_size, eps=config.layer_norm_epsilon)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 _PREFIX = "cab_"
 _asked_maps: list[Callable[[], Tensor]] | None = None  # where those go that `asked_maps` asks for
 _collected: list[tuple[nn.Module, "AttentionCall"]] | None = None  # where calls go that `collected_calls` asks for
+_answered: Callable[..., Tensor] | None = None  # what stands for attention inside of `answered`
 _BASES: dict[str, str] = {}  # name of a recording attention implementation -> the one that it records
 
 
@@ -103,6 +104,17 @@ def collected_calls() -> Iterator[list[tuple[nn.Module, AttentionCall]]]:
         _collected = before
 
 
+@contextmanager
+def answered(answer: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]) -> Iterator[None]:
+    """Inside the block `answer(query, key, value, scaling)` stands for every recorded attention `(b, t, h, p)`."""
+    global _answered
+    before, _answered = _answered, answer
+    try:
+        yield
+    finally:
+        _answered = before
+
+
 def _answer_map(attention: Callable, value: Tensor, whole: bool) -> Tensor:
     """The map that an attention applies: what it makes of unit vectors in its values' place.
 
@@ -129,7 +141,9 @@ def _recording_attention(base: str) -> Callable:
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, AttentionCall]:
+    ) -> tuple[Tensor, AttentionCall | None]:
+        if _answered is not None:
+            return _answered(query, key, value, kwargs.get("scaling")), None
         kwargs.pop("output_attentions", None)
         function, owner = recorded_function(base, module), module
         if "flash" in base:

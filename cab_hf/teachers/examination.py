@@ -12,11 +12,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cab_hf.inference import reads_ahead
-from cab_hf.teachers.attention_interface import AttentionCall, collected_calls, register_recording
+from cab_hf.teachers.attention_interface import AttentionCall, base_of, collected_calls, register_recording
 from cab_hf.teachers.named_attention import is_cross_attention, named_calls, named_modules
 from cab_hf.teachers.rotary import RotaryPlan, find_plan, recorded_tables, relative_error
 
@@ -112,26 +112,27 @@ def examine(model: PreTrainedModel, body: PreTrainedModel, base: str | None, run
         )
     config = body.config.get_text_config()
     batch = tiny_batch(model, body)
-    plain = _try(model, run, body, batch)
-    follows = _switch(body, config, base)
-    asked = {"output_hidden_states": True, **({"output_attentions": True} if follows else {})}
-    named_ones = {} if follows else named_modules(body)
-    with _norms_recorded(body) as normed, named_calls(named_ones) if named_ones else collected_calls() as calls:
-        output = _try(model, run, body, batch, **asked)
-    if follows and not calls:
+    plain = tried(model, run, body, batch)
+    asked = {"output_attentions": True} if _switch(body, base) else {}
+    with _norms_recorded(body) as normed, collected_calls() as calls:
+        output = tried(model, run, body, batch, output_hidden_states=True, **asked)
+    is_named = not calls
+    if is_named:
         body.set_attn_implementation(base)
-        named_ones = named_modules(body)
-        with named_calls(named_ones) as calls:
-            _try(model, run, body, batch)
+        with named_calls(named_modules(body)) as calls:
+            tried(model, run, body, batch)
     lacking = [part for part in ("last_hidden_state", "hidden_states") if output.get(part) is None]
     if lacking:
         raise ValueError(hidden(model, f"no part of it hands out {lacking}, only {list(output)}"))
     expected, last = plain.last_hidden_state, output.last_hidden_state
-    shown, obstacle = _readable(body, calls, expected)
+    shown, reasons = attending(body, calls, len(expected))
+    obstacle = None if calls else "0 of its 0 attention outputs can be read"
+    for path, reason in reasons.items():
+        obstacle = f"at {path!r} {reason}"
     given = [call for call in output.get("attentions") or () if isinstance(call, AttentionCall)]
     depth = getattr(config, "num_hidden_layers", None)
     is_whole = len(given) == len(output.get("attentions") or ()) == len(calls) == depth
-    shown_by = "names" if named_ones else "outputs" if is_whole and len(shown) == len(calls) else "calls"
+    shown_by = "names" if is_named else "outputs" if is_whole and len(shown) == len(calls) else "calls"
     seen = list(shown.values())
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
     error = relative_error(last, expected)
@@ -157,7 +158,7 @@ def examine(model: PreTrainedModel, body: PreTrainedModel, base: str | None, run
         ),
         is_causal=model.main_input_name == "input_ids"
         and not reads_ahead(
-            lambda tokens: _try(model, run, body, {"input_ids": tokens}).last_hidden_state,
+            lambda tokens: tried(model, run, body, {"input_ids": tokens}).last_hidden_state,
             config.vocab_size,
             model.device,
         ),
@@ -165,38 +166,61 @@ def examine(model: PreTrainedModel, body: PreTrainedModel, base: str | None, run
     )
 
 
-def _switch(body: PreTrainedModel, config: PreTrainedConfig, base: str) -> bool:
+def _implementations(body: PreTrainedModel) -> Callable[[], None]:
+    """What gives each part its attention implementation back: set by name, some would refuse it."""
+    parts = [part for part in body.modules() if isinstance(part, PreTrainedModel)]
+    before = [(part.config, part.config._attn_implementation) for part in parts]
+
+    def restore() -> None:
+        for config, name in before:
+            config._attn_implementation = name
+
+    return restore
+
+
+def _switch(body: PreTrainedModel, base: str) -> bool:
     """Switches to recording attention; False, and as it was, where the model does not follow the interface."""
-    recording = register_recording(base)
+    recording, restore = register_recording(base), _implementations(body)
     try:
         body.set_attn_implementation(recording)
     except (ValueError, AttributeError, ImportError):  # parts of it refuse any other
-        body.set_attn_implementation(base)
+        restore()
         return False
-    return config._attn_implementation == recording
+    return body.config.get_text_config()._attn_implementation == recording
 
 
-def _readable(
-    body: PreTrainedModel, calls: list[tuple[nn.Module, AttentionCall]], expected: Tensor
-) -> tuple[dict[str, AttentionCall], str | None]:
-    """The calls that each are a layer's attention over the whole sequence, by path, and what stands against others."""
+@contextmanager
+def recorded(body: PreTrainedModel) -> Iterator[None]:
+    """Attention that the block can collect or answer, of a model that follows the interface."""
+    before, restore = base_of(body.config.get_text_config()._attn_implementation or "eager"), _implementations(body)
+    try:
+        _switch(body, before if before in ("sdpa", "eager") else "sdpa")
+        yield
+    finally:
+        restore()
+
+
+def attending(
+    body: PreTrainedModel, calls: list[tuple[nn.Module, AttentionCall]], rows: int | None = None
+) -> tuple[dict[str, AttentionCall], dict[str, str]]:
+    """The modules that attend once in a pass, by path, and why others can't be read; with `rows`, none in windows."""
     paths = {id(module): path for path, module in body.named_modules()}
     counts = Counter(id(module) for module, _ in calls)
     shown: dict[str, AttentionCall] = {}
-    obstacle = None if calls else "0 of its 0 attention outputs can be read"
+    reasons: dict[str, str] = {}
     for module, call in calls:
-        path, query = paths.get(id(module), ""), call.attention.query
+        path, query, key = paths.get(id(module), ""), call.attention.query, call.attention.key
         if is_cross_attention(path):
             continue
-        if len(query) != len(expected):
-            return {}, f"it attends inside {len(query)} windows of {len(expected)} inputs"
+        elif rows not in (None, len(query)):
+            return {}, {path: f"it attends inside {len(query)} windows of {rows} inputs"}
         elif counts[id(module)] > 1:
-            obstacle = f"{path!r} attends {counts[id(module)]} times in one pass"
-        elif query.ndim != 4 or call.attention.key.ndim != 4:
-            obstacle = f"{path!r} has queries of {query.ndim} dimensions"
+            reasons[path] = f"it attends {counts[id(module)]} times in one pass"
+        elif query.ndim != 4 or key.ndim != 4:
+            reasons[path] = f"it has queries of {query.ndim} dimensions"
         else:
             shown[path] = call
-    return shown, obstacle
+    return shown, reasons
 
 
 def _find_head(
@@ -207,7 +231,7 @@ def _find_head(
     if head is None:
         # Without a padding token a classifier of texts takes only one at a time.
         batch = {name: value[:1] for name, value in batch.items()}
-    logits = _try(model, run, model, batch).get("logits")
+    logits = tried(model, run, model, batch).get("logits")
     has_logits = logits is not None and (logits.ndim == 2 or model.main_input_name != "pixel_values")
     is_plain = has_logits and head is not None and torch.equal(head(last_hidden_state), logits)
     return has_logits, head if is_plain else None
@@ -222,7 +246,7 @@ def _keeps_documents_apart(
     outputs = []
     for first in (tokens[:, :3], tokens[:, :3].flip(0)):
         packed = {model.main_input_name: torch.cat((first, tokens[:, 3:]), dim=1), "position_ids": positions}
-        outputs.append(_try(model, run, body, packed).last_hidden_state[:, 3:])
+        outputs.append(tried(model, run, body, packed).last_hidden_state[:, 3:])
     return relative_error(*outputs) <= tolerance
 
 
@@ -285,10 +309,14 @@ def tiny_batch(model: PreTrainedModel, body: PreTrainedModel) -> dict[str, Tenso
     )
 
 
-def _try(
+def tried(
     model: PreTrainedModel, run: Run, module: PreTrainedModel, batch: Mapping[str, Tensor], **asked: bool
 ) -> ModelOutput:
-    """A forward pass on a tiny batch. Whatever a stranger's code raises there, this teacher can't teach."""
+    """A forward pass on a tiny batch.
+
+    Raises:
+        ValueError: whatever a stranger's code raises there: this teacher can't teach.
+    """
     try:
         return run(module, batch, **asked)
     except Exception as error:

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from cab_hf.inference import check_positions
-from cab_hf.models.students import body_of
+from cab_hf.models.students import body_of, positions_from_documents
 from cab_hf.teachers.attention_interface import AttentionCall, TeacherAttention, asked_maps, base_of, collected_calls
 from cab_hf.teachers.examination import check_whole, examine, find_rotary, hidden, named
 from cab_hf.teachers.named_attention import named_calls
@@ -58,14 +58,6 @@ class TeacherOutput:
 def _sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A copy there, without waiting; the host alone would read such a copy before it has arrived."""
     return tensor.to(device, dtype, non_blocking=device.type != "cpu")
-
-
-def positions_from_documents(seq_idx: Tensor) -> Tensor:
-    """Position ids `(b, t)` that restart at 0 wherever `seq_idx` `(b, t)` changes."""
-    index = torch.arange(seq_idx.shape[-1], device=seq_idx.device).expand_as(seq_idx)
-    starts = torch.zeros_like(index)
-    starts[:, 1:] = torch.where(seq_idx[:, 1:] != seq_idx[:, :-1], index[:, 1:], 0)
-    return index - starts.cummax(dim=-1).values
 
 
 def with_positions(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,7 +29,6 @@ _START = {
 
 # What stock classes and llama.cpp hold, too: no biases around the mixer, and SiLU after the convolution.
 STARTS = ("linear", "served")
-STOCK_START = {"conv_activation": "silu", "use_bias": False, "gate_init": "fitted"}
 
 _FILLED = "_is_hf_initialized"  # by which transformers knows what it must not start
 
@@ -37,19 +36,23 @@ VALUE_TAPS = 1 / 8
 """Taps of the values in front of a SiLU, which is half its argument near zero: a tenth of a value is 2.5 % off."""
 
 
-def transparent_start(start: str, readings: Iterable[Reading]) -> dict[str, Any]:
-    """Fields of a mixer's config that `start` asks for."""
-    if start not in STARTS:
-        raise ValueError(f"start is {start!r}. It must be {' or '.join(map(repr, STARTS))}.")
+def start_fields(start: str, mixer_type: str = "mamba2", readings: Iterable[Reading] = ()) -> dict[str, Any]:
+    """Fields of a mixer's config that `start` asks for, with a bias behind it where the readings have one.
+
+    Raises:
+        ValueError: no start of these mixers.
+    """
+    if start not in STARTS or (start == "served" and mixer_type != "mamba2"):
+        raise ValueError(
+            f"start is {start!r} with mixer_type {mixer_type!r}. It must be {' or '.join(map(repr, STARTS))}, and "
+            "'served' is for mamba2."
+        )
     fields = {**_START, "use_bias": True}
     if start == "served":
-        fields |= STOCK_START | {"use_bias": has_output_bias(readings)}
+        outputs = (one.output for one in readings if one.output is not None)
+        has_bias = any(output.bias is not None and bool(output.bias.any()) for output in outputs)
+        fields |= {"conv_activation": "silu", "use_bias": has_bias, "gate_init": "fitted"}
     return fields
-
-
-def has_output_bias(readings: Iterable[Reading]) -> bool:
-    outputs = (one.output for one in readings if one.output is not None)
-    return any(output.bias is not None and bool(output.bias.any()) for output in outputs)
 
 
 def check_fields(config_class: type[PreTrainedConfig], fields: Iterable[str]) -> None:
@@ -66,13 +69,20 @@ def check_fields(config_class: type[PreTrainedConfig], fields: Iterable[str]) ->
             raise ValueError(f"{config_class.__name__} has no field {name!r}.{hint}")
 
 
-def mixer_fields(teacher_config: PreTrainedConfig, num_hidden_layers: int | None, mixer_type: str) -> dict[str, Any]:
+def mixer_fields(
+    teacher_config: PreTrainedConfig,
+    num_hidden_layers: int | None,
+    mixer_type: str,
+    start: str = "linear",
+    readings: Iterable[Reading] = (),
+) -> dict[str, Any]:
     """Fields of a student's config: the teacher's width and depth, one transparent mixer head an attention head.
 
     Args:
         teacher_config: config of a teacher.
         num_hidden_layers: depth; the teacher's when None.
         mixer_type: "mamba2", whose B and C are as wide as a key, or "mamba", whose state size is S6's usual one.
+        start, readings: of `start_fields`.
     """
     heads = teacher_config.num_attention_heads
     head_dim = teacher_config.to_dict().get("head_dim") or teacher_config.hidden_size // heads
@@ -85,10 +95,9 @@ def mixer_fields(teacher_config: PreTrainedConfig, num_hidden_layers: int | None
         "n_groups": heads,
         "state_size": head_dim if mixer_type == "mamba2" else None,
         "expand": heads * head_dim / teacher_config.hidden_size,
-        "use_bias": True,
         "residual_in_fp32": False,
         "initializer_range": teacher_config.initializer_range,
-        **_START,
+        **start_fields(start, mixer_type, readings),
     }
 
 
@@ -145,7 +154,20 @@ def copy_reading(name: str, mixer: SSDMixer | S6Mixer, attention: Reading) -> No
     Raises:
         ValueError: sizes that don't fit; the message holds both.
     """
-    (_copy_attention_to_ssd if isinstance(mixer, SSDMixer) else _copy_attention_to_s6)(name, mixer, attention)
+    config, width, is_ssd = mixer.config, attention.heads * attention.head_dim, isinstance(mixer, SSDMixer)
+    if config.mixer_width != width or is_ssd and config.head_dim != attention.head_dim:
+        raise ValueError(
+            f"The student's {name} has a width (expand * hidden_size) of {config.mixer_width} in heads of "
+            f"{config.head_dim}, the teacher's attention one of {width} in heads of {attention.head_dim}. Leave "
+            "expand and head_dim to the teacher, or pass copy_attention=False."
+        )
+    if is_ssd:
+        _copy_attention_to_ssd(name, mixer, attention)
+        return
+    bias = None if mixer.in_proj.bias is None else mixer.in_proj.bias[:width]
+    rows = (mixer.in_proj.weight[:width], bias, attention.value, attention.heads, attention.head_dim)
+    _copy_rows(f"{name}.in_proj", *rows)
+    copy_affine(f"{name}.out_proj", mixer.out_proj, attention.output)
 
 
 def copy_tensor(name: str, target: Tensor, source: Tensor) -> None:
@@ -203,19 +225,22 @@ def copy_affine(name: str, target: nn.Linear | None, source: Affine | None) -> N
         copy_bias(f"{name}.bias", target.bias, source.bias)
 
 
-def _by_head(x: Tensor, heads: int, head_dim: int) -> Tensor:
-    """Rows `(h_kv * p, ...)` of a projection as `(h, p, ...)`, grouped heads repeated."""
-    x = x.unflatten(0, (-1, head_dim))
-    return x.repeat_interleave(heads // x.shape[0], dim=0)
-
-
 def _copy_rows(
-    name: str, target: Tensor, bias: Tensor | None, source: Affine, head_dim: int, scale: float = 1.0
+    name: str, target: Tensor, bias: Tensor | None, source: Affine, heads: int, head_dim: int, scale: float = 1.0
 ) -> None:
-    """Fills `target` `(h, n, d)` and `bias` `(h, n)`, views of an input projection, with heads of `n` >= `p` rows."""
-    copy_tensor(f"{name}.weight", target[:, :head_dim], _by_head(source.weight, len(target), head_dim) * scale)
-    rows = None if source.bias is None else _by_head(source.bias, len(target), head_dim) * scale
-    copy_bias(f"{name}.bias", None if bias is None else bias[:, :head_dim], rows)
+    """Fills `target` `(h * n, d)` and `bias` `(h * n,)`, views of an input projection, with heads of `n` >= `p` rows.
+
+    A grouped head goes to all heads of its group, without a copy in between.
+    """
+    groups = source.weight.shape[0] // head_dim
+    for part, rows, given in (("weight", target, source.weight), ("bias", bias, source.bias)):
+        if rows is not None:
+            rows = rows.unflatten(0, (groups, heads // groups, -1))[:, :, :head_dim]
+        if given is not None:
+            given = given.unflatten(0, (groups, 1, -1)).expand(-1, heads // groups, *(-1,) * given.ndim)
+        copy_bias(f"{name}.{part}", rows, given)
+        if rows is not None and scale != 1.0:
+            rows *= scale
 
 
 def _rows_of(mixer: SSDMixer) -> list[int]:
@@ -224,22 +249,8 @@ def _rows_of(mixer: SSDMixer) -> list[int]:
     return [width, width, states, states, mixer.config.num_heads]
 
 
-def _check_heads(name: str, mixer: SSDMixer | S6Mixer, attention: Reading) -> int:
-    """Returns the teacher's head count, or says why the mixer can't take its heads."""
-    head_dim, width = mixer.config.head_dim, mixer.config.mixer_width
-    teacher_width = attention.heads * attention.head_dim
-    if width != teacher_width or width % head_dim or attention.value.weight.shape[0] % head_dim:
-        raise ValueError(
-            f"The student's {name} has a width (expand * hidden_size) of {width} in heads of {head_dim}, the "
-            f"teacher's attention one of {teacher_width} with values of {attention.value.weight.shape[0]}. Leave "
-            "expand and head_dim to the teacher, or pass copy_attention=False."
-        )
-    return width // head_dim
-
-
 def _copy_attention_to_ssd(name: str, mixer: SSDMixer, attention: Reading) -> None:
-    heads = _check_heads(name, mixer, attention)
-    config, key_dim = mixer.config, attention.key_dim
+    config, heads, key_dim = mixer.config, attention.heads, attention.key_dim
     if config.n_groups != heads or config.state_size < key_dim:
         raise ValueError(
             f"The student's {name} has n_groups={config.n_groups} and state_size={config.state_size}, the teacher "
@@ -268,8 +279,7 @@ def _copy_attention_to_ssd(name: str, mixer: SSDMixer, attention: Reading) -> No
         (3, attention.query, key_dim, attention.scaling / of_keys),
     )
     for part, source, size, scale in rows:
-        bias = None if biases[part] is None else biases[part].unflatten(0, (heads, -1))
-        _copy_rows(f"{name}.in_proj", weights[part].unflatten(0, (heads, -1)), bias, source, size, scale)
+        _copy_rows(f"{name}.in_proj", weights[part], biases[part], source, heads, size, scale)
     if in_convolution:
         mixer.conv1d.bias.mul_(mixer.conv1d.weight.sum(dim=(1, 2)))
     if attention.output is not None:
@@ -286,12 +296,3 @@ def _keep_values_linear(mixer: SSDMixer) -> None:
         mixer.conv1d.bias[:width] *= VALUE_TAPS
     mixer.A_log -= math.log(gain)
     mixer.dt_bias.copy_(inverse_softplus(gain * mixer.averaging_time_steps(mixer.config.num_heads)))
-
-
-def _copy_attention_to_s6(name: str, mixer: S6Mixer, attention: Reading) -> None:
-    heads = _check_heads(name, mixer, attention)
-    width, head_dim = mixer.config.mixer_width, mixer.config.head_dim
-    bias = None if mixer.in_proj.bias is None else mixer.in_proj.bias[:width].unflatten(0, (heads, -1))
-    target = mixer.in_proj.weight[:width].unflatten(0, (heads, -1))
-    _copy_rows(f"{name}.in_proj", target, bias, attention.value, head_dim)
-    copy_affine(f"{name}.out_proj", mixer.out_proj, attention.output)

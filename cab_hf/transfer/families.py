@@ -148,15 +148,6 @@ def _fields(
     }
 
 
-def _refuse_qk_layernorm(config: PreTrainedConfig) -> None:
-    if config.qk_layernorm:
-        raise ValueError(
-            "The teacher's qk_layernorm is True: its queries and keys are normalised per head with a shift, which a "
-            "student's projections can't express. Use a teacher with qk_layernorm=False (all released Phi), or build "
-            "a student from a CABMambaConfig."
-        )
-
-
 def _llama_fields(config: PreTrainedConfig) -> dict[str, Any]:
     values = config.to_dict()
     mlp_bias = values.get("mlp_bias", values.get("use_bias", False))
@@ -198,7 +189,6 @@ def _olmo_layer(block: nn.Module) -> TeacherLayer:
 
 
 def _stablelm_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    _refuse_qk_layernorm(config)
     parallel = config.use_parallel_residual
     return _fields(config, "layer_norm", config.layer_norm_eps, gated=True) | {
         "parallel_residual": parallel,
@@ -270,7 +260,6 @@ def _gpt2_layer(block: nn.Module) -> TeacherLayer:
 
 
 def _phi_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    _refuse_qk_layernorm(config)
     return _fields(config, "layer_norm", config.layer_norm_eps, gated=False, mlp_bias=True) | {
         "parallel_residual": True,
         "shared_norm": True,

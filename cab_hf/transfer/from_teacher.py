@@ -9,7 +9,7 @@ Shapes: `b` batch, `t` token, `h` head, `p` head_dim, `n` state, `g` group, `d` 
 Source: arXiv 2510.19266, section "Method" (the correspondence); arXiv 2408.15237 and 2604.14191 (the initialisation).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,6 @@ from cab_hf.models.modeling_cab_mamba import (
     CABMambaPreTrainedModel,
 )
 from cab_hf.transfer.copying import (
-    STARTS,
-    STOCK_START,
     check_fields,
     copy_bias,
     copy_block,
@@ -33,7 +31,7 @@ from cab_hf.transfer.copying import (
     mixer_fields,
 )
 from cab_hf.transfer.families import family_of, read_weight
-from cab_hf.transfer.reading import read_layers
+from cab_hf.transfer.reading import Reading, read_layers
 
 
 def with_labels(teacher: PreTrainedModel, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +65,7 @@ def student_config(
     num_hidden_layers: int | None = None,
     mixer_type: str = "mamba2",
     start: str = "linear",
+    readings: Iterable[Reading] = (),
     **overrides: Any,
 ) -> CABMambaConfig:
     """The config of a student of a teacher's shape.
@@ -83,22 +82,17 @@ def student_config(
             mixer (but an attention's output bias), and the usual SiLU after the convolution, so that float16, 8-bit
             formats and llama.cpp hold the student as it is. It trains as well in large batches, and less steadily in
             small ones (benchmarks/quality/served_start).
+        readings: of the teacher's attention, which tell of that output bias.
         **overrides: any field of `CABMambaConfig`.
 
     Raises:
         ValueError: an unknown family or field, or a feature that a student can't express.
     """
     check_fields(CABMambaConfig, overrides)
-    if start not in STARTS or (start == "served" and mixer_type != "mamba2"):
-        raise ValueError(
-            f"start is {start!r} with mixer_type {mixer_type!r}. It must be {' or '.join(map(repr, STARTS))}, and "
-            "'served' is for mamba2."
-        )
     text = teacher_config.get_text_config()
     family, values = family_of(text), {**teacher_config.to_dict(), **text.to_dict()}
     fields = {
-        **mixer_fields(text, num_hidden_layers, mixer_type),
-        **(STOCK_START if start == "served" else {}),
+        **mixer_fields(text, num_hidden_layers, mixer_type, start, readings),
         "vocab_size": text.vocab_size,
         "tie_word_embeddings": teacher_config.tie_word_embeddings,
         **{name: values.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},

@@ -20,7 +20,7 @@ from cab_hf.models.modeling_cab_hybrid import CABHybridForCausalLM, CABHybridPre
 from cab_hf.models.students import body_of, cast
 from cab_hf.teachers.attention_interface import base_of
 from cab_hf.teachers.examination import named, tiny_batch
-from cab_hf.transfer.copying import check_fields, fill_the_rest, transparent_start
+from cab_hf.transfer.copying import check_fields, fill_the_rest, start_fields
 from cab_hf.transfer.reading import Reading, check_readings, exactness, read_attention
 
 
@@ -63,7 +63,6 @@ def hybrid_from_teacher(
             "Load it dequantised (`teacher.dequantize()`), or by a class of transformers (trust_remote_code=False)."
         )
     readings, left_out = read_attention(teacher)
-    left_out = {path: reason for path, reason in left_out.items() if reason != "cross-attention"}
     paths = [path for path, _ in body_of(teacher).named_modules() if path in readings or path in left_out]
     kept = kept_paths(keep_attention, paths)
     readings = {path: one for path, one in readings.items() if path not in kept}
@@ -74,7 +73,8 @@ def hybrid_from_teacher(
             "left for mixers. Keep fewer."
         )
     check_readings(teacher, readings, left_out, accept_inexact)
-    fields = {**transparent_start(start, readings.values()), "layer_norm_epsilon": norm_epsilon(teacher), **overrides}
+    begin = start_fields(start, readings=readings.values())
+    fields = begin | {"layer_norm_epsilon": norm_epsilon(teacher)} | overrides
     tolerance = exactness(teacher)
     settings = {path: _settings(one, tolerance, fields) for path, one in readings.items()}
     shared = {
@@ -120,7 +120,7 @@ def kept_paths(keep_attention: int | Sequence[int | str], paths: Sequence[str]) 
             )
         keep_attention = [(2 * one + 1) * count // (2 * keep_attention) for one in range(keep_attention)]
     kept = []
-    for one in keep_attention:
+    for one in [keep_attention] if isinstance(keep_attention, str) else keep_attention:
         if isinstance(one, str) and not one.isdigit():
             found = [path for path in paths if path == one or one.endswith("." + path)]
         else:
@@ -256,9 +256,9 @@ def _measure(student: CABHybridPreTrainedModel) -> None:
         if tokens is None:
             return
         config.packs_documents = True
-        start, end = tokens[:1, :3], tokens[:1, 3:]
-        rows = torch.cat([torch.cat(parts, 1) for parts in ((start, end), (start.flip(1), end), (end, start))])
-        seq_idx = torch.tensor([[0, 0, 0, 1, 1]] * 2 + [[0, 0, 1, 1, 1]], device=rows.device)
+        start, other, end = tokens[:1].split((1, 1, 3), dim=1)
+        rows = torch.cat([torch.cat(parts, 1) for parts in ((start, end), (other, end), (end, start))])
+        seq_idx = torch.tensor([[0, 1, 1, 1]] * 2 + [[0, 0, 0, 1]], device=rows.device)
         packed = True
         try:
             output = student(rows, seq_idx=seq_idx)
@@ -268,7 +268,7 @@ def _measure(student: CABHybridPreTrainedModel) -> None:
     finally:
         handle.remove()
     said = seen[-1] if seen else output[0]
-    behind, behind_other, alone = said[0, 3:], said[1, 3:], said[2, :2]
+    behind, behind_other, alone = said[0, 1:], said[1, 1:], said[2, :3]
     errors = [float((behind - other).norm() / behind.norm()) for other in (behind_other, alone)]
     logits = output.get("logits")
     if head is not None and logits is not None and student.body is not student.inner:

@@ -11,7 +11,6 @@ Shapes: `b` batch, `t` token, `h` head, `p` features of a head, `d` width, `n` f
 """
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,16 +18,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from cab_hf.inference import evaluating
 from cab_hf.models.students import body_of
-from cab_hf.teachers.attention_interface import base_of, recorded_function
-from cab_hf.teachers.examination import named, tiny_batch
-from cab_hf.teachers.named_attention import is_cross_attention, named_modules, named_projections, num_heads
+from cab_hf.teachers.attention_interface import answered, collected_calls
+from cab_hf.teachers.examination import attending, named, recorded, tiny_batch, tried
+from cab_hf.teachers.named_attention import named_modules, named_projections, num_heads
 from cab_hf.transfer.families import Affine, read_affine, refuse_codes
 
 
@@ -38,7 +37,6 @@ PARTS = ("value", "key", "query", "output")
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Largest relative error of a projection on random input; half precision and quantised weights have `ROUNDED`."""
 ROUNDED = 3e-2
-_PREFIX = "cab_probing_"
 _ROWS, _UNITS_AT_ONCE = 8, 1024
 _INPUTS = ("hidden_states", "x", "hidden_state", "inputs", "input", "query_states")
 
@@ -77,59 +75,17 @@ class Reading:
 
 
 class _Call(NamedTuple):
-    """One call of the attention function: query `(b, h, t, p)`, key and value `(b, h_kv, t, p)`."""
+    """One call of attention: query `(b, h, t, p)`, key and value `(b, h_kv, t, p)`, and what it was answered."""
 
-    module: nn.Module
     query: Tensor
     key: Tensor
     value: Tensor
     scaling: float | None
-
-
-class _Probe:
-    """What the probing attention function does at the moment: it notes calls, and answers in attention's place."""
-
-    def __init__(self, base: str) -> None:
-        self.base = base
-        self.calls: list[_Call] = []
-        self.answer: Callable[[Tensor, Tensor], Tensor] | None = None
-
-
-_probes: list[_Probe] = []
-
-
-def _probing_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
-    probe = _probes[-1]
-    probe.calls.append(_Call(module, query, key, value, kwargs.get("scaling")))
-    if probe.answer is not None:
-        return probe.answer(query, value), None
-    kwargs.pop("output_attentions", None)
-    return recorded_function(probe.base, module)(module, query, key, value, attention_mask, **kwargs)[0], None
-
-
-@contextmanager
-def _probing(model: PreTrainedModel) -> Iterator[_Probe]:
-    """Switches a model to the probing attention function for the block's time."""
-    before = model.config.get_text_config()._attn_implementation or "eager"
-    base = base_of(before)
-    base = base if base in ("sdpa", "eager") else "sdpa"
-    name = _PREFIX + base
-    if name not in AttentionInterface():
-        AttentionInterface.register(name, _probing_attention)
-        AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
-    _probes.append(_Probe(base))
-    try:
-        model.set_attn_implementation(name)
-        yield _probes[-1]
-    finally:
-        _probes.pop()
-        model.set_attn_implementation(before)
+    answer: Tensor  # (b, t, h, p)
 
 
 @dataclass
-class _Site:
+class Site:
     """An attention module, and the arguments of one call of it."""
 
     path: str
@@ -158,10 +114,10 @@ class _Site:
             args = (hidden_states, *args[1:])
         else:
             kwargs[self.argument] = hidden_states
-        return _first(self.module(*args, **kwargs))
+        return first(self.module(*args, **kwargs))
 
 
-def _first(output: Any) -> Tensor:
+def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -190,7 +146,7 @@ def read_attention(model: PreTrainedModel) -> tuple[dict[str, Reading], dict[str
 
     Returns:
         Readings by the module's path inside the model's body, in the order of their calls; and what was left out, by
-        path, with the reason.
+        path, with the reason. Cross-attention is in neither.
 
     Raises:
         ValueError: it fails on a tiny batch, or no module of it attends.
@@ -205,27 +161,36 @@ def read_attention(model: PreTrainedModel) -> tuple[dict[str, Reading], dict[str
     for module in body.modules():
         if "in_features" in vars(module):
             refuse_codes(module)
-    batch = tiny_batch(model, body)
-    is_text = "input_ids" in batch
-    one = {name: value[:1, :1] if is_text else value[:1] for name, value in batch.items()}
+    several = {name: x[:1] for name, x in tiny_batch(model, body).items()}
+    one = {name: x[:, :1] if name == "input_ids" else x for name, x in several.items()}
+    modules = {path: module for path, module in body.named_modules() if any(module.children())}
+
+    def run(part: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+        return part(**inputs)
+
     readings: dict[str, Reading] = {}
-    left_out: dict[str, str] = {}
-    with evaluating(model):
-        single, left_out, hidden = _find(model, body, one)
-        whole = _record(body, batch, {path: site.module for path, site in single.items()})
-        probing = _without_probe() if hidden else _probing(body)
-        with probing as probe:
-            for index, (path, site) in enumerate(single.items()):
-                if path not in whole:
-                    left_out[path] = "it is called on a single token only"
-                    continue
-                try:
-                    reading = _read_by_name(site, whole[path]) if hidden else _read(site, whole[path], probe)
-                    layer = getattr(site.module, "layer_idx", None)
-                    reading.call["cache_layer"] = index if layer is None else layer
-                    readings[path] = reading
-                except _NotLinear as reason:
-                    left_out[path] = str(reason)
+    with evaluating(model), recorded(body):
+        with collected_calls() as calls, called(modules) as single:
+            tried(model, run, body, one)
+        found, left_out = attending(body, calls)
+        read = _read if calls else _read_by_name
+        modules = {path: body.get_submodule(path) for path in found} if calls else named_modules(body)
+        with called(modules) as whole:
+            tried(model, run, body, several)
+        if not calls:  # the first pass may have put others in their place
+            with called(modules) as single:
+                tried(model, run, body, one)
+        for index, path in enumerate(found if calls else single):
+            if path not in single or path not in whole:
+                left_out[path] = "it is not called in every pass"
+                continue
+            try:
+                readings[path] = read(single[path], whole[path])
+            except _NotLinear as reason:
+                left_out[path] = str(reason)
+            else:
+                layer = getattr(single[path].module, "layer_idx", None)
+                readings[path].call["cache_layer"] = index if layer is None else layer
     if not readings and not left_out:
         raise ValueError(
             f"{named(model)} shows no attention: none of its modules calls transformers' attention interface, and "
@@ -282,124 +247,89 @@ class _NotLinear(ValueError):
 
 
 @contextmanager
-def _without_probe() -> Iterator[None]:
-    yield None
-
-
-def _find(
-    model: PreTrainedModel, body: PreTrainedModel, batch: Mapping[str, Tensor]
-) -> tuple[dict[str, _Site], dict[str, str], bool]:
-    """How modules that attend are called, what is left out, and whether the names of children alone tell of them."""
-    paths = {id(module): path for path, module in body.named_modules()}
-    candidates = {path: module for path, module in body.named_modules() if any(module.children())}
-    left_out: dict[str, str] = {}
-    calls: list[_Call] = []
-    try:
-        with _probing(body) as probe:
-            sites = _record(body, batch, candidates)
-            calls = probe.calls
-    except (ValueError, AttributeError):
-        pass  # parts of it refuse another attention implementation
-    if not calls:
-        try:
-            return _record(body, batch, named_modules(body)), left_out, True
-        except Exception as error:
-            raise ValueError(f"{named(model)} fails on a tiny batch: {type(error).__name__}: {error}") from error
-    found = {}
-    counts = Counter(paths[id(call.module)] for call in calls)
-    for path, count in counts.items():
-        if is_cross_attention(path):
-            left_out[path] = "cross-attention"
-        elif count > 1 or path not in sites:
-            left_out[path] = f"it attends {count} times in one pass"
-        else:
-            found[path] = sites[path]
-    return found, left_out, False
-
-
-def _record(body: PreTrainedModel, batch: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> dict[str, _Site]:
-    """One forward pass, and how each module was called in it."""
-    sites: dict[str, _Site] = {}
+def called(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Site]]:
+    """How each module is first called inside the block, by path."""
+    sites: dict[str, Site] = {}
 
     def note(path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        sites.setdefault(path, _Site(path, module, args, dict(kwargs), output))
+        sites.setdefault(path, Site(path, module, args, dict(kwargs), output))
 
     with ExitStack() as stack:
         for path, module in modules.items():
             handle = module.register_forward_hook(functools.partial(note, path), with_kwargs=True)
             stack.callback(handle.remove)
-        body(**batch)
-    return sites
+        yield sites
 
 
-def _read(single: _Site, whole: _Site, probe: _Probe) -> Reading:
-    module, hidden = single.module, single.hidden_states
+def _ask(site: Site, hidden_states: Tensor, answer: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, _Call]:
+    """The module's output, and its call of attention, which `answer` makes of query and value."""
+    calls = []
+
+    def note(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        calls.append(_Call(query, key, value, scaling, answer(query, value)))
+        return calls[-1].answer
+
+    with answered(note):
+        output = site(hidden_states)
+    if not calls:
+        raise _NotLinear("it attends in other modules' passes only")
+    return output, calls[0]
+
+
+def _read(single: Site, whole: Site) -> Reading:
+    hidden = single.hidden_states
     if hidden.ndim != 3:
         raise _NotLinear(f"it reads {hidden.ndim} dimensions")
     generator = torch.Generator().manual_seed(3)
-    noise = torch.randn(_ROWS, *hidden.shape[1:], generator=generator).to(hidden.device, hidden.dtype)
+    noise = torch.randn(2 * _ROWS, *hidden.shape[1:], generator=generator).to(hidden.device, hidden.dtype)
 
-    def ask(hidden_states: Tensor, answer: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, _Call]:
-        probe.calls, probe.answer = [], answer
-        output = single(hidden_states)
-        probe.answer = None
-        if not probe.calls:
-            raise _NotLinear("it attends in other modules' passes only")
-        return output, probe.calls[0]
+    def half_silent(query: Tensor, value: Tensor) -> Tensor:
+        size = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        answers = torch.randn(size, generator=generator).to(value)
+        answers[:_ROWS] = 0
+        return answers
 
-    def nothing(query: Tensor, value: Tensor) -> Tensor:
-        return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-
-    with _linears_recorded(module) as linears:
-        silent, call = ask(noise, nothing)
+    with _linears_recorded(single.module) as linears:
+        output, call = _ask(single, noise, half_silent)
     heads, key_dim, head_dim = call.query.shape[1], call.query.shape[3], call.value.shape[3]
-    if call.query.shape[0] != _ROWS or call.query.shape[2] != hidden.shape[1]:
+    if call.query.shape[0] != len(noise) or call.query.shape[2] != hidden.shape[1]:
         raise _NotLinear(f"it reads {tuple(noise.shape)} and attends over {tuple(call.query.shape)}")
+    silent = output[:_ROWS]
     change = _relative(silent[:1].expand_as(silent), silent)
     if change > 1e-3 and silent.norm() > 1e-6:
         raise _NotLinear(f"a residual stands inside of it: without attention its output still moves by {change:.0%}")
-    answers = torch.randn(_ROWS, hidden.shape[1], heads, head_dim, generator=generator).to(silent.device, silent.dtype)
-    with _linears_recorded(module) as behind:
-        spoken, _ = ask(noise, lambda query, value: answers)
     seen = {name: getattr(call, name).transpose(1, 2).flatten(2) for name in ("query", "key", "value")}
-    seen = {name: x if len(x) == _ROWS else x[:1].expand(_ROWS, -1, -1) for name, x in seen.items()}
+    seen = {name: x if len(x) == len(noise) else x[:1].expand(len(noise), -1, -1) for name, x in seen.items()}
     maps = {name: _explained(noise, seen[name], linears, getattr(call, name).shape[3]) for name in seen}
-    flat = answers.flatten(2)
-    outside = spoken.shape == flat.shape and torch.equal(spoken, flat)
-    if not outside:
-        maps["output"] = next((read_affine(one) for one, x, y in behind if _same(x, flat) and _same(y, spoken)), None)
     errors = dict.fromkeys(PARTS, 0.0)
-    lacking = [name for name, affine in maps.items() if affine is None]
-    if set(lacking) - {"output"}:
-        made = _answers_to_units(noise, lambda units: ask(units, nothing)[1], module)
-        for name in set(lacking) - {"output"}:
+    if None in maps.values():
+        made = _answers_to_units(single, noise)
+        for name in [name for name, affine in maps.items() if affine is None]:
             maps[name] = _affine(made[name])
             error = _relative(_apply(maps[name], noise), seen[name])
             if name != "value":
-                error = min(error, _up_to_length(_apply(maps[name], noise), seen[name], getattr(call, name).shape[3]))
+                error = min(error, _up_to_length(_apply(maps[name], noise), seen[name], key_dim))
             # Another layer's keys and values, which do not follow the input, are no map of it.
             errors[name] = 1.0 if torch.equal(seen[name][0], seen[name][1]) else error
-    if "output" in lacking:
-        width = heads * head_dim
-        rows = []
-        for start in range(0, width + 1, _UNITS_AT_ONCE):
-            units = _units(width, start, flat)[:, None].expand(-1, hidden.shape[1], -1)
-            zeros = torch.zeros(len(units), *hidden.shape[1:]).to(hidden)
-            rows.append(ask(zeros, lambda query, value, units=units: units.unflatten(2, (heads, head_dim)))[0][:, 0])
-        maps["output"] = _affine(torch.cat(rows))
-        errors["output"] = _relative(_apply(maps["output"], flat), spoken)
+    flat = call.answer.flatten(2)
+    outside = output.shape == flat.shape and torch.equal(output, flat)
+    maps["output"] = None
+    if not outside:
+        known = (read_affine(child) for child, x, y in linears if _same(x, flat) and _same(y, output))
+        maps["output"] = next(known, None) or _affine(_outputs_of_units(single, noise, flat, heads))
+        errors["output"] = _relative(_apply(maps["output"], flat), output)
     return Reading(
         path=single.path,
         heads=heads,
         head_dim=head_dim,
         key_dim=key_dim,
         hidden_size=hidden.shape[2],
-        output_size=None if outside else spoken.shape[2],
+        output_size=None if outside else output.shape[2],
         scaling=key_dim**-0.5 if call.scaling is None else float(call.scaling),
         causal=_is_causal(whole),
         call={"argument": single.argument, "returned": _returned(single.output)},
         errors=errors,
-        **{"output": None, **maps},
+        **maps,
     )
 
 
@@ -436,23 +366,36 @@ def _affine(answers: Tensor) -> Affine:
     return Affine((answers[1:] - bias).T.contiguous(), bias if bias.any() else None)
 
 
-def _units(size: int, start: int, like: Tensor) -> Tensor:
-    """Rows `start` to `start + _UNITS_AT_ONCE` of a zero vector and the unit vectors, `(rows, size)`."""
-    index = torch.arange(start, min(start + _UNITS_AT_ONCE, size + 1), device=like.device)
-    return (index[:, None] == 1 + torch.arange(size, device=like.device)).to(like.dtype)
+def _units(size: int, like: Tensor) -> Iterator[Tensor]:
+    """A zero vector and the unit vectors, `(rows, size)` at a time."""
+    for index in torch.arange(size + 1, device=like.device).split(_UNITS_AT_ONCE):
+        yield (index[:, None] == 1 + torch.arange(size, device=like.device)).to(like.dtype)
 
 
-def _answers_to_units(noise: Tensor, ask: Callable[[Tensor], _Call], module: nn.Module) -> dict[str, Tensor]:
+def _answers_to_units(site: Site, noise: Tensor) -> dict[str, Tensor]:
     """What a module shows of zero and the unit vectors, `(1 + d, h * p)` of each projection, its norms linear."""
     rows: dict[str, list[Tensor]] = {"query": [], "key": [], "value": []}
-    with _linear_norms(module):
-        for start in range(0, noise.shape[2] + 1, _UNITS_AT_ONCE):
-            units = _units(noise.shape[2], start, noise)
-            call = ask(units[:, None].expand(-1, noise.shape[1], -1))
+    with _linear_norms(site.module):
+        for units in _units(noise.shape[2], noise):
+            silence = _ask(site, units[:, None].expand(-1, noise.shape[1], -1), _silence)[1]
             for name, parts in rows.items():
-                shown = getattr(call, name)[:, :, 0].flatten(1)
+                shown = getattr(silence, name)[:, :, 0].flatten(1)
                 parts.append(shown if len(shown) == len(units) else shown[:1].expand(len(units), -1))
     return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def _silence(query: Tensor, value: Tensor) -> Tensor:
+    return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+def _outputs_of_units(site: Site, noise: Tensor, flat: Tensor, heads: int) -> Tensor:
+    """What a module makes of zero and the unit vectors in attention's place, `(1 + h * p, n)`."""
+    rows = []
+    for units in _units(flat.shape[2], flat):
+        answer = units[:, None].expand(-1, noise.shape[1], -1).unflatten(2, (heads, -1))
+        zeros = noise.new_zeros(len(units), *noise.shape[1:])
+        rows.append(_ask(site, zeros, lambda query, value, answer=answer: answer)[0][:, 0])
+    return torch.cat(rows)
 
 
 @contextmanager
@@ -492,12 +435,12 @@ def _explained(
             continue
         index = fits.int().argmax(1)
         if torch.equal(blocks[:, index], wanted):
-            weight, bias = read_affine(child)
-            chosen = [
-                None if one is None else one.unflatten(0, (-1, head_dim))[index].flatten(0, 1)
-                for one in (weight, bias)
-            ]
-            return Affine(*chosen)
+            first, last = index[0].item(), index[-1].item() + 1
+            if index.tolist() == list(range(first, last)):
+                index = slice(first, last)  # in one piece: no copy
+            return Affine(
+                *(x if x is None else x.unflatten(0, (-1, head_dim))[index].flatten(0, 1) for x in read_affine(child))
+            )
     return None
 
 
@@ -535,19 +478,18 @@ def _as_linear(linear: tuple[Tensor, Tensor] | None, child: nn.Module, args: tup
     return args[0] * scale + shift
 
 
-def _is_causal(site: _Site) -> bool:
+def _is_causal(site: Site) -> bool:
     """Whether the first output stays when all later tokens change."""
     hidden = site.hidden_states
     if hidden.shape[1] < 2:
         return False
-    generator = torch.Generator().manual_seed(5)
-    noise = torch.randn(hidden.shape, generator=generator).to(hidden)
-    changed = torch.cat((noise[:, :1], noise[:, 1:] + 1), dim=1)
-    one, other = (site(x)[:, 0] for x in (noise, changed))
+    noise = torch.randn(2, *hidden.shape[1:], generator=torch.Generator().manual_seed(5)).to(hidden)
+    noise[1, 0] = noise[0, 0]
+    one, other = site(noise)[:, 0]
     return _relative(one, other) < TOLERANCES.get(hidden.dtype, ROUNDED)
 
 
-def _read_by_name(single: _Site, whole: _Site) -> Reading:
+def _read_by_name(single: Site, whole: Site) -> Reading:
     """Of a module that computes attention itself: what its children would compute must be what it computes."""
     module, hidden = single.module, whole.hidden_states
     children = named_projections(module)

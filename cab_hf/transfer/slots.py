@@ -3,10 +3,8 @@
 Shapes: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from cab_hf.models.mixers import S6Mixer, SSDMixer
 from cab_hf.models.students import MixerPreTrainedModel, body_of
 from cab_hf.teachers.alignment import align_with_student, taught_layers
 from cab_hf.teachers.teacher import Teacher
-from cab_hf.transfer.reading import Reading
+from cab_hf.transfer.reading import Reading, called, first
 
 
 class Slot(NamedTuple):
@@ -56,21 +54,16 @@ def slots(
         return _image_slots(student, teacher, inputs, layers, readings)
     paths = [teacher.paths[layer] for layer in layers]
     body = body_of(teacher.model)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def note(path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim == 3)
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else next(tensors)
-        seen[path] = hidden, output if isinstance(output, Tensor) else output[0]
-
-    with ExitStack() as stack:
-        for path in set(paths):
-            hook = functools.partial(note, path)
-            stack.callback(body.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
+    with called({path: body.get_submodule(path) for path in paths}) as sites:
         attentions = teacher(inputs, attentions=True).attentions
     place = student.mixer_list[0].in_proj.weight
     return [
-        Slot(mixer, seen[path][0].to(place), attentions[layer].output.to(place.device), seen[path][1].to(place.device))
+        Slot(
+            mixer,
+            sites[path].hidden_states.to(place),
+            attentions[layer].output.to(place.device),
+            first(sites[path].output).to(place.device),
+        )
         for mixer, path, layer in zip(student.mixer_list, paths, layers, strict=True)
     ]
 

@@ -22,7 +22,7 @@ from cab_hf.teachers.alignment import layer_map as map_layers
 from cab_hf.teachers.examination import check_whole
 from cab_hf.teachers.loading import load_any_teacher
 from cab_hf.transfer.calibration import calibrate_output_norm
-from cab_hf.transfer.copying import fill_the_rest, has_output_bias, unfilled
+from cab_hf.transfer.copying import fill_the_rest, unfilled
 from cab_hf.transfer.examples import example_batches
 from cab_hf.transfer.families import FAMILIES
 from cab_hf.transfer.fit import fit_output_projection
@@ -118,13 +118,11 @@ def student_from_teacher(
     student_class, reason = _student_class(teacher, student_class, keep_attention)
     logger.info(f"The student is a {student_class.__name__}: {reason}.")
     if issubclass(student_class, CABHybridPreTrainedModel):
-        unfit = {"num_hidden_layers": num_hidden_layers, "mixer_type": mixer_type, "layer_map": layer_map}
-        usual = {"num_hidden_layers": None, "mixer_type": "mamba2", "layer_map": layer_map}
-        others = [f"{name}={value!r}" for name, value in unfit.items() if value != usual[name]]
-        if others or not copy_weights:
+        if num_hidden_layers is not None or mixer_type != "mamba2" or not copy_weights:
             raise ValueError(
-                f"{', '.join(others) or 'copy_weights=False'} is for pure students, but this is a hybrid ({reason}): "
-                "it has the teacher's layers and SSD mixers. Leave it out."
+                f"num_hidden_layers={num_hidden_layers}, mixer_type={mixer_type!r} or copy_weights={copy_weights} is "
+                f"for pure students, but this is a hybrid ({reason}): it has the teacher's layers and weights, and "
+                "SSD mixers. Leave it out."
             )
         student = hybrid_from_teacher(
             teacher,
@@ -146,9 +144,7 @@ def student_from_teacher(
     else:
         if issubclass(student_class, CABMambaForSequenceClassification):
             config_overrides = with_labels(teacher, config_overrides)
-        if start == "served" and has_output_bias(readings):
-            config_overrides = {"use_bias": True} | config_overrides
-        config = student_config(teacher.config, start=start, **options, **config_overrides)
+        config = student_config(teacher.config, start=start, readings=readings, **options, **config_overrides)
         copy_weights_of = copy_teacher_weights
     depth = teacher.config.get_text_config().num_hidden_layers
     layers = map_layers(layer_map, config.num_hidden_layers, depth)

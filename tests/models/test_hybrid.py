@@ -235,8 +235,9 @@ def test_a_nested_config_runs_no_code(trust, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)
     assert torch.equal(loaded(tiny_tokens()).logits, student(tiny_tokens()).logits)
     assert not (tmp_path / "was_here").exists()
-    nested = CABHybridConfig(teacher={"model_type": "llama", "part": {"auto_map": code, "size": 3}})
-    assert nested.teacher == {"model_type": "llama", "part": {"size": 3}}
+    part = {"auto_map": code, "size": 3}
+    nested = CABHybridConfig(teacher={"model_type": "llama", "part": part, "parts": [part]})
+    assert nested.teacher == {"model_type": "llama", "part": {"size": 3}, "parts": [{"size": 3}]}
 
 
 def test_checkpointing_by_hand_sees_the_call_it_runs_in():

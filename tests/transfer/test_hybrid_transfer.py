@@ -69,6 +69,7 @@ def test_layers_are_kept_by_count_index_or_path():
     paths = [f"layers.{index}.self_attn" for index in range(30)]
     assert [paths.index(path) for path in kept_paths(4, paths)] == [3, 11, 18, 26]
     assert kept_paths([3, "model.layers.17.self_attn", "29"], paths) == [paths[3], paths[17], paths[29]]
+    assert kept_paths("12", paths) == kept_paths(paths[12], paths) == [paths[12]]
     assert kept_paths(0, paths) == kept_paths([], paths) == []
     for wrong in (31, [30], ["layers.30.self_attn"]):
         with pytest.raises(ValueError, match="keep_attention.*30"):

@@ -4,9 +4,11 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModel, DINOv3ViTConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, CLIPConfig, CLIPModel, DINOv3ViTConfig, LlamaConfig, LlamaForCausalLM
 
 from cab_hf.evaluation.tiny_families import tiny_model
+from cab_hf.teachers.attention_interface import register_recording
+from cab_hf.teachers.examination import recorded
 from cab_hf.transfer import reading
 from cab_hf.transfer.hybrid import hybrid_from_teacher, norm_epsilon
 from cab_hf.transfer.reading import check_readings, read_attention
@@ -93,10 +95,10 @@ def test_a_residual_inside_is_refused():
     assert not readings
     with pytest.raises(ValueError, match=r"'encoder\.albert.*attention'.*(residual|attends \d times).*keep_attention"):
         check_readings(model, readings, left_out)
-    with reading._probing(model) as probe:
-        site = reading._record(model, {"input_ids": torch.tensor([[5]])}, {"a": attention_of(model)})["a"]
+    with recorded(model), torch.no_grad(), reading.called({"a": attention_of(model)}) as sites:
+        model(torch.tensor([[5]]))
         with pytest.raises(ValueError, match="a residual stands inside of it"):
-            reading._read(site, site, probe)
+            reading._read(sites["a"], sites["a"])
 
 
 def tiny_albert():
@@ -146,6 +148,23 @@ def test_attention_that_computes_itself_is_compared_with_its_named_projections()
     assert read_attention(model)[0]["h.0.attn.attention"].errors["key"] > 0.01
 
 
+@pytest.mark.parametrize("family", ["big_bird", "git"])
+def test_modules_that_a_pass_replaces_or_never_calls(family):
+    """BigBird puts full attention in place of the sparse one at a short row; GIT's image encoder reads no text."""
+    readings, left_out = read_attention(tiny_model(family))
+    assert list(readings) == [f"encoder.layer.{index}.attention.self" for index in range(4)] and not left_out
+
+
+def test_each_part_has_its_attention_implementation_back():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = CLIPModel(CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 32, "patch_size": 16}))
+    model.vision_model.set_attn_implementation("eager")
+    with recorded(model):
+        assert model.text_model.config._attn_implementation == register_recording("sdpa")
+    found = [part.config._attn_implementation for part in (model, model.text_model, model.vision_model)]
+    assert found == ["sdpa", "sdpa", "eager"]
+
+
 @pytest.mark.parametrize(("family", "epsilon"), [("qwen2", 1e-6), ("olmo2", 1e-5), ("gpt2", 1e-5), ("glm", 1.5625e-7)])
 def test_epsilon_is_the_teachers(family, epsilon):
     model = tiny_model(family)
@@ -164,6 +183,14 @@ def test_half_precision_is_read_in_its_own_dtype():
     assert one.value.weight.dtype == torch.bfloat16 and max(one.errors.values()) == 0.0
     student = hybrid_from_teacher(model)
     assert student.mixer_list[0].in_proj.weight.dtype == torch.float32
+
+
+def test_what_is_read_shares_the_teachers_memory():
+    model = tiny_model("gpt2")  # whose query, key and value are one projection
+    places = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    for one in read_attention(model)[0].values():
+        for part in reading.PARTS:
+            assert getattr(one, part).weight.untyped_storage().data_ptr() in places
 
 
 def test_reading_calls_attention_alone_and_is_fast():
