@@ -451,10 +451,12 @@ def test_decoding():
     [
         ("one row: student |", "student", "generate()", 1),
         ("one row: student without", "student", "eager", 1),
-        ("one row: teacher |", "teacher", "generate()", 1),
         ("one row: teacher with", "teacher", "static", 1),
         ("16 rows: student", "student", "generate()", 16),
+        ("16 rows: teacher with", "teacher", "static", 16),
         ("64 rows: student", "student", "generate()", 64),
+        ("64 rows: teacher with", "teacher", "static", 64),
+        ("one row: hybrid", "hybrid", "generate()", 1),
     ],
 )
 def test_tokens_of_generate(start, model, way, rows):
@@ -470,13 +472,16 @@ def test_decoding_and_serving_in_the_readme():
     """Whatever the README's two paragraphs say in figures stands in a file."""
     text, cells = README.read_text(), result("speed/results/generate_h200.json")["cells"]
 
-    def ms(model, way, context):
-        wanted = {"model": model, "way": way, "batch_size": 1, "context": context}
+    def ms(model, way, context, rows=1):
+        wanted = {"model": model, "way": way, "batch_size": rows, "context": context}
         return next(cell["ms"] for cell in cells if wanted.items() <= cell.items())
 
-    assert {f"{ms('student', 'generate()', context):.1f}" for context in (512, 32000)} == {"0.9"}
+    near, far = (f"{ms('student', 'generate()', context):.1f}" for context in (512, 32000))
+    assert f"takes {near} ms a token after 512 tokens and {far} after 32,000" in text
     near, far = (f"{ms('teacher', 'static', context):.1f}" for context in (512, 32000))
-    assert "takes 0.9 ms a token" in text and f"{near} ms after 512 tokens and {far} ms after 32,000" in text
+    assert f"takes {near} and {far} ms with a static cache" in text
+    times = ms("teacher", "static", 32000, 64) / ms("student", "generate()", 32000, 64)
+    assert f"With 64 texts of 32,000 tokens the student is {times:.0f} times as fast" in text
     engine = result("serving/results/engine_cpu.json")
     teacher, student = (
         next(cell for cell in engine[name]["cells"] if (cell["rows"], cell["context"]) == (16, 7600))
@@ -499,10 +504,21 @@ def test_families_of_the_readme():
     assert f"{counts[2]} read their teacher's attention exactly, {counts[3]} approximate it" in text
 
 
-def test_first_tokens():
-    cells = result("speed/results/generate_h200_first.json")["prefill"]
-    for start, name in (("first token, milliseconds", "ms"), ("first token, MiB", "peak_mib")):
-        assert row(RESULTS, start) == [f"{cell[name]:,.0f}" for cell in cells]
+@pytest.mark.parametrize("model", ["student", "mamba_ssm"])
+def test_captured_tokens(model):
+    cells = result("speed/results/generate_h200.json")["cells"]
+    found = [cell["ms"] for cell in cells if (cell["model"], cell["way"]) == (model, "step")]
+    assert row(RESULTS, f"graph: {model}") == [f"{ms:.2f}" for ms in found]
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_first_tokens(model):
+    cells = [one for one in result("speed/results/generate_h200.json")["prefill"] if one["model"] == model]
+    places = [(512, None), (2048, None), (8192, None), (32768, None), (131072, None), (131072, 8192)]
+    by_place = {(one["context"], one["piece"]): one for one in cells}
+    for name, key in (("milliseconds", "ms"), ("MiB", "peak_mib")):
+        shown = [f"{by_place[place][key]:,.0f}" if place in by_place else "" for place in places]
+        assert row(RESULTS, f"first token, {model}, {name}") == shown
 
 
 @pytest.mark.parametrize(("start", "method"), [("the bridge", "bridge"), ("whole attention maps", "matrix")])
