@@ -96,14 +96,14 @@ class ModelArguments:
         metadata={
             "help": "Layers whose attention stays: one number 'n=4' (evenly spread), or indices among the layers that "
             "attend, or paths of their modules. 'auto:4' aligns mixers in all layers first, then measures which "
-            "attention to put back. The student is a hybrid then, with 'n=0' too."
+            "attention is missed most. The student is a hybrid then, with 'n=0' too."
         },
     )
     keep_attention_by: Literal["both", "kl", "copying", "evenly"] = field(
         default="both",
         metadata={
-            "help": "What 'auto:N' chooses by: 'kl' to the teacher, 'copying', 'both' (the share of tokens copied, "
-            "less the KL as a share of that with nothing kept), or 'evenly', without choosing."
+            "help": "What 'auto:N' keeps: layers whose mixers alone cost most in 'kl' to the teacher, in 'copying', or in "
+            "'both' (a layer's share of all layers' KL and of all lost copying); or layers spread 'evenly'."
         },
     )
     accept_inexact: float = field(

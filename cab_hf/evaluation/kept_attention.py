@@ -1,4 +1,4 @@
-"""Which layers of attention a hybrid should keep: put back one at a time and measured, without training."""
+"""Which layers of attention a hybrid should keep: replaced one at a time and measured, without training."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -32,15 +32,16 @@ def choose_attention(
     batch_size: int = 8,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The layers of attention that bring a hybrid closest to its teacher, taken greedily.
+    """The layers whose attention a hybrid misses most.
 
-    With what is taken so far in place, each other layer's attention is put back in turn, and the student measured:
-    its KL to the teacher on text, and how much it copies (`copying_recall`, mean over the gaps). The best is taken,
-    until there are `count`. By "kl" that is the lowest KL, by "copying" the most copied, by "both" the largest
+    With all attention in its place, each layer's mixer takes over alone, and the student is measured: its KL to the
+    teacher on text, and how much it copies (`copying_recall`, mean over the gaps). The layers whose mixers do worst
+    keep their attention: by "kl" those of the highest KL, by "copying" those without which least is copied, by "both"
+    those of the largest
 
-        share of tokens copied - KL / KL with nothing kept.
+        share of all layers' KL + share of all layers' loss of copying.
 
-    Where two are equal, the lower KL decides, then the earlier layer. "evenly" measures evenly spread layers only.
+    "evenly" measures, too, but takes evenly spread layers.
 
     Args:
         student: with a mixer in place of each module of `attention`, aligned; it is as before in the end.
@@ -57,14 +58,15 @@ def choose_attention(
 
     Returns:
         `kept`, of `paths`, and `layers`, their indices, in the order of their calls; `by`, `gaps`, `length`,
-        `n_tokens` of the text, `n_copied` tokens, `seconds`; `teacher` (`copying`), `nothing_kept` (`kl`, `copying`),
-        and for each of `steps` the path `kept`, its `kl` and `copying`, and those of all `candidates`.
+        `n_tokens` of the text, `n_copied` tokens, `seconds`; `kl` and `copying` of `all_kept`, of `chosen` and of
+        each path in `replaced`.
 
     Raises:
         ValueError: `count` is none, or all, of the layers, or `by` is unknown.
 
-    Source: KL-guided layer selection (arXiv 2512.20569) restores one layer at a time. Copying counts, too, because the
-    KL may hide what it is about (`tests/evaluation/test_kept_attention.py` trains a teacher that shows it).
+    Source: HALO (arXiv 2601.22156) scores layers by what replacing one costs. Putting one back where all are replaced,
+    as KL-guided selection (arXiv 2512.20569) does, told nothing here: copying takes several layers, and one alone
+    copies nothing (`benchmarks/quality/hybrids/auto`).
 
     Example:
         >>> import torch
@@ -87,46 +89,42 @@ def choose_attention(
     attention = {path: module.to(student.device) for path, module in attention.items()}
     counts = {}
 
-    def copying(model: PreTrainedModel) -> float:
-        options = {"length": length, "n": SEQUENCES, "batch_size": batch_size, "progress": False}
-        found = [copying_recall(model, vocabulary, gap, **options) for gap in gaps]
-        counts["n_copied"] = sum(one["n_tokens"] for one in found)
-        return sum(one["recall"] for one in found) / len(found)
-
     def measured(kept: Sequence[str]) -> dict[str, float]:
+        options = {"length": length, "n": SEQUENCES, "batch_size": batch_size, "progress": False}
         with with_attention(student, {path: attention[path] for path in kept}):
             compared = compare(student, teacher, blocks, batch_size, progress=False)
-            counts["n_tokens"] = compared["n_tokens"]
-            bar.update()
-            return {"kl": compared["kl"], "copying": copying(student)}
+            found = [copying_recall(student, vocabulary, gap, **options) for gap in gaps]
+        counts.update(n_tokens=compared["n_tokens"], n_copied=sum(one["n_tokens"] for one in found))
+        bar.update()
+        return {"kl": compared["kl"], "copying": sum(one["recall"] for one in found) / len(found)}
 
-    def worth(found: Mapping[str, float]) -> tuple[float, float]:
-        scores = {"kl": -found["kl"], "copying": found["copying"]}
-        scores["both"] = scores["copying"] - found["kl"] / start["kl"]
-        return scores.get(by, 0.0), -found["kl"]
-
-    even, kept, steps = kept_paths(count, paths), [], []
-    total = 1 + sum(1 if by == "evenly" else len(paths) - step for step in range(count))
-    with tqdm(desc="Choosing attention", total=total, disable=not progress) as bar:
-        start, goal = measured([]), copying(teacher)
-        for step in range(count):
-            others = [even[step]] if by == "evenly" else [path for path in paths if path not in kept]
-            candidates = {path: measured([*kept, path]) for path in others}
-            best = max(candidates, key=lambda path: worth(candidates[path]))
-            kept.append(best)
-            steps.append({"kept": best, **candidates[best], "candidates": candidates})
-    kept.sort(key=paths.index)
+    with tqdm(desc="Choosing attention", total=2 + len(paths), disable=not progress) as bar:
+        all_kept = measured(paths)
+        replaced = {path: measured([one for one in paths if one != path]) for path in paths}
+        missed = {
+            "kl": {path: one["kl"] for path, one in replaced.items()},
+            "copying": {path: max(all_kept["copying"] - one["copying"], 0.0) for path, one in replaced.items()},
+        }
+        missed["both"] = {
+            path: sum(one[path] / (sum(one.values()) or 1.0) for one in missed.values()) for path in paths
+        }
+        if by == "evenly":
+            kept = kept_paths(count, paths)
+        else:
+            kept = sorted(paths, key=lambda path: (missed[by][path], missed["kl"][path]), reverse=True)[:count]
+            kept.sort(key=paths.index)
+        chosen = measured(kept)
     return {
         "by": by,
         "paths": paths,
-        "kept": kept,
+        "kept": list(kept),
         "layers": [paths.index(path) for path in kept],
         "gaps": list(gaps),
         "length": length,
         **counts,
-        "teacher": {"copying": goal},
-        "nothing_kept": start,
-        "steps": steps,
+        "all_kept": all_kept,
+        "replaced": replaced,
+        "chosen": chosen,
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -144,9 +142,9 @@ def check_count(count: int, layers: int) -> None:
 
 
 def choice_table(choice: Mapping[str, Any]) -> str:
-    """What was taken when, a line a step, for the terminal."""
-    rows = [("nothing kept", choice["nothing_kept"])]
-    rows += [(f"+ {step['kept']}", step) for step in choice["steps"]]
+    """What each layer's mixer does alone, a line a layer, for the terminal."""
+    rows = [("all attention kept", choice["all_kept"])]
+    rows += [(path + (", kept" if path in choice["kept"] else ""), one) for path, one in choice["replaced"].items()]
+    rows += [("what is chosen", choice["chosen"])]
     width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  KL {one['kl']:.4f}  copying {one['copying']:.3f}" for name, one in rows]
-    return "\n".join([*lines, f"{'teacher':<{width}}  KL 0.0000  copying {choice['teacher']['copying']:.3f}"])
+    return "\n".join(f"{name:<{width}}  KL {one['kl']:.4f}  copying {one['copying']:.3f}" for name, one in rows)

@@ -180,7 +180,7 @@ def recall_curves(recall: Mapping[str, Mapping[str, Mapping[str, Any]]], path: s
 
 
 def kept_attention(choice: Mapping[str, Any], path: str | Path) -> Path:
-    """Draws what each layer's attention is worth in a hybrid, a curve a step; the layer that was taken is marked.
+    """Draws what each layer's mixer does where it alone takes over; layers that keep their attention are marked.
 
     Args:
         choice: what `cab_hf.evaluation.choose_attention` returned.
@@ -192,23 +192,19 @@ def kept_attention(choice: Mapping[str, Any], path: str | Path) -> Path:
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure = _figure("Kept attention", f"Attention put back, one layer at a time, taken by {choice['by']}")
-    paths, nothing = choice["paths"], choice["nothing_kept"]
+    figure = _figure(
+        "Kept attention", f"Each layer's attention replaced alone; {len(choice['kept'])} kept by {choice['by']}"
+    )
     for column, (name, title) in enumerate({"kl": "KL to teacher", "copying": "share copied"}.items(), start=1):
         axes = figure.add_subplot(1, 2, column)
-        axes.axhline(nothing[name], color="gray", linestyle=":", label="nothing kept")
-        if name in choice["teacher"]:
-            axes.axhline(choice["teacher"][name], color="gray", linestyle="--", label="teacher")
-        for number, step in enumerate(choice["steps"]):
-            places = [paths.index(one) for one in step["candidates"]]
-            values = [one[name] for one in step["candidates"].values()]
-            place, color = paths.index(step["kept"]), f"C{number}"
-            axes.plot(places, values, color=color, marker=".", label=f"step {number + 1}: layer {place}")
-            axes.plot(place, step[name], color=color, marker="o", markersize=11)
+        values = [one[name] for one in choice["replaced"].values()]
+        axes.plot(values, color="C0", marker=".", label="one layer replaced")
+        axes.plot(choice["layers"], [values[layer] for layer in choice["layers"]], "C1o", markersize=11, label="kept")
+        axes.axhline(choice["all_kept"][name], color="gray", linestyle="--", label="none replaced")
         axes.set_ylim(0)
         axes.locator_params(axis="x", integer=True)
         axes.set_title(title, fontsize=13)
-        axes.set_xlabel("layer whose attention is put back", fontsize=12)
+        axes.set_xlabel("layer", fontsize=12)
         axes.tick_params(labelsize=12)
         axes.grid(True, alpha=0.25)
         if column == 1:

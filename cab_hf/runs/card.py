@@ -33,16 +33,16 @@ _LOSSES = {
 
 
 _CHOICES = {
-    "kl": "put back one at a time, by the KL to the teacher",
-    "copying": "put back one at a time, by how much is copied",
-    "both": "put back one at a time, by the KL to the teacher and how much is copied",
+    "kl": "where a mixer alone costs most, by the KL to the teacher",
+    "copying": "where a mixer alone costs most, by how much is copied",
+    "both": "where a mixer alone costs most, by the KL to the teacher and by how much is copied",
     "evenly": "evenly spread",
 }
 
 
 PLOTS = {
     "learning_curves.png": "Losses",
-    "keep_attention.png": "Attention put back",
+    "keep_attention.png": "Attention kept",
     "recall.png": "Recall over the gap",
     "speed.png": "Speed and memory",
     "attention.png": "Attention maps",

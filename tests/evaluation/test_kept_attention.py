@@ -96,9 +96,10 @@ def test_the_layer_that_copies_is_found_as_distilling_with_each_finds_it(tmp_pat
     options = {"gaps": GAPS, "length": SPAN, "progress": False}
     for by in ("both", "copying"):
         choice = choose_attention(student, teacher, attention, 1, text, VOCABULARY, by=by, **options)
-        assert choice["layers"] == [best], (by, choice["steps"])
+        assert choice["layers"] == [best], (by, choice["replaced"])
+    before = copied(student)
     put_back(student, {path: attention[path] for path in choice["kept"]})
-    assert copied(student) > 2 * choice["nothing_kept"]["copying"]
+    assert copied(student) > 2 * before
     ended = copied(distil(student, teacher, rows, tmp_path, kl=60))
     assert ended > others + 0.2, (ended, tried)
 
@@ -121,22 +122,20 @@ def test_every_score_is_that_of_a_student_made_anew_and_the_best_is_taken(by):
         rest = {name: one for name, one in before.items() if not any(f".{path}." in name for path in paths)}
         missing, unexpected = fresh.load_state_dict(rest, strict=False)
         assert not unexpected and all(any(f".{path}." in name for path in paths) for name in missing)
-        return fresh
+        recall = copying_recall(fresh, 110, 2, length=8, n=16, progress=False)["recall"]
+        return {"kl": pytest.approx(divergence(fresh, teacher, rows), rel=1e-4, abs=1e-6), "copying": recall}
 
-    kept, nothing = [], choice["nothing_kept"]
-    for step in choice["steps"]:
-        assert list(step["candidates"]) == [path for path in attention if path not in kept]
-        worth = {}
-        for path, found in step["candidates"].items():
-            fresh = anew([*kept, path])
-            assert found["kl"] == pytest.approx(divergence(fresh, teacher, rows), rel=1e-4)
-            recall = copying_recall(fresh, 110, 2, length=8, n=16, progress=False)["recall"]
-            assert found["copying"] == recall
-            both = recall - found["kl"] / nothing["kl"]
-            worth[path] = {"both": both, "kl": -found["kl"], "copying": recall}[by], -found["kl"]
-        assert step["kept"] == max(worth, key=worth.get) and step["kl"] == step["candidates"][step["kept"]]["kl"]
-        kept.append(step["kept"])
-    assert set(choice["kept"]) == set(kept) and choice["layers"] == sorted(choice["layers"])
+    assert list(choice["replaced"]) == list(attention)
+    for path, found in choice["replaced"].items():
+        assert found == anew([one for one in attention if one != path])
+    assert choice["chosen"] == anew(choice["kept"])
+    costs = {
+        "kl": [one["kl"] for one in choice["replaced"].values()],
+        "copying": [max(choice["all_kept"]["copying"] - one["copying"], 0) for one in choice["replaced"].values()],
+    }
+    costs["both"] = [sum(one[layer] / (sum(one) or 1) for one in costs.values()) for layer in range(4)]
+    order = sorted(range(4), key=lambda layer: (costs[by][layer], costs["kl"][layer]), reverse=True)
+    assert choice["layers"] == sorted(order[:2])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
@@ -167,7 +166,7 @@ def test_evenly_takes_what_n_takes_and_a_picture_shows_it(tmp_path):
     student = student_from_teacher(teacher, keep_attention=0, data=())
     attention = attention_for(student, teacher)
     choice = choose_attention(student, teacher, attention, 2, rows, 110, by="evenly", **FAST)
-    assert choice["layers"] == [1, 3] and [len(step["candidates"]) for step in choice["steps"]] == [1, 1]
+    assert choice["layers"] == [1, 3] and choice["kept"] == [choice["paths"][layer] for layer in (1, 3)]
     assert kept_attention(choice, tmp_path / "kept.png").stat().st_size > 10_000
     for count in (0, 4):
         with pytest.raises(ValueError, match=f"choose {count} of 4 layers.*1 to 3"):
