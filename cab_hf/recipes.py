@@ -102,7 +102,7 @@ class ModelArguments:
     keep_attention_by: Literal["both", "kl", "copying", "evenly"] = field(
         default="both",
         metadata={
-            "help": "What 'auto:N' keeps: layers whose mixers alone cost most in 'kl' to the teacher, in 'copying', or in "
+            "help": "What 'auto:N' keeps: layers whose mixers alone cost most in 'kl' to the teacher, 'copying', or "
             "'both' (a layer's share of all layers' KL and of all lost copying); or layers spread 'evenly'."
         },
     )

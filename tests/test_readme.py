@@ -340,6 +340,24 @@ def test_language_methods(start, method):
     assert row(RESULTS, start) == shown
 
 
+@pytest.mark.parametrize(
+    ("start", "method"),
+    [
+        ("no attention: the pure class", "pure"),
+        ("no attention: a hybrid", "hybrid, 0 kept"),
+        ("2 of 30 layers kept", "hybrid, 2 kept"),
+        ("4 of 30 layers kept", "hybrid, 4 kept"),
+    ],
+)
+def test_kept_attention(start, method):
+    names = [f"{text}: KL" for text in TEXTS] + [f"copying, gap {gap}" for gap in (16, 64, 256, 1024)]
+    found = [measures("hybrids")[name][method]["5M tokens"]["mean"] for name in names]
+    assert row(RESULTS, start) == [f"{mean:.2f}" for mean in found]
+    if method == "hybrid, 4 kept":
+        teacher = measures("hybrids")["copying, gap 1024, teacher"]["pure"]["5M tokens"]["mean"]
+        assert f"A hybrid with four kept layers does: {found[-1]:.2f}, its teacher {teacher:.2f}." in README.read_text()
+
+
 def test_methods_are_counted():
     assert f"[All {len(measures('smollm2')['speeches: KL'])}]" in RESULTS.read_text()
     students = set(measures("small_lm")["speeches: KL"]) - {"the teacher itself, labels"}

@@ -1,9 +1,9 @@
-"""What each layer's mixer costs alone: SmolLM2-135M with one layer's attention replaced, output projections fitted only.
+"""What a layer's mixer costs alone: SmolLM2-135M, one layer's attention replaced, outputs fitted, nothing trained.
 
     python benchmarks/data/prepare_text.py --tokenize
     python benchmarks/quality/hybrids/replaced.py --output benchmarks/quality/hybrids/replaced_cpu.json
 
-Nothing is trained. `choose_attention` measures, as `keep_attention: auto:4` does behind the stage of outputs.
+`choose_attention` measures, as `keep_attention: auto:4` does behind the stage of outputs.
 """
 
 import argparse
