@@ -3,7 +3,7 @@
 `--dry_run` says what would happen, and stops.
 """
 
-import sys
+import argparse
 
 from cab_hf.checks import interrupts_in_one_line, quiet_bars
 
@@ -20,9 +20,11 @@ def main() -> None:
 
         way_out = "Set a smaller per_device_train_batch_size (with more gradient_accumulation_steps) or block_size."
         with errors_in_one_line(way_out):
-            given = [text for text in sys.argv[1:] if text != "--dry_run"]
+            parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            parser.add_argument("--dry_run", "--dry-run", action="store_true")
+            asked, given = parser.parse_known_args()
             recipe = parse_recipe(given)
-            if len(given) < len(sys.argv) - 1:
+            if asked.dry_run:
                 tell(recipe, plan(recipe))
             else:
                 run_recipe(recipe)

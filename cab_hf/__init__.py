@@ -1,5 +1,6 @@
 """Turn any pretrained Transformer into a Mamba: distillation through the attention bridge (arXiv 2510.19266)."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -36,6 +37,16 @@ if not _is_command():
     from cab_hf.transfer import fit_output_projection, student_from_teacher
 
     del deprecated
+else:
+
+    def __getattr__(name: str) -> object:
+        """A name of the package, for a script that is called as the command is."""
+        for room in ("data", "models", "teachers", "transfer", "distillation") if name in __all__ else ():
+            module = importlib.import_module(f"cab_hf.{room}")
+            if hasattr(module, name):
+                return getattr(module, name)
+        raise AttributeError(f"module 'cab_hf' has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 

@@ -317,10 +317,12 @@ STAGE_FIELDS = {field.name for field in fields(DistillationTrainingArguments) if
 
 
 class Stage(NamedTuple):
-    """A part of a run that is trained in one go: its name and its training arguments."""
+    """A part of a run that is trained in one go: its name, its training arguments, and the tokens of its rows where
+    they are not those of the recipe's `block_size`."""
 
     name: str
     args: DistillationTrainingArguments
+    block_size: int | None = None
 
 
 @dataclass
@@ -358,6 +360,9 @@ class Recipe:
             raise ValueError(
                 f"`finetune` is one stage, but the recipe has {len(self.stages)}: write a recipe for each."
             )
+        length = self.stages[0].block_size
+        if length is not None:
+            raise ValueError(f"`finetune` has one stage, which sets `block_size` to {length}. Set it for the run.")
         given = vars(self.model) | vars(self.args)
         for name in STUDENTS_ALONE:
             if given[name] != default_of(name):
@@ -460,12 +465,16 @@ def _training_runs(whole: dict[str, Any], runs: list[dict[str, Any]], kind: str)
         name = str(run.pop("name", f"{kind}{number}"))
         if not name.isprintable() or {"/", "\\"} & set(name):
             raise ValueError(f"A {kind} is named {name!r}, and its folder, too: leave out slashes and line breaks.")
-        _check_keys(run, STAGE_FIELDS, f"key in {kind} {name!r} (a {kind} sets training options only)")
+        length = _typed("block_size", run.pop("block_size", None)) if kind == "stage" else None
+        if length is not None and whole.get("task") == "image-classification":
+            raise ValueError(f"Stage {name!r} sets `block_size` to {length}, but images have no rows. Leave it out.")
+        only = "training options and `block_size`" if kind == "stage" else "training options"
+        _check_keys(run, STAGE_FIELDS, f"key in {kind} {name!r} (a {kind} sets {only} only)")
         training = {name: value for name, value in whole.items() if name in STAGE_FIELDS}
         training |= {name: _typed(name, value) for name, value in run.items()}
         training |= _precision_here(training)
         folder = Path(whole["output_dir"]) / f"{kind}s" / f"{number}-{name.replace(' ', '-')}"
-        result.append(Stage(name, DistillationTrainingArguments(output_dir=str(folder), **training)))
+        result.append(Stage(name, DistillationTrainingArguments(output_dir=str(folder), **training), length))
     return result
 
 

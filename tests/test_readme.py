@@ -355,7 +355,9 @@ def test_kept_attention(start, method):
     assert row(RESULTS, start) == [f"{mean:.2f}" for mean in found]
     if method == "hybrid, 4 kept":
         teacher = measures("hybrids")["copying, gap 1024, teacher"]["pure"]["5M tokens"]["mean"]
-        assert f"A hybrid with four kept layers does: {found[-1]:.2f}, its teacher {teacher:.2f}." in README.read_text()
+        assert (
+            f"A hybrid with four kept layers does: {found[-1]:.2f}, its teacher {teacher:.2f}." in README.read_text()
+        )
 
 
 def test_methods_are_counted():

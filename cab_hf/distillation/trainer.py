@@ -1,6 +1,7 @@
 """`DistillationTrainer`: the HF Trainer with a teacher beside the model."""
 
 import copy
+import functools
 import inspect
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from datasets import Dataset as HFDataset
 from huggingface_hub import CommitInfo
 from safetensors.torch import load_file, save_file
@@ -271,12 +273,26 @@ class DistillationTrainer(EvaluatedTrainer):
         self._accumulate_parts(parts)
         return loss * processes  # the log has the processes' mean
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.cuda_graph:
+            # DDP sends gradients in the middle of the backward pass, and holds nodes of it that a capture can't use.
+            # So a graphed student is left as it is: the step adds gradients up behind the graph.
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
+
     def _make_graphed_step(self, model: nn.Module) -> GraphedStep:
+        self._check_graph()
+        if self.args.world_size > 1:
+            broadcast([one.detach() for one in (*model.parameters(), *model.buffers())])
+        return GraphedStep(model, self._distil, accumulates=self.args.gradient_accumulation_steps > 1)
+
+    def _check_graph(self) -> None:
         args, is_ddp = self.args, not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if args.device.type != "cuda" or not is_ddp:
             sharded = "" if is_ddp else " under FSDP or DeepSpeed"
             raise ValueError(
-                f"`cuda_graph=True` is for whole students on GPUs, alone or under DDP; this one is on "
+                f"`cuda_graph=True` is for students on GPUs that are not sharded; this one is on "
                 f"{args.device.type}{sharded}. Set `cuda_graph=False`."
             )
         if args.fp16:
@@ -284,11 +300,6 @@ class DistillationTrainer(EvaluatedTrainer):
                 f"`cuda_graph=True` can't scale losses as `fp16={args.fp16}` needs. Use `bf16=True`, or set "
                 "`cuda_graph=False`."
             )
-        # DDP sends gradients in the middle of the backward pass. Here they are sent behind the graph.
-        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        if args.torch_compile:
-            model = torch.compile(model, **self.accelerator.state.dynamo_plugin.to_kwargs())
-        return GraphedStep(model, self._distil, accumulates=args.gradient_accumulation_steps > 1)
 
     def _weights(self) -> tuple[Tensor, frozenset[str]]:
         """The loss weights `(6,)` at this moment of training, and the names of those that are not zero."""

@@ -24,11 +24,13 @@ def without_mixers(student: PreTrainedModel) -> PreTrainedModel:
     mixers = [module for module in zeroed.modules() if isinstance(module, GatedMixer)]
     if not mixers:
         raise ValueError(f"{type(student).__name__} has no mixers to leave out. Give a student of this package.")
-    with torch.no_grad():
-        for mixer in mixers:
-            for parameter in mixer.out_proj.parameters():
-                parameter.zero_()
+    for mixer in mixers:  # not by its weights: a hybrid's output projection may stand outside of it
+        mixer.out_proj.register_forward_hook(_nothing)
     return zeroed
+
+
+def _nothing(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
 
 
 def with_window(teacher: PreTrainedModel, window: int = 64, sinks: int = 4) -> PreTrainedModel:
@@ -51,7 +53,17 @@ def with_window(teacher: PreTrainedModel, window: int = 64, sinks: int = 4) -> P
     AttentionInterface.register(name, functools.partial(_attend, window=window, sinks=sinks))
     AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
     limited = copy.deepcopy(teacher)
-    limited.set_attn_implementation(name)
+    try:
+        limited.set_attn_implementation(name)
+    except ValueError as error:
+        raise ValueError(f"{type(teacher).__name__} takes no window: {error}") from error
+    config = limited.config.get_text_config()
+    unread = [field for field in ("attn_logit_softcapping", "sinks") if getattr(config, field, None)]
+    if config._attn_implementation != name or unread or config.model_type == "gpt_oss":
+        raise ValueError(
+            f"{type(teacher).__name__} takes no window: its attention can't be replaced by plain scaled dot products. "
+            "Leave this control out."
+        )
     return limited
 
 

@@ -36,12 +36,12 @@ def choose_attention(
 
     With all attention in its place, each layer's mixer takes over alone, and the student is measured: its KL to the
     teacher on text, and how much it copies (`copying_recall`, mean over the gaps). The layers whose mixers do worst
-    keep their attention: by "kl" those of the highest KL, by "copying" those without which least is copied, by "both"
-    those of the largest
+    keep their attention: by "kl" those that raise the KL most, by "copying" those without which least is copied, by
+    "both" those of the largest
 
-        share of all layers' KL + share of all layers' loss of copying.
+        share of all layers' rise of the KL + share of all layers' loss of copying,
 
-    "evenly" measures, too, but takes evenly spread layers.
+    where a loss within two standard errors is none. "evenly" measures, too, but takes evenly spread layers.
 
     Args:
         student: with a mixer in place of each module of `attention`, aligned; it is as before in the end.
@@ -101,9 +101,11 @@ def choose_attention(
     with tqdm(desc="Choosing attention", total=2 + len(paths), disable=not progress) as bar:
         all_kept = measured(paths)
         replaced = {path: measured([one for one in paths if one != path]) for path in paths}
+        rate = all_kept["copying"]
+        surely = rate - 2 * (rate * (1 - rate) / counts["n_copied"]) ** 0.5  # two standard errors below
         missed = {
-            "kl": {path: one["kl"] for path, one in replaced.items()},
-            "copying": {path: max(all_kept["copying"] - one["copying"], 0.0) for path, one in replaced.items()},
+            "kl": {path: max(one["kl"] - all_kept["kl"], 0.0) for path, one in replaced.items()},
+            "copying": {path: max(surely - one["copying"], 0.0) for path, one in replaced.items()},
         }
         missed["both"] = {
             path: sum(one[path] / (sum(one.values()) or 1.0) for one in missed.values()) for path in paths

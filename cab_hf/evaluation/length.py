@@ -23,6 +23,9 @@ from cab_hf.inference import check_causal, evaluating, num_positions
 SHARE = 0.9
 """Of the teacher's recall: what a student must find again where it holds."""
 
+FINDS = 0.1
+"""Recall of a teacher below which a test is no measure of its student."""
+
 REFERENCE = 512
 """Tokens: where a student holds, its loss is not above that just before here."""
 
@@ -142,7 +145,8 @@ def held_length(lengths: Sequence[int], found: Mapping[str, Any], loss: Mapping[
     """Up to which length a student holds: the longest one where it does at that length and at all shorter ones.
 
     Retrieval holds where the student finds at least `SHARE` of what its teacher finds; beyond the teacher's positions,
-    of what it finds at the longest length that it was measured at. Loss holds where that of the last tokens of the
+    of what it finds at the longest length that it was measured at. Where a teacher finds less than `FINDS`, a
+    test says nothing any more, and holds no further. Loss holds where that of the last tokens of the
     length is not above that before `REFERENCE` tokens, beyond its paired 95 % interval.
 
     Args:
@@ -158,7 +162,10 @@ def held_length(lengths: Sequence[int], found: Mapping[str, Any], loss: Mapping[
         held[test], wanted = 0, 1.0
         for length in lengths:
             row = by_length[str(length)]
-            wanted = wanted if row["teacher"] is None else row["teacher"]["recall"]
+            if row["teacher"] is not None:
+                if row["teacher"]["recall"] < FINDS:
+                    break
+                wanted = row["teacher"]["recall"]
             if row["student"] is None or row["student"]["recall"] < SHARE * wanted:
                 break
             held[test] = length

@@ -29,8 +29,8 @@ ABOVE_CHANCE = 3.0
 class _Task(NamedTuple):
     """A file, what counts in it, and what lm-eval has to know.
 
-    `acc_norm` is the accuracy where a choice's log-likelihood is divided by its bytes: lm-eval's custom for questions
-    whose choices differ much in length.
+    `acc_norm` is the accuracy where a choice's log-likelihood is divided by its characters: lm-eval's custom for
+    questions whose choices differ much in length.
     """
 
     file: str

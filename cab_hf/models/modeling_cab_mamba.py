@@ -349,13 +349,13 @@ class CABMambaForCausalLM(CABMambaPreTrainedModel, StatefulGenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
 
-    @deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
         """The call that a static cache asks for. A captured token is faster than a compiled one, and ready at once."""
         if compile_config is None and self.device.type == "cuda" and captures(self):
             return self.__call__
         return super().get_compiled_call(compile_config)
 
+    @deprecate_kwarg("cache_params", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -166,7 +166,7 @@ def _run_facts(recipe: Recipe, name: str) -> dict[str, str]:
 
 
 def _training_rows(recipe: Recipe, report: Mapping[str, Any], teacher: str, sources: Sequence[str]) -> dict[str, str]:
-    model, stages = recipe.model, dict(recipe.stages)
+    model, stages = recipe.model, {stage.name: stage.args for stage in recipe.stages}
     unit = "examples" if model.reads_images else "tokens"
     method = describe_method(list(stages.values()))
     losses = {name: describe_losses(args) for name, args in stages.items()}
@@ -185,7 +185,7 @@ def _training_rows(recipe: Recipe, report: Mapping[str, Any], teacher: str, sour
         own = recipe.data.teacher_tokens + recipe.data.teacher_continuation_tokens
         written = f", and {own:,} tokens that the teacher wrote" if own else ""
         rows |= {
-            "Text": f"{', '.join(sources)}{written}, in rows of {recipe.data.block_size:,} tokens",
+            "Text": f"{', '.join(sources)}{written}, in rows of {_lengths(recipe)} tokens",
             "Tokens": f"{report['train_tokens']:,}",
         }
     choice = report.get("kept_attention")
@@ -202,6 +202,11 @@ def _training_rows(recipe: Recipe, report: Mapping[str, Any], teacher: str, sour
         "Hardware": report["hardware"],
         "Versions": ", ".join(f"{package} {number}" for package, number in report["versions"].items()),
     }
+
+
+def _lengths(recipe: Recipe) -> str:
+    own = [stage.block_size or recipe.data.block_size for stage in recipe.stages]
+    return ", then ".join(f"{length:,}" for place, length in enumerate(own) if length not in own[:place])
 
 
 def write_card_of(folder: str | Path, *, license: str | None = None, overwrite: bool = False) -> Path:

@@ -193,7 +193,7 @@ def _fit_machine(values: dict[str, Any], on_gpu: bool, world: int) -> None:
         values |= {"use_cpu": True, "cuda_graph": False, "torch_compile": False, "dataloader_num_workers": 0}
         values["eval_max_tokens"] = min(values.get("eval_max_tokens") or CPU_EVAL_TOKENS, CPU_EVAL_TOKENS)
     if world > 1:
-        values |= {"cuda_graph": False, "torch_compile": False}  # a graph is of one process
+        values |= {"cuda_graph": False, "torch_compile": False}  # neither has been measured on several GPUs
         values.setdefault("ddp_timeout", HOURS_OF_WRITING * 3600)  # the first process writes the teacher's text
         batch = values.get("per_device_train_batch_size", default_of("per_device_train_batch_size"))
         values["per_device_train_batch_size"] = max(1, batch // world)
@@ -266,7 +266,8 @@ def launch(gpus: int, arguments: Sequence[str]) -> int:
     line = ["--num_processes", str(gpus), "-m", "cab_hf.cli", "distill", *arguments]
     print(shlex.join(["accelerate", "launch", *line]), flush=True)
     # Nothing of an accelerate config of the user's, which may be of another kind of run; a port that is free.
-    threads = os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // gpus))
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    threads = threads if threads.isdigit() else max(1, (os.cpu_count() or 1) // gpus)
     config = shipped("training_args") / "accelerate/ddp.yaml"
     own = ["--config_file", str(config), "--main_process_port", "0", "--num_cpu_threads_per_process", str(threads)]
     logging_of_processes.disable(logging_of_processes.ERROR)  # the processes say what is wrong themselves
@@ -275,10 +276,13 @@ def launch(gpus: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         if code < 0:
-            end(f"a process was ended by {signal.Signals(-code).name}: for want of memory, if nobody sent it.")
+            way_out = "If nobody sent that, memory ran out: give a smaller --per_device_train_batch_size."
+            end(f"a process was ended by {signal.Signals(-code).name}. {way_out}")
         return code
     except SignalException as error:
         return 128 + error.sigval
+    finally:
+        logging_of_processes.disable(logging_of_processes.NOTSET)
     return 0
 
 

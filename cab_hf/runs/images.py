@@ -158,6 +158,9 @@ class Prepared(NamedTuple):
     def train(self) -> ImageDataset:
         return self.sets.train
 
+    def rows_of(self, stage: Stage) -> ImageDataset:
+        return self.train
+
     @property
     def facts(self) -> str:
         sets = self.sets

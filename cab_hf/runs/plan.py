@@ -76,7 +76,8 @@ def plan(recipe: Recipe) -> str:
     rows = args.per_device_train_batch_size if args.device.type == "cuda" else 1
     seconds, gib = 0.0, 0.0
     for number, stage in enumerate(recipe.stages, start=1):
-        steps = _num_steps(stage, len(prepared.train))
+        batches = prepared.rows_of(stage)
+        steps = _num_steps(stage, len(batches))
         each, peak = _measure(stage, student, teacher, prepared, rows)
         share = stage.args.per_device_train_batch_size * stage.args.gradient_accumulation_steps / rows
         seconds, gib = seconds + each * share * steps, max(gib, peak)
@@ -84,8 +85,9 @@ def plan(recipe: Recipe) -> str:
         seen *= args.world_size
         rate = stage.args.learning_rate or default_learning_rate(student.config)
         lines[f"stage {number} of {len(recipe.stages)}"] = (
-            f"{stage.name} ({what_of(stage.args)}): {steps:,} steps, {seen * prepared.unit:,} {prepared.units}, "
-            f"{seen / len(prepared.train):.1f} passes, learning rate {rate:g}"
+            f"{stage.name} ({what_of(stage.args)}): {steps:,} steps, "
+            f"{seen * (stage.block_size or prepared.unit):,} {prepared.units}, "
+            f"{seen / len(batches):.1f} passes, learning rate {rate:g}"
         )
     lines["time"] = (
         f"about {_duration(seconds)} for the steps ({rows} x {prepared.unit} {prepared.units} were timed); the fit of "
@@ -157,7 +159,7 @@ def _measure(
         )
         student.requires_grad_(True)
         taught = make_teacher(teacher, args)
-        given = {"train_dataset": prepared.train, **prepared.trainer_options}
+        given = {"train_dataset": prepared.rows_of(stage), **prepared.trainer_options}
         # what the run itself would raise before its first step
         whole = replace(args, per_device_train_batch_size=stage.args.per_device_train_batch_size)
         DistillationTrainer(student, taught, whole, **given).get_train_dataloader()

@@ -1,7 +1,9 @@
 """The language run of a recipe: a causal language model becomes a Mamba; or a teacher is finetuned."""
 
+import json
 import textwrap
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import logging
 
 from cab_hf.data.documents import load_documents, split_documents, tell_copies
 from cab_hf.data.packing import IGNORE_INDEX, LanguageCollator, LossOn, pack_documents, save_tokens
@@ -24,7 +27,7 @@ from cab_hf.evaluation.language import check_packing, compare
 from cab_hf.evaluation.recall import copying_recall
 from cab_hf.hub.sources import public_name
 from cab_hf.inference import check_positions, num_positions
-from cab_hf.recipes import DataArguments, Recipe, default_of
+from cab_hf.recipes import DataArguments, Recipe, Stage, default_of
 from cab_hf.runs.chat import Chat
 from cab_hf.runs.inputs import blocks_digest, check_inputs
 from cab_hf.runs.keep import attention_to_choose_from, keep_attention, num_alignments
@@ -33,6 +36,8 @@ from cab_hf.runs.student import build_student
 from cab_hf.teachers.loading import load_teacher
 from cab_hf.teachers.sampling import PROMPT_LENGTH, longest_document, sample_documents
 
+
+logger = logging.get_logger(__name__)
 
 CALIBRATION_ROWS = 8
 CHAT_PROMPT = "What is the capital of France?"
@@ -53,6 +58,7 @@ class Prepared(NamedTuple):
         copies: of each evaluated text, the documents that are trained on, too.
         is_chat: whether conversations are trained on.
         collator: makes batches of rows.
+        longer: the rows to train on in other lengths, by the `block_size` of stages.
     """
 
     teacher_model: PreTrainedModel
@@ -62,8 +68,13 @@ class Prepared(NamedTuple):
     copies: dict[str, int]
     is_chat: bool
     collator: LanguageCollator
+    longer: dict[int, Dataset]
 
     units = "tokens"
+
+    def rows_of(self, stage: Stage) -> Dataset:
+        """What a stage trains on: rows of its own length, or the recipe's."""
+        return self.train if stage.block_size is None else self.longer[stage.block_size]
 
     @property
     def student_options(self) -> dict[str, Any]:
@@ -103,8 +114,13 @@ def prepare(recipe: Recipe, *, writes: bool = True) -> Prepared:
     if not writes:
         data = replace(data, teacher_tokens=0, teacher_continuation_tokens=0, teacher_prompt_length=None)
     with args.main_process_first(desc="data"):
-        blocks = load_blocks(data, tokenizer, teacher_model, args, recipe.output_dir / "stages")
-    prepared = Prepared(teacher_model, tokenizer, *blocks, LanguageCollator.of(tokenizer))
+        folder = recipe.output_dir / "stages"
+        blocks = load_blocks(data, tokenizer, teacher_model, args, folder)
+        longer = {
+            size: load_blocks(replace(data, block_size=size), tokenizer, teacher_model, args, folder)[0]
+            for size in sorted({stage.block_size for stage in recipe.stages} - {None})
+        }
+    prepared = Prepared(teacher_model, tokenizer, *blocks, LanguageCollator.of(tokenizer), longer)
     tell(recipe, f"text: {prepared.facts}")
     return prepared
 
@@ -114,7 +130,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
     started = time.time()
     args = recipe.args
     prepared = prepare(recipe)
-    teacher_model, tokenizer, train_blocks, heldout, copies, is_chat, collator = prepared
+    teacher_model, tokenizer, train_blocks, heldout, copies, is_chat, collator, longer = prepared
     batches = []
     if recipe.model.calibrates:
         rows = min(-(-recipe.model.calibration_tokens // recipe.data.block_size), len(train_blocks))
@@ -127,23 +143,24 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
     attention = attention_to_choose_from(recipe, student, teacher_model)
     teacher = make_teacher(teacher_model, args)
 
-    check_data(recipe, train_blocks, heldout)
+    check_data(recipe, train_blocks, heldout, longer)
     before = _evaluate(recipe.data, args, student, teacher.model, tokenizer, heldout)
 
     def run(first: int, last: int) -> list[dict[str, Any]]:
-        histories = [
-            run_stage(
+        histories = []
+        for index in range(first, last):
+            rows = prepared.rows_of(recipe.stages[index])
+            history = run_stage(
                 recipe.stages[index],
                 student,
                 teacher,
                 (index + 1, len(recipe.stages)),
-                train_dataset=train_blocks,
+                train_dataset=rows,
                 eval_dataset=_one_or_all(heldout),
                 **prepared.trainer_options,
             )
-            for index in range(first, last)
-        ]
-        return [one | {"tokens": one["examples"] * len(train_blocks[0]["input_ids"])} for one in histories]
+            histories.append(history | {"tokens": history["examples"] * len(rows[0]["input_ids"])})
+        return histories
 
     aligned = num_alignments(recipe)
     histories, chosen = run(0, aligned), {}
@@ -186,7 +203,12 @@ def _sample(
         text = sample(student, tokenizer, prompt, data.sample_tokens, temperature=0.0)
     else:
         prompt = CHAT_PROMPT if prompt == default_of("sample_prompt") else prompt
-        text = "".join(Chat(student, tokenizer, max_new_tokens=data.sample_tokens, temperature=0.0).answer(prompt))
+        chat = Chat(student, tokenizer, max_new_tokens=data.sample_tokens, temperature=0.0)
+        try:
+            text = "".join(chat.answer(prompt))
+        except ValueError as error:  # a template may want more than a user's turn; the training is not lost by that
+            logger.warning(f"The card has no sample: {error}")
+            return {}
     return {"sample_prompt": prompt, "sample": text}
 
 
@@ -247,9 +269,12 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     return report
 
 
-def check_data(recipe: Recipe, blocks: Dataset, heldout: dict[str, Dataset]) -> None:
+def check_data(
+    recipe: Recipe, blocks: Dataset, heldout: dict[str, Dataset], longer: Mapping[int, Dataset] | None = None
+) -> None:
     """Refuses blocks other than those that the run began with. Called last before training, which makes the folder."""
     digests = {"training text": blocks_digest(blocks)} | {name: blocks_digest(one) for name, one in heldout.items()}
+    digests |= {f"training text in rows of {size}": blocks_digest(one) for size, one in (longer or {}).items()}
     check_inputs(recipe.output_dir / "stages", digests, recipe.is_main_process)
 
 
@@ -345,7 +370,9 @@ def load_blocks(
         for row in blocks.with_format("torch"):
             check_positions(teacher, {name: value[None] for name, value in row.items()})
     blocks = insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed)
-    return blocks, heldout, copies, _are_conversations(training)
+    # pairs of plain text are conversations, too, which no template is for
+    is_chat = _are_conversations(training) and "messages" in json.loads(training[0]["conversation"])
+    return blocks, heldout, copies, is_chat
 
 
 def loss_of(data: DataArguments, documents: Dataset) -> LossOn:

@@ -243,10 +243,16 @@ class Teacher:
     def compile(self, backend: str = "inductor") -> None:
         """Runs the teacher through `torch.compile` from now on; the model itself is left as it is.
 
-        Its layers are compiled once for all of them: as one graph, 30 layers would take a minute.
+        Its layers are compiled once for all of them, where they are of one class: as one graph, 30 layers would take
+        a minute.
         """
         if self._compiled_base is None:
-            self._compiled_base = compile_regions(self._body, backend=backend)
+            lists = [one for one in self._body.modules() if isinstance(one, nn.ModuleList | nn.ModuleDict)]
+            kinds = [{type(one) for one in each.children()} for each in lists]
+            # accelerate would compile a list of different modules as if it were one
+            alike = all(isinstance(each, nn.ModuleList) and len(kind) == 1 for each, kind in zip(lists, kinds))
+            compiles = compile_regions if lists and alike else torch.compile
+            self._compiled_base = compiles(self._body, backend=backend)
 
     def restore(self) -> PreTrainedModel:
         """Gives the model back with the attention implementation that it came with."""

@@ -29,6 +29,7 @@ from torch.utils.data import default_collate
 
 from cab_hf import DistillationTrainer, student_from_teacher
 from cab_hf.data.augmentation import two_sizes
+from cab_hf.distillation import trainer as trainer_module
 from cab_hf.distillation.cuda_graph import GraphedStep, sum_over_processes
 from cab_hf.distillation.training_args import LOSSES
 
@@ -123,10 +124,12 @@ def train(folder: Path, processes: int, options: dict[str, Any], **more: Any) ->
     resume = options.pop("resume", None)
     trainer, recorder = make_trainer(folder, rows=ROWS, student=student, per_device_train_batch_size=batch, **options)
     if trainer.args.cuda_graph:
-        model, accumulates = trainer.model, trainer.args.gradient_accumulation_steps > 1
-        trainer._make_graphed_step = lambda _: RunAgain(model, trainer._distil, accumulates)
+        trainer._check_graph = lambda: None  # that this is a GPU
+        trainer_module.GraphedStep = RunAgain
     trainer.train(resume_from_checkpoint=resume)
-    if processes > 1:
+    if processes > 1 and trainer.args.cuda_graph:
+        assert trainer.model_wrapped is trainer.model  # which sums its gradients itself
+    elif processes > 1:
         wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
         assert isinstance(wrapped, DistributedDataParallel)
         assert not wrapped.find_unused_parameters

@@ -129,9 +129,11 @@ def test_every_score_is_that_of_a_student_made_anew_and_the_best_is_taken(by):
     for path, found in choice["replaced"].items():
         assert found == anew([one for one in attention if one != path])
     assert choice["chosen"] == anew(choice["kept"])
+    whole = choice["all_kept"]["copying"]
+    surely = whole - 2 * (whole * (1 - whole) / choice["n_copied"]) ** 0.5
     costs = {
-        "kl": [one["kl"] for one in choice["replaced"].values()],
-        "copying": [max(choice["all_kept"]["copying"] - one["copying"], 0) for one in choice["replaced"].values()],
+        "kl": [max(one["kl"] - choice["all_kept"]["kl"], 0) for one in choice["replaced"].values()],
+        "copying": [max(surely - one["copying"], 0) for one in choice["replaced"].values()],
     }
     costs["both"] = [sum(one[layer] / (sum(one) or 1) for one in costs.values()) for layer in range(4)]
     order = sorted(range(4), key=lambda layer: (costs[by][layer], costs["kl"][layer]), reverse=True)

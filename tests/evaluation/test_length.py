@@ -203,6 +203,11 @@ class TestHeldLength:
         assert held_length(self.LENGTHS, self.found([1.0, 0.6, None, None], [1, 1, 0.55, 0.53]), loss)["all"] == 1024
         assert held_length(self.LENGTHS, self.found([None] * 4, [1, 0.95, 0.85, 0.85]), loss)["copying"] == 512
 
+    def test_where_the_teacher_finds_nothing_nothing_is_held(self):
+        loss = self.loss(-0.1, -0.1)
+        assert held_length(self.LENGTHS, self.found([0.5, 0.45, 0.02, 0.0], [0.5, 0.5, 0.5, 0.0]), loss)["all"] == 512
+        assert held_length(self.LENGTHS, self.found([0.0, None, None, None], [0.0] * 4), loss)["copying"] == 0
+
     def test_what_was_not_measured_is_not_held(self):
         found = self.found([1.0] * 4, [1.0] * 4)
         assert held_length(self.LENGTHS, found, self.loss(-0.1)) == {"copying": 2048, "loss": 1024, "all": 1024}

@@ -28,6 +28,7 @@ from cab_hf.distillation.trainer import DistillationTrainer
 from cab_hf.evaluation.language import compare
 from cab_hf.recipes import Recipe, build_recipe, load_recipe, parse_recipe
 from cab_hf.runs import run as run_module
+from cab_hf.runs.plan import plan
 from cab_hf.runs.run import run_recipe, summary
 from cab_hf.runs.text import check_data, load_blocks
 from cab_hf.teachers.demo import random_llama
@@ -52,7 +53,7 @@ def test_every_recipe_parses(path):
     recipe = parse_recipe([str(path), *ON_CPU])
     listed = load_recipe(path).get("stages", [{}])
     assert len(recipe.stages) == len(listed)
-    for (_, args), stage in zip(recipe.stages, listed):
+    for (_, args, _), stage in zip(recipe.stages, listed):
         for name, value in stage.items():
             assert name == "name" or getattr(args, name) == pytest.approx(value) or str(getattr(args, name)) == value
     assert recipe.output_dir == Path("outputs") / path.stem
@@ -70,12 +71,12 @@ def test_accelerate_configs_load(path):
 class TestParsing:
     def test_the_command_line_wins(self, tmp_path):
         recipe = smoke(tmp_path, "--learning_rate", "3e-5", "--teacher", "org/other", "--dataset", "a.txt", "b.txt")
-        assert [args.learning_rate for _, args in recipe.stages] == [3e-5, 3e-5]
+        assert [args.learning_rate for _, args, _ in recipe.stages] == [3e-5, 3e-5]
         assert recipe.model.teacher == "org/other"
         assert recipe.data.dataset == ["a.txt", "b.txt"]
 
     def test_stages_differ_only_in_what_they_set(self, tmp_path):
-        (first, bridge), (second, kl) = smoke(tmp_path).stages
+        (first, bridge, _), (second, kl, _) = smoke(tmp_path).stages
         assert (first, second) == ("bridge", "kl")
         assert (bridge.kl_weight, bridge.bridge_weight) == (0.0, 1.0)
         assert (kl.kl_weight, kl.bridge_weight) == (1.0, 0.5)
@@ -101,8 +102,8 @@ class TestParsing:
         path.write_text("teecher: x\n")
         with pytest.raises(ValueError, match=r"'teecher'.*'teacher'"):
             load_recipe(path)
-        with pytest.raises(ValueError, match=r"stage 'one'.*'block_size'"):
-            build_recipe({"output_dir": "x", "stages": [{"name": "one", "block_size": 3}]})
+        with pytest.raises(ValueError, match=r"stage 'one'.*'holdout'"):
+            build_recipe({"output_dir": "x", "stages": [{"name": "one", "holdout": 3}]})
         with pytest.raises(FileNotFoundError, match="smoke.yaml"):
             load_recipe(ROOT / "training_args/smok.yaml")
 
@@ -115,20 +116,22 @@ class TestParsing:
             "bf16": True,
             "stages": [{"name": "one"}, {"name": "two", "teacher_dtype": "float16"}],
         }
-        (_, one), (_, two) = build_recipe(values).stages
+        (_, one, _), (_, two, _) = build_recipe(values).stages
         assert one.bf16 is two.bf16 is has_it
         assert (one.teacher_dtype, two.teacher_dtype) == (None if has_it else "float32", "float16")
         assert ("`bf16` is True, but this CPU" in caplog.text) != has_it
         caplog.clear()
-        (_, plain), *_ = build_recipe({"use_cpu": True}).stages
+        (_, plain, _), *_ = build_recipe({"use_cpu": True}).stages
         assert plain.teacher_dtype == (None if has_it else "float32") and not caplog.text  # a teacher may come in bf16
 
     def test_the_command_line_wins_over_stages(self, tmp_path, caplog):
-        assert [args.max_steps for _, args in smoke(tmp_path).stages] == [4, 4]
+        assert [args.max_steps for _, args, _ in smoke(tmp_path).stages] == [4, 4]
         recipe = smoke(tmp_path, "--max_steps", "2")
-        assert [args.max_steps for _, args in recipe.stages] == [2, 2] and "in place of 4" in caplog.text
+        assert [args.max_steps for _, args, _ in recipe.stages] == [2, 2] and "in place of 4" in caplog.text
         assert recipe.values["max_steps"] == 2 and not any("max_steps" in stage for stage in recipe.values["stages"])
-        assert [args.kl_weight for _, args in recipe.stages] == [args.kl_weight for _, args in smoke(tmp_path).stages]
+        assert [args.kl_weight for _, args, _ in recipe.stages] == [
+            args.kl_weight for _, args, _ in smoke(tmp_path).stages
+        ]
 
     def test_lists_of_runs_are_no_options(self, tmp_path):
         with pytest.raises(ValueError, match="`baselines` is a list of runs: write it in a recipe's file"):
@@ -190,6 +193,35 @@ class TestRun:
             run_recipe(smoke(tmp_path, "--student_config", "{stat_size: 32}"))
         report = run_recipe(smoke(tmp_path, "--max_steps", "1"))
         assert [stage["steps"] for stage in report["stages"]] == [1, 1]
+
+    def test_a_stage_has_rows_of_its_own_length(self, tmp_path):
+        values = load_recipe("training_args/smoke.yaml") | {
+            "output_dir": str(tmp_path / "out"),
+            "repeat_fraction": 0.5,
+            "license": "mit",
+        }
+        values["stages"][1] |= {"block_size": "96"}
+        seen = []
+
+        class Watched(DistillationTrainer):
+            def training_step(self, model, inputs, *given):
+                seen.append(tuple(inputs["input_ids"].shape))
+                return super().training_step(model, inputs, *given)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("cab_hf.runs.stages.DistillationTrainer", Watched)
+            report = run_recipe(build_recipe(values))
+        assert seen == [(2, 64)] * 4 + [(2, 96)] * 4
+        assert [stage["tokens"] for stage in report["stages"]] == [4 * 2 * 64, 4 * 2 * 96]
+        inputs = json.loads((tmp_path / "out/stages/inputs.json").read_text())
+        assert inputs["training text"] != inputs["training text in rows of 96"]
+        assert "in rows of 64, then 96 tokens" in (tmp_path / "out/README.md").read_text()
+        assert "4 steps, 768 tokens" in plan(build_recipe(values))
+        values |= {"finetune": True, "stages": [{"name": "one", "block_size": 96}]}
+        with pytest.raises(ValueError, match="one stage, which sets `block_size` to 96"):
+            assert build_recipe(values).only_stage
+        with pytest.raises(ValueError, match="`block_size` to 96, but images have no rows"):
+            build_recipe(values | {"task": "image-classification"})
 
     def test_the_teacher_writes_text_to_train_on(self, tmp_path, monkeypatch):
         options = [
