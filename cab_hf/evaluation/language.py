@@ -29,6 +29,7 @@ from cab_hf.teachers.teacher import check_vocabularies
 Blocks = datasets.Dataset | datasets.IterableDataset | torch.Tensor | Sequence[dict | Sequence[int]]
 
 PIECE = 2048
+_TRIED = 12  # tokens that show whether a model goes on from its cache
 """Tokens of a forward pass where a row is read in pieces."""
 
 _CHUNK = 512
@@ -230,7 +231,8 @@ def logits_in_pieces(
     """Logits of rows without padding, a piece at a time: memory does not grow with a row's length as all logits would.
 
     Args:
-        model: Any causal language model. One that takes no cache reads the rows whole.
+        model: Any causal language model. One that takes no cache, or does not go on from it by several tokens as it
+            would without it (Jamba's mixers begin anew), reads the rows whole.
         tokens: Token ids (b, t).
         first: The first token whose logits are wanted.
         piece: Tokens a forward pass; later ones go on from the cache of the earlier ones.
@@ -240,7 +242,7 @@ def logits_in_pieces(
     """
     length = tokens.shape[1]
     memory = next((name for name in _MEMORY if name in accepted_arguments(model)), None)
-    if memory is None or length <= piece:
+    if memory is None or length <= piece or not _goes_on(model, memory, tokens[:1, :_TRIED].to(model.device)):
         yield first, logits_of(model, {"input_ids": tokens})[:, first:]
         return
     tokens, cache = tokens.to(model.device), None
@@ -254,6 +256,16 @@ def logits_in_pieces(
         cache = output[memory]
         if wanted > 0:
             yield end - wanted, output.logits
+
+
+def _goes_on(model: PreTrainedModel, memory: str, tokens: torch.Tensor) -> bool:
+    """Whether the second half of a row `(1, t)` behind a cache is what it is in the whole row, but for rounding."""
+    half = tokens.shape[1] // 2
+    whole = model(input_ids=tokens, use_cache=False).logits[:, half:].float()
+    cache = model(input_ids=tokens[:, :half], use_cache=True)[memory]
+    given = {"attention_mask": torch.ones_like(tokens)} if "attention_mask" in accepted_arguments(model) else {}
+    behind = model(input_ids=tokens[:, half:], use_cache=True, **given, **{memory: cache}).logits.float()
+    return bool((behind - whole).norm() < 0.05 * whole.norm())
 
 
 def _token_chunks(targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -130,6 +130,7 @@ def _found(
     if count > len(_WORDS):
         raise ValueError(f"There are {count} numbers to find, and {len(_WORDS)} words for them. Ask for fewer.")
     generator = np.random.default_rng(seed)
+    begins = [tokenizer.bos_token_id] if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else []
     sequences, asked = [], []  # asked: of each sequence, the spans of its numbers, counted from its end
     for index in range(n):
         words = generator.choice(_WORDS, count, replace=False)
@@ -141,13 +142,15 @@ def _found(
             whole = _tokens(tokenizer, f"{question} {numbers[word]}")
             spans.append((len(tail) + len(_tokens(tokenizer, question)), len(tail) + len(whole)))
             tail += whole + _tokens(tokenizer, form.end)
-        room = length - len(tail) - sum(map(len, hidden))
+        if not form.end:  # else the text may go on with the last number
+            hidden[-1] = hidden[-1] + _tokens(tokenizer, "\n")
+        room = length - len(begins) - len(tail) - sum(map(len, hidden))
         if room < 0:
             raise ValueError(f"length is {length}, but what is told and asked takes {length - room} tokens. Use more.")
-        begin = index * max(len(text) // n, 1)
-        filler = text[torch.arange(begin, begin + room) % len(text)].tolist()
+        place = index * max(len(text) // n, 1)
+        filler = text[torch.arange(place, place + room) % len(text)].tolist()
         places = [0, *(round(depth * room) for depth in depths[index]), room]
-        row: list[int] = []
+        row = list(begins)
         for before, after, told in zip(places, places[1:], [*hidden, []]):
             row += filler[before:after] + told
         sequences.append(row + tail)

@@ -254,6 +254,8 @@ def _check_options(
     if wrong:
         name, value = next(iter(wrong.items()))
         raise ValueError(f"{name} is {value}; it must be at least {1 if name in at_least_one else 0}.")
+    if sizes.get("task_limit") == 1:
+        raise ValueError("task_limit is 1, and one question has no standard error. Give at least 2.")
     for name, values in of_rows.items():
         if max(values, default=1) > LONGEST:
             raise ValueError(f"{name} has {max(values):,}; the longest prompt is {LONGEST:,} tokens. Leave it out.")
