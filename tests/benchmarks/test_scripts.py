@@ -186,6 +186,14 @@ def test_cells(run):
     assert all(cell.get("difference", 0) < 1e-4 for cell in cells_of("ssm"))
 
 
+def test_how_long_a_start_takes(run, tmp_path):
+    run("speed/start.py", "--output", str(tmp_path / "start.json"), "--calls", "2", "--tiny")
+    cells = json.loads((tmp_path / "start.json").read_text())["cells"]
+    assert [cell["student"] for cell in cells] == ["pure", "hybrid"]
+    assert all(len(cell["seconds"]) == 2 and cell["peak_gib"] > cell["models_gib"] for cell in cells)
+    assert cells[1]["student_parameters"] < cells[0]["student_parameters"]  # it keeps a layer's attention
+
+
 def cells_of(name: str) -> list[dict]:
     return json.loads(Path(f"{name}.json").read_text())["cells"]
 
