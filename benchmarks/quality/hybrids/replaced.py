@@ -23,7 +23,7 @@ from cab_hf.transfer import attention_for, fit_output_projection
 
 
 TOKENS = Path("benchmarks/data/cache/tokens")
-FIT_ROWS, TEXT_ROWS, LENGTH = 8, 4, 512
+FIT_ROWS, TEXT_ROWS, LENGTH = 8, 2, 512
 
 
 def main() -> None:
@@ -38,8 +38,11 @@ def main() -> None:
         load_documents(str(TOKENS / "speeches.train.npz")), tokenizer, LENGTH, isolate_documents=False
     ).with_format("torch")
     spread = rows.select(range(0, len(rows), len(rows) // (FIT_ROWS + TEXT_ROWS)))["input_ids"][:]
-    student = student_from_teacher(teacher, keep_attention=0, data=(), state_size=128).eval()
-    fit_output_projection(student, teacher, [{"input_ids": spread[:FIT_ROWS]}])
+    inputs = {"input_ids": spread[:FIT_ROWS]}
+    student = student_from_teacher(
+        teacher, keep_attention=0, data=(), calibration_inputs=inputs, state_size=128
+    ).eval()
+    fit_output_projection(student, teacher, [inputs])
     choice = choose_attention(
         student,
         teacher,
@@ -47,7 +50,7 @@ def main() -> None:
         4,
         spread[FIT_ROWS : FIT_ROWS + TEXT_ROWS],
         sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)),
-        gaps=(64, 256),
+        gaps=(64,),
     )
     choice["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     output.write_text(json.dumps(choice, indent=1))
