@@ -458,7 +458,10 @@ def test_the_released_code(start, name):
 
 def test_decoding():
     cells = result("speed/results/decode_cpu.json")["cells"]
-    cells = {(c["model"], c["context"]): c for c in cells if c.get("dtype", "float32") == "float32"}
+    for model in ("teacher", "student"):
+        of_int8 = {c["context"]: c["ms"] for c in cells if (c["model"], c["dtype"]) == (model, "int8")}
+        assert row(RESULTS, f"int8: {model}") == [f"{of_int8[context]:.0f}" for context in (1024, 8192)]
+    cells = {(c["model"], c["context"]): c for c in cells if c["dtype"] == "float32"}
     picture = (ROOT / "docs/bridge.svg").read_text()
     for start, model in (("Transformer teacher", "teacher"), ("Mamba student", "student")):
         shown = [f"{cells[model, context]['ms']:.0f}" for context in (1024, 4096, 32768)]
