@@ -580,8 +580,12 @@ def test_toy(text):
 
 def test_sizes_of_a_student_and_its_teacher():
     report = result("quality/smollm2_transfer/report_h200.json")
-    student, teacher = (round(report[f"{model}_parameters"] / 1e6) for model in ("student", "teacher"))
-    assert f"{student}M parameters for {teacher}M" in README.read_text()
+    by_default = result("speed/results/two_gpus_h200.json")
+    student, teacher = (round(by_default[f"{model}_parameters"] / 1e6) for model in ("student", "teacher"))
+    assert f"`lm_default`'s has {student}M for {teacher}M" in README.read_text()
+    small = round(report["student_parameters"] / 1e6)
+    assert f"{small}M parameters with a state of 64" in RESULTS.read_text()
+    assert f"{student}M with 128" in RESULTS.read_text()
     assert (
         f"{report['after']['speeches']['perplexity_ratio']:.2f} times the teacher's perplexity" in README.read_text()
     )
