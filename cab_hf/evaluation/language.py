@@ -29,9 +29,9 @@ from cab_hf.teachers.teacher import check_vocabularies
 Blocks = datasets.Dataset | datasets.IterableDataset | torch.Tensor | Sequence[dict | Sequence[int]]
 
 PIECE = 2048
-_TRIED = 12  # tokens that show whether a model goes on from its cache
 """Tokens of a forward pass where a row is read in pieces."""
 
+_TRIED = 12  # tokens that show whether a model goes on from its cache
 _CHUNK = 512
 _MEMORY = ("cache", "past_key_values", "cache_params")
 
@@ -245,7 +245,14 @@ def logits_in_pieces(
     if memory is None or length <= piece or not _goes_on(model, memory, tokens[:1, :_TRIED].to(model.device)):
         yield first, logits_of(model, {"input_ids": tokens})[:, first:]
         return
-    tokens, cache = tokens.to(model.device), None
+    yield from _pieces(model, memory, tokens.to(model.device), first, piece)
+
+
+def _pieces(
+    model: PreTrainedModel, memory: str, tokens: torch.Tensor, first: int, piece: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """As `logits_in_pieces`, of a model that goes on from its `memory`, the argument that takes its cache."""
+    length, cache = tokens.shape[1], None
     mask = torch.ones_like(tokens)
     for start in range(0, length, piece):
         end = min(start + piece, length)
@@ -261,10 +268,8 @@ def logits_in_pieces(
 def _goes_on(model: PreTrainedModel, memory: str, tokens: torch.Tensor) -> bool:
     """Whether the second half of a row `(1, t)` behind a cache is what it is in the whole row, but for rounding."""
     half = tokens.shape[1] // 2
-    whole = model(input_ids=tokens, use_cache=False).logits[:, half:].float()
-    cache = model(input_ids=tokens[:, :half], use_cache=True)[memory]
-    given = {"attention_mask": torch.ones_like(tokens)} if "attention_mask" in accepted_arguments(model) else {}
-    behind = model(input_ids=tokens[:, half:], use_cache=True, **given, **{memory: cache}).logits.float()
+    whole = logits_of(model, {"input_ids": tokens})[:, half:].float()
+    ((_, behind),) = _pieces(model, memory, tokens, half, half)
     return bool((behind - whole).norm() < 0.05 * whole.norm())
 
 
