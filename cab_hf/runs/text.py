@@ -3,7 +3,7 @@
 import json
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,8 +57,8 @@ class Prepared(NamedTuple):
         heldout: rows of each evaluated text, by name.
         copies: of each evaluated text, the documents that are trained on, too.
         is_chat: whether conversations are trained on.
-        collator: makes batches of rows.
         longer: the rows to train on in other lengths, by the `block_size` of stages.
+        collator: makes batches of rows.
     """
 
     teacher_model: PreTrainedModel
@@ -67,8 +67,8 @@ class Prepared(NamedTuple):
     heldout: dict[str, Dataset]
     copies: dict[str, int]
     is_chat: bool
-    collator: LanguageCollator
     longer: dict[int, Dataset]
+    collator: LanguageCollator
 
     units = "tokens"
 
@@ -115,12 +115,9 @@ def prepare(recipe: Recipe, *, writes: bool = True) -> Prepared:
         data = replace(data, teacher_tokens=0, teacher_continuation_tokens=0, teacher_prompt_length=None)
     with args.main_process_first(desc="data"):
         folder = recipe.output_dir / "stages"
-        blocks = load_blocks(data, tokenizer, teacher_model, args, folder)
-        longer = {
-            size: load_blocks(replace(data, block_size=size), tokenizer, teacher_model, args, folder)[0]
-            for size in sorted({stage.block_size for stage in recipe.stages} - {None})
-        }
-    prepared = Prepared(teacher_model, tokenizer, *blocks, LanguageCollator.of(tokenizer), longer)
+        sizes = sorted({stage.block_size for stage in recipe.stages} - {None})
+        blocks = load_blocks(data, tokenizer, teacher_model, args, folder, sizes)
+    prepared = Prepared(teacher_model, tokenizer, *blocks, LanguageCollator.of(tokenizer))
     tell(recipe, f"text: {prepared.facts}")
     return prepared
 
@@ -130,7 +127,7 @@ def distil_text(recipe: Recipe) -> dict[str, Any]:
     started = time.time()
     args = recipe.args
     prepared = prepare(recipe)
-    teacher_model, tokenizer, train_blocks, heldout, copies, is_chat, collator, longer = prepared
+    teacher_model, tokenizer, train_blocks, heldout, copies, is_chat, longer, collator = prepared
     batches = []
     if recipe.model.calibrates:
         rows = min(-(-recipe.model.calibration_tokens // recipe.data.block_size), len(train_blocks))
@@ -228,7 +225,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         original, tokenizer = load_teacher(recipe.model.teacher)
     with args.main_process_first(desc="data"):
         model = original.to(args.device)
-        train_blocks, heldout, copies, _ = load_blocks(
+        train_blocks, heldout, copies, *_ = load_blocks(
             recipe.data, tokenizer, model, args, recipe.output_dir / "stages"
         )
     collator = LanguageCollator.of(tokenizer)
@@ -316,9 +313,11 @@ def load_blocks(
     teacher: PreTrainedModel,
     args: DistillationTrainingArguments,
     folder: Path,
-) -> tuple[Dataset, dict[str, Dataset], dict[str, int], bool]:
+    sizes: Sequence[int] = (),
+) -> tuple[Dataset, dict[str, Dataset], dict[str, int], bool, dict[int, Dataset]]:
     """Training blocks, those of the teacher's own text among them; by name, the blocks of each evaluated text, and
-    how many of its documents are trained on, too; and whether the training documents are conversations.
+    how many of its documents are trained on, too; whether the training documents are conversations; and the training
+    blocks of each of `sizes`.
 
     Args:
         data: of the recipe.
@@ -326,8 +325,10 @@ def load_blocks(
         teacher: writes text, where `data` asks for it.
         args: whose seed picks and places, and whose `torch_compile` is for the writing teacher.
         folder: where the teacher's text is kept.
+        sizes: tokens of other blocks to train on.
     """
-    _check_teacher_text(data, teacher)
+    for size in (data.block_size, *sizes):
+        _check_teacher_text(replace(data, block_size=size), teacher)
     if data.repeat_fraction and data.loss_on != "all":
         raise ValueError(
             f"`repeat_fraction` is {data.repeat_fraction}, but `loss_on` is {data.loss_on!r}: spans that come again "
@@ -343,11 +344,11 @@ def load_blocks(
             encoding=data.encoding,
         )
 
-    def pack(documents: Dataset, loss_on: LossOn) -> Dataset:
+    def pack(documents: Dataset, loss_on: LossOn, size: int = data.block_size) -> Dataset:
         return pack_documents(
             documents,
             tokenizer,
-            data.block_size,
+            size,
             isolate_documents=data.isolate_documents,
             loss_on=loss_on,
             num_proc=data.num_proc,
@@ -361,18 +362,25 @@ def load_blocks(
         texts = {f"held-out part of {', '.join(map(public_name, data.dataset))}": kept}
     copies = {name: tell_copies(training, text, name) for name, text in texts.items()}
     heldout = {name: pack(text, loss_of(data, text)) for name, text in texts.items()}
-    blocks = pack(training, data.loss_on)
-    for option, prompts in (("teacher_tokens", None), ("teacher_continuation_tokens", training)):
-        if getattr(data, option):
-            written = _teacher_text(data, teacher, tokenizer, option, prompts, args, folder)
-            blocks = concatenate_datasets([blocks, pack(load_documents(written), "all")])
-    if data.block_size > (num_positions(teacher) or data.block_size):
-        for row in blocks.with_format("torch"):
-            check_positions(teacher, {name: value[None] for name, value in row.items()})
-    blocks = insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed)
+    written = [
+        load_documents(_teacher_text(data, teacher, tokenizer, option, prompts, args, folder))
+        for option, prompts in (("teacher_tokens", None), ("teacher_continuation_tokens", training))
+        if getattr(data, option)
+    ]
+
+    def rows_to_train_on(size: int) -> Dataset:
+        blocks = concatenate_datasets(
+            [pack(training, data.loss_on, size), *(pack(one, "all", size) for one in written)]
+        )
+        if size > (num_positions(teacher) or size):
+            for row in blocks.with_format("torch"):
+                check_positions(teacher, {name: value[None] for name, value in row.items()})
+        return insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed)
+
     # pairs of plain text are conversations, too, which no template is for
     is_chat = _are_conversations(training) and "messages" in json.loads(training[0]["conversation"])
-    return blocks, heldout, copies, is_chat
+    blocks, *longer = map(rows_to_train_on, (data.block_size, *sizes))
+    return blocks, heldout, copies, is_chat, dict(zip(sizes, longer))
 
 
 def loss_of(data: DataArguments, documents: Dataset) -> LossOn:

@@ -103,7 +103,7 @@ def test_a_card_shows_a_turn_and_its_answer(teacher, chats):
 def test_blocks_and_held_out_conversations(teacher, chats):
     recipe = recipe_of(teacher, chats, "--loss_on", "assistant", "--holdout", "0.2")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
-    blocks, heldout, copies, is_chat = load_blocks(
+    blocks, heldout, copies, is_chat, _ = load_blocks(
         recipe.data, tokenizer, model, recipe.args, teacher.parent / "stages"
     )
     assert is_chat and list(copies.values()) == [0] and len(next(iter(heldout.values()))) > 0
