@@ -11,8 +11,11 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from itertools import chain, compress
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +39,8 @@ MOST_GRAPHS = 4
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OWN_MODULES = f"{__name__.rpartition('.')[0]}."
-_KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations.", "peft.tuners.lora.", _OWN_MODULES)
+KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations.", "peft.tuners.lora.", _OWN_MODULES)
+_KNOWN_HOOKS = (_OWN_MODULES, "transformers.utils.output_capturing")
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 _LORA_NOTES = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling", "training")
 _steps: "weakref.WeakKeyDictionary[nn.Module, ModelSteps]" = weakref.WeakKeyDictionary()
@@ -64,9 +68,20 @@ def one_token(
     states = states_of(cache, len(model.backbone.layers))
     if states is None:
         return None
-    logits = _steps[model](model, input_ids, attention_mask, position_ids, states, goes_on)
-    cache.has_begun = logits is not None
-    return logits
+    steps, rows, device = _steps[model], len(input_ids), input_ids.device
+    addresses = list(map(Tensor.data_ptr, states))
+    with steps.alone(device):
+        step = steps.steps.get(rows)
+        if step is None or step.addresses != addresses:
+            if not goes_on and (steps.watch.is_hooked() or not _fit(model, states, input_ids)):
+                return None
+        step = steps.step(rows, f"{rows} row(s)", lambda: TokenStep(model, rows, addresses, device), device)
+        if step is None:
+            return None
+        if step.addresses != addresses:
+            step.point(addresses)
+        cache.has_begun = True
+        return step.replay(input_ids, attention_mask, position_ids)
 
 
 def captures(model: nn.Module, goes_on: bool = False) -> bool:
@@ -76,14 +91,22 @@ def captures(model: nn.Module, goes_on: bool = False) -> bool:
         goes_on: the model has not changed since the token before, because one `generate` made both. Looking for
             changes takes the host a tenth of a millisecond.
     """
+    return may_capture(model) and not steps_of(model, _obstacle, goes_on).obstacle
+
+
+def may_capture(model: nn.Module) -> bool:
+    """Whether the mode that a model is in, and the environment, leave room for captured tokens."""
     if triton is None or model.training or torch.is_autocast_enabled("cuda"):
         return False
-    if os.environ.get(DECODE_VARIABLE, "auto") == "eager" or os.environ.get(BACKEND_VARIABLE, "auto") != "auto":
-        return False
+    return os.environ.get(DECODE_VARIABLE, "auto") != "eager" and os.environ.get(BACKEND_VARIABLE, "auto") == "auto"
+
+
+def steps_of(model: nn.Module, find_obstacle: Callable[[nn.Module], str], goes_on: bool = False) -> "ModelSteps":
+    """The graphs of a model as it is now."""
     steps = _steps.get(model)
     if steps is None or not (goes_on or steps.watch.holds()):
-        steps = _steps[model] = ModelSteps(model)
-    return not steps.obstacle
+        steps = _steps[model] = ModelSteps(model, find_obstacle)
+    return steps
 
 
 def release_graphs(model: nn.Module) -> None:
@@ -95,7 +118,7 @@ def release_graphs(model: nn.Module) -> None:
         >>> config = CABMambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)
         >>> release_graphs(CABMambaForCausalLM(config))
     """
-    _steps.pop(model, None)
+    _steps.pop(getattr(model, "inner", model), None)
 
 
 def states_of(cache: Cache, layers: int) -> list[Tensor] | None:
@@ -109,6 +132,12 @@ def states_of(cache: Cache, layers: int) -> list[Tensor] | None:
             return None
         states += (conv, cache.get_recurrent_state(layer))
     return None if any(state is None for state in states) else states
+
+
+def _has_hook(module: nn.Module) -> bool:
+    """Whether a module has a hook that is neither of these files nor one by which transformers looks at outputs."""
+    hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith(_KNOWN_HOOKS) for hook in hooks)
 
 
 class Watch:
@@ -140,7 +169,7 @@ class Watch:
         return [repr([getattr(one, name, None) for name in _LORA_NOTES]) for one in self.adapters]
 
     def is_hooked(self) -> bool:
-        return any("forward" in vars(one) or one._forward_hooks or one._forward_pre_hooks for one in self.modules)
+        return any("forward" in vars(one) or _has_hook(one) for one in self.modules)
 
     def holds(self) -> bool:
         if self.hooked or RemovableHandle.next_id != self.hooks_ever:  # somewhere a hook was made
@@ -154,58 +183,78 @@ class Watch:
 
 
 class ModelSteps:
-    """The graphs of a model as it is now, one a batch size.
+    """The graphs of a model as it is now, one a size.
 
     Holds no reference to the model itself.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, find_obstacle: Callable[[nn.Module], str]):
         self.watch = Watch(model)
-        self.obstacle = "a module has a hook" if self.watch.hooked else _obstacle(model)
-        self.steps: OrderedDict[int, TokenStep] = OrderedDict()
-        self.lock = threading.Lock()
+        self.obstacle = "a module has a hook" if self.watch.hooked else find_obstacle(model)
+        self.steps: OrderedDict[Hashable, Any] = OrderedDict()
+        self.lock = threading.RLock()
         if self.obstacle:
             logger.info(f"Tokens are decoded eagerly: {self.obstacle}.")
 
-    def __call__(
-        self,
-        model: nn.Module,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        states: list[Tensor],
-        goes_on: bool,
-    ) -> Tensor | None:
-        with self.lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(input_ids.device):
-            rows, addresses = len(input_ids), list(map(Tensor.data_ptr, states))
-            step = self.steps.get(rows)
-            if step is None or step.addresses != addresses:
-                if not goes_on and (self.watch.is_hooked() or not _fit(model, states, input_ids)):
-                    return None
-                step = step or self._captured(model, rows, addresses, input_ids.device)
-                if step is None:
-                    return None
-                step.point(addresses)
-            self.steps.move_to_end(rows)
-            return step.replay(input_ids, attention_mask, position_ids)
+    @contextmanager
+    def alone(self, device: torch.device) -> Iterator[None]:
+        """One thread at a time decodes, without gradients, whose buffers no inference mode made."""
+        with self.lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
+            yield
 
-    def _captured(self, model: nn.Module, rows: int, addresses: list[int], device: torch.device) -> "TokenStep | None":
+    def step(self, size: Hashable, described: str, make: Callable[[], Any], device: torch.device) -> Any | None:
+        """The step of a size, captured by `make` where there is none; None where that fails, now and later."""
+        if size in self.steps:
+            self.steps.move_to_end(size)
+            return self.steps[size]
         while len(self.steps) >= MOST_GRAPHS:
             self.steps.popitem(last=False)
         before = torch.cuda.memory_reserved(device)
         try:
-            step = TokenStep(model, rows, addresses, device)
+            step = make()
         except Exception as error:  # whatever a kernel, a module or the driver raises: eager decoding is right
-            self.obstacle = f"the step can't be captured ({type(error).__name__}: {error})"
-            logger.warning(f"Tokens are decoded eagerly: {self.obstacle}.")
+            self.refuse(f"the step can't be captured ({type(error).__name__}: {error})")
             return None
-        self.steps[rows] = step
+        self.steps[size] = step
         mebibytes = max(torch.cuda.memory_reserved(device) - before, 0) / 2**20
         logger.info(
-            f"Captured the step of {rows} row(s) as a CUDA graph of {mebibytes:.0f} MiB, one of {len(self.steps)}; "
+            f"Captured the step of {described} as a CUDA graph of {mebibytes:.0f} MiB, one of {len(self.steps)}; "
             f"a model keeps at most {MOST_GRAPHS}."
         )
         return step
+
+    def refuse(self, why: str) -> None:
+        self.obstacle = why
+        self.steps.clear()
+        logger.warning(f"Tokens are decoded eagerly: {why}.")
+
+
+class Graph:
+    """What a function does on a device, and the tensor that it returns, to be replayed on any stream."""
+
+    def __init__(self, run: Callable[[], Tensor], device: torch.device):
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles and loads what is to be captured
+                run()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads, such as one that reads the next prompt, may talk to the device meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.result = run()
+        self.stream = torch.cuda.current_stream(device)
+
+    def follow(self) -> None:
+        """Before inputs are written: what was replayed on another stream is waited for."""
+        stream = torch.cuda.current_stream()
+        if stream != self.stream:
+            stream.wait_stream(self.stream)
+            self.stream = stream
+
+    def replay(self) -> Tensor:
+        self.graph.replay()
+        return self.result
 
 
 class TokenStep:
@@ -219,19 +268,9 @@ class TokenStep:
         self.has_positions = model.backbone.position_embeddings is not None
         self.makes_positions = model.backbone._position_ids
         self.point(addresses)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles and loads what is to be captured
-                self.run(model)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that reads the next prompt, may talk to the device meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.logits = self.run(model)
+        self.graph = Graph(lambda: self.run(model), device)
         self.real.fill_(1)
         self.is_masked = False
-        self.stream = torch.cuda.current_stream(device)
 
     def point(self, addresses: list[int]) -> None:
         """Turns to the states at these addresses."""
@@ -242,10 +281,7 @@ class TokenStep:
         return step_logits(model, self.ids, self.positions, self.table, self.real)
 
     def replay(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        stream = torch.cuda.current_stream()
-        if stream != self.stream:
-            stream.wait_stream(self.stream)
-            self.stream = stream
+        self.graph.follow()
         self.ids.copy_(input_ids)
         if self.has_positions:
             if position_ids is None:
@@ -256,8 +292,7 @@ class TokenStep:
         elif self.is_masked:
             self.real.fill_(1)
         self.is_masked = attention_mask is not None
-        self.graph.replay()
-        return self.logits[:, None].clone()
+        return self.graph.replay()[:, None].clone()
 
 
 def step_logits(model: nn.Module, ids: Tensor, positions: Tensor, table: Tensor, real: Tensor) -> Tensor:
@@ -274,17 +309,28 @@ def step_logits(model: nn.Module, ids: Tensor, positions: Tensor, table: Tensor,
             stream = residual if block.parallel_residual else hidden
             inner = _inner(block.mlp, stream, block.norm if block.mlp_norm is None else block.mlp_norm)
             hidden = _added(block.mlp.down_proj, inner, hidden, block.post_mlp_norm)
-    return _projected(model.lm_head, hidden, backbone.norm_f)
+    return project(model.lm_head, hidden, backbone.norm_f)
 
 
 def _mix(mixer: nn.Module, hidden: Tensor, norm: nn.Module, table: Tensor, real: Tensor, layer: int) -> Tensor:
-    stream = _projected(mixer.in_proj, hidden, norm)
+    return mixed(mixer, project(mixer.in_proj, hidden, norm), table, real, layer)
+
+
+def mixed(mixer: nn.Module, stream: Tensor, table: Tensor, real: Tensor, layer: int) -> Tensor:
+    """What a mixer's output projection reads of one token a row.
+
+    Args:
+        stream: what its input projection made of it, `(b, columns)`.
+        table: addresses of the mixers' states, convolution and recurrent in turn.
+        real: `(b,)`, 0 at padding.
+        layer: place of the mixer's states in the table.
+    """
     if isinstance(mixer, SSDMixer):
         return ssd_step(stream, mixer, table, real, layer)
     width = mixer.config.mixer_width
     convolved = convolve(stream[:, :width], mixer, table, real, layer)
-    projected = _projected(mixer.x_proj, convolved)
-    steps = _projected(mixer.dt_proj, projected[:, : mixer.config.time_step_rank]).float()
+    projected = project(mixer.x_proj, convolved)
+    steps = project(mixer.dt_proj, projected[:, : mixer.config.time_step_rank]).float()
     return s6_step(stream, convolved, projected, steps, mixer, table, real, layer)
 
 
@@ -292,22 +338,23 @@ def _inner(mlp: nn.Module, stream: Tensor, norm: nn.Module) -> Tensor:
     """What an MLP's last projection reads."""
     gate, up = mlp.gate_proj, mlp.up_proj
     if gate is None:
-        return mlp.act_fn(_projected(up, stream, norm))
+        return mlp.act_fn(project(up, stream, norm))
     fuses = _is_a_row(up, stream) and _is_a_row(gate, stream) and gate.bias is None
     if fuses and up.out_features == gate.out_features and isinstance(mlp.act_fn, _SILU) and _makes_norm(norm, stream):
         return linear(stream, up, norm, gate=gate)
     stream = _normed(norm, stream)
-    return mlp.act_fn(_projected(gate, stream)) * _projected(up, stream)
+    return mlp.act_fn(project(gate, stream)) * project(up, stream)
 
 
 def _added(projection: nn.Module, x: Tensor, residual: Tensor, post_norm: nn.Module | None) -> Tensor:
     if post_norm is None and _is_a_row(projection, x):
         return linear(x, projection, residual=residual)
-    x = _projected(projection, x)
+    x = project(projection, x)
     return residual + (x if post_norm is None else _normed(post_norm, x))
 
 
-def _projected(projection: nn.Module, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+def project(projection: nn.Module, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    """`projection(norm(x))` of `(b, d)`: of one row by one kernel, which waits for nothing but the weights."""
     is_a_row = _is_a_row(projection, x)
     if norm is not None and not (is_a_row and _makes_norm(norm, x)):
         x, norm = _normed(norm, x), None
@@ -346,19 +393,30 @@ def _fit(model: nn.Module, states: list[Tensor], input_ids: Tensor) -> bool:
 
 def _obstacle(model: nn.Module) -> str:
     """Why a model's token can't be captured, or an empty string."""
+    mixers = [block.mixer for block in model.backbone.layers]
+    return part_obstacle(model, mixers, KNOWN_MODULES)
+
+
+def part_obstacle(model: nn.Module, mixers: list[nn.Module], known: tuple[str, ...]) -> str:
+    """Why a model of these mixers can't be captured, or an empty string.
+
+    Args:
+        known: how the paths of modules begin whose code is known to start kernels alone.
+    """
     for name, module in model.named_modules():
         kind = type(module)
-        if not f"{kind.__module__}.".startswith(_KNOWN_MODULES):
+        if not f"{kind.__module__}.".startswith(known):
             return f"{name or 'the model'} is a {kind.__name__} of {kind.__module__}"
-    for block in model.backbone.layers:
-        if type(block.mixer) not in (SSDMixer, S6Mixer):
-            return f"its mixer is a {type(block.mixer).__name__}"
-    dtype = model.backbone.layers[0].mixer.conv1d.weight.dtype
+    for mixer in mixers:
+        if type(mixer) not in (SSDMixer, S6Mixer):
+            return f"its mixer is a {type(mixer).__name__}"
+    weight = mixers[0].conv1d.weight
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if type(tensor) not in (nn.Parameter, Tensor) or tensor.dtype not in _DTYPES:
-            return f"{name} is a {type(tensor).__name__} of {tensor.dtype}"
-        if not tensor.is_cuda or tensor.device != model.lm_head.weight.device:
+        if isinstance(tensor, nn.Parameter) or tensor.is_floating_point():
+            if type(tensor) not in (nn.Parameter, Tensor) or tensor.dtype not in _DTYPES:
+                return f"{name} is a {type(tensor).__name__} of {tensor.dtype}"
+            if tensor.dtype not in (weight.dtype, torch.float32):
+                return f"{name} is {tensor.dtype}, others are {weight.dtype}"
+        if not tensor.is_cuda or tensor.device != weight.device:
             return f"{name} is on {tensor.device}"
-        if tensor.dtype not in (dtype, torch.float32):
-            return f"{name} is {tensor.dtype}, others are {dtype}"
     return ""

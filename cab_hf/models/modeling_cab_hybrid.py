@@ -4,31 +4,22 @@ No family is known here. A mixer is called, and answers, as the attention module
 Shape legend: `b` batch, `t` token, `d` width.
 """
 
-import inspect
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.cache_utils import (
-    Cache,
-    DynamicLayer,
-    EncoderDecoderCache,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-    QuantizedLayer,
-    StaticLayer,
-)
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
 from .configuration_cab_hybrid import CABHybridConfig
-from .mixers import BIDIRECTIONAL_MIXERS, MIXERS, BidirectionalProjections, SSMProjections, StateSpaceBranch
+from .hybrid_decoding import with_captured_tokens
+from .mixer_adapter import HandedOver, MixerAdapter, again_with_the_same, current, handing_over, parameters_of
+from .mixers import BidirectionalProjections, SSMProjections, StateSpaceBranch
 from .students import MixerPreTrainedModel, body_of, positions_from_documents
 
 
@@ -38,175 +29,6 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_cab_hybrid.CABHybridForCausalLM",
     "AutoModelForSequenceClassification": "modeling_cab_hybrid.CABHybridForSequenceClassification",
 }
-
-
-class HandedOver(NamedTuple):
-    """What one forward pass gives to all of its mixers.
-
-    Attributes:
-        attention_mask: `(b, past + t)`, zero at padding.
-        seq_idx: `(b, t)`, index of each token's document.
-        show: called with a mixer's path and projections.
-        with_gradients: whether the pass as a whole is recorded for a backward pass.
-        outer: what held before, outside of the part that runs.
-    """
-
-    attention_mask: torch.Tensor | None = None
-    seq_idx: torch.Tensor | None = None
-    show: Callable[[str, SSMProjections | BidirectionalProjections], None] | None = None
-    with_gradients: bool = False
-    outer: "HandedOver | None" = None
-
-
-class _Pass(threading.local):
-    """What this thread's forward pass is handed.
-
-    A pass belongs to a thread and ends: nothing of it may stay in a module, where copies and later passes would find
-    it. `torch.compile` follows a `threading.local` into one graph, and no `ContextVar`.
-    """
-
-    given: HandedOver = HandedOver()
-
-
-_pass = _Pass()
-
-
-@contextmanager
-def handing_over(given: HandedOver) -> Iterator[None]:
-    before = _pass.given
-    _pass.given = given
-    try:
-        yield
-    finally:
-        _pass.given = before
-
-
-def _again_with_the_same(checkpointed: Callable) -> Callable:
-    """A checkpointing function whose second pass, in the backward pass, gets what the first one was handed."""
-
-    def run(block: Callable, *args: Any, **kwargs: Any) -> Any:
-        given, passes = _pass.given, []
-
-        def pass_over(*inputs: Any, **named: Any) -> Any:
-            passes.append(None)
-            with handing_over(given if len(passes) == 1 else given._replace(show=None)):
-                return block(*inputs, **named)
-
-        return checkpointed(pass_over, *args, **kwargs)
-
-    return run
-
-
-class MixerCacheLayer(LinearAttentionAndFullAttentionLayer):
-    """A mixer's states in a model's own cache. It counts tokens: models ask it for positions and sizes of masks."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen_tokens = 0
-
-    def get_seq_length(self) -> int:
-        return self.seen_tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen_tokens + query_length, 0
-
-    def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-        self.seen_tokens = 0
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-
-    def activate_past_recording(self) -> None:
-        raise ValueError(_NO_WAY_BACK)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError(_NO_WAY_BACK)
-
-
-_NO_WAY_BACK = (
-    "The cache is to be cropped (assisted decoding), but a mixer's state can't be rolled back. Generate without an "
-    "assistant; a hybrid can't draft for a model either."
-)
-
-
-class MixerAdapter(nn.Module):
-    """A mixer that is called, and answers, as the attention module in whose place it stands.
-
-    Args:
-        config: of the whole model.
-        path: of the attention module inside the body.
-        attention: that module; parents may read its plain attributes.
-    """
-
-    def __init__(self, config: CABHybridConfig, path: str, attention: nn.Module):
-        super().__init__()
-        settings, sizes = config.settings(path), config.mixer_config(path)
-        self.path = path
-        self.causal = settings["causal"]
-        self.cache_layer = settings["cache_layer"]
-        self.argument = settings.get("argument")
-        self.returned = settings.get("returned", 0)
-        mixers = MIXERS if self.causal else BIDIRECTIONAL_MIXERS
-        self.mixer = mixers[sizes.mixer_type](sizes, self.cache_layer)
-        width = settings.get("output_size")
-        if width is None:
-            self.mixer.out_proj = nn.Identity()  # the parent has it, and keeps it
-        elif width != sizes.hidden_size:
-            self.mixer.out_proj = nn.Linear(sizes.mixer_width, width, bias=sizes.use_bias)
-        for name, value in vars(attention).items():  # is_sliding, layer_idx, ...
-            if not name.startswith("_") and name not in vars(self):
-                setattr(self, name, value)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes what the attention module takes; reads of it the hidden states `(b, t, d)` and the cache.
-
-        Raises:
-            ValueError: a cache that is static or quantised, or projections asked for under reentrant checkpointing.
-        """
-        hidden_states = args[0] if args and self.argument is None else kwargs[self.argument or "hidden_states"]
-        given, length = _pass.given, hidden_states.shape[1]
-        rows = {"attention_mask": self._fitting(given.attention_mask, hidden_states)}
-        rows["seq_idx"] = self._fitting(given.seq_idx, hidden_states)
-        cache = None
-        if self.causal:
-            cache = next((value for value in (*args[1:], *kwargs.values()) if isinstance(value, Cache)), None)
-            cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-            rows["cache"] = cache
-        if cache is not None:
-            self._claim_layer(cache)
-        output, projections = self.mixer(hidden_states, output_projections=given.show is not None, **rows)
-        if cache is not None:
-            cache.layers[self.cache_layer].seen_tokens += length
-        if given.show is not None:
-            if given.with_gradients and not torch.is_grad_enabled():
-                raise ValueError(
-                    "The projections have no gradient under reentrant checkpointing: pass "
-                    "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
-                )
-            given.show(self.path, projections)
-        return output if self.returned == 0 else (output, *(None,) * (self.returned - 1))
-
-    @staticmethod
-    def _fitting(rows: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """The part of `(b, past + t)` that is of these tokens `(b, t)`; None for other tokens, as a router's."""
-        if rows is None or rows.shape[0] != hidden_states.shape[0] or rows.shape[1] < hidden_states.shape[1]:
-            return None
-        return rows[:, -hidden_states.shape[1] :]
-
-    def _claim_layer(self, cache: Cache) -> None:
-        """Puts a layer for the mixer's states into the cache. `layer_types`, which models index, can't say so."""
-        layers, index = cache.layers, self.cache_layer
-        while len(layers) <= index:
-            layers.append(DynamicLayer())
-        if isinstance(layers[index], MixerCacheLayer):
-            return
-        if getattr(cache, "offloading", False) or isinstance(layers[index], StaticLayer | QuantizedLayer):
-            raise ValueError(
-                f"The {type(cache).__name__} has a {type(layers[index]).__name__} for {self.path}, but a hybrid needs "
-                "a DynamicCache that stays in place: leave `cache_implementation` out."
-            )
-        layers[index] = MixerCacheLayer()
 
 
 class CABHybridPreTrainedModel(MixerPreTrainedModel):
@@ -292,7 +114,7 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
         for part in self.inner.modules():
             if not isinstance(part, PreTrainedModel):
                 continue
-            _parameters(type(part))  # before a compiler looks on
+            parameters_of(type(part))  # before a compiler looks on
             if _hand_mask_over not in part._forward_pre_hooks.values():
                 part.register_forward_pre_hook(_hand_mask_over, with_kwargs=True)
                 part.register_forward_hook(_take_mask_back, always_call=True)
@@ -300,7 +122,7 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
-        super()._set_gradient_checkpointing(enable, _again_with_the_same(gradient_checkpointing_func), **kwargs)
+        super()._set_gradient_checkpointing(enable, again_with_the_same(gradient_checkpointing_func), **kwargs)
 
     def initialize_weights(self) -> None:
         """As in transformers, where each inner model starts its own modules: none of them knows a mixer."""
@@ -376,7 +198,7 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
         projections_callback: Callable[[int, SSMProjections], None] | None = None,
     ) -> ModelOutput | tuple:
         given = {name: value for name, value in given.items() if value is not None}
-        accepted = _parameters(type(part))
+        accepted = parameters_of(type(part))
         positions, cache = given.get("position_ids"), given.get("past_key_values")
         free = given.get("attention_mask") is None and cache is None and not given.get("use_cache")
         if seq_idx is None and free and positions is not None and positions.shape[-1] > 1:
@@ -400,7 +222,8 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
                 shown.append(projections)
 
         wanted = show if output_projections or projections_callback is not None else None
-        with handing_over(HandedOver(None, seq_idx, wanted, torch.is_grad_enabled())):
+        given_over = HandedOver(None, seq_idx, wanted, torch.is_grad_enabled(), generation=current.given.generation)
+        with handing_over(given_over):
             output = part(**given)
         if output_projections and isinstance(output, ModelOutput):
             output["projections"] = tuple(shown)
@@ -426,27 +249,17 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
 
 def _hand_mask_over(part: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before a part's forward pass: its 2-D mask, if any, is that of its mixers; others say nothing of padding."""
-    names = _parameters(type(part))[1:]
+    names = parameters_of(type(part))[1:]
     place = names.index("attention_mask") if "attention_mask" in names else len(args)
     mask = args[place] if place < len(args) else kwargs.get("attention_mask")
-    given = _pass.given
+    given = current.given
     if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
         given = given._replace(attention_mask=mask)
-    _pass.given = given._replace(outer=_pass.given)
+    current.given = given._replace(outer=current.given)
 
 
 def _take_mask_back(part: PreTrainedModel, args: tuple, output: Any) -> None:
-    _pass.given = _pass.given.outer
-
-
-_PARAMETERS: dict[type[PreTrainedModel], tuple[str, ...]] = {}
-
-
-def _parameters(owner: type[PreTrainedModel]) -> tuple[str, ...]:
-    """Names of what the forward pass of a class takes."""
-    if owner not in _PARAMETERS:
-        _PARAMETERS[owner] = tuple(inspect.signature(owner.forward).parameters)
-    return _PARAMETERS[owner]
+    current.given = current.given.outer
 
 
 class CABHybridModel(CABHybridPreTrainedModel):
@@ -465,6 +278,10 @@ class CABHybridForCausalLM(CABHybridPreTrainedModel, GenerationMixin):
 
     auto_class = AutoModelForCausalLM
 
+    def _put_inside(self, inner: PreTrainedModel) -> None:
+        super()._put_inside(inner)
+        with_captured_tokens(inner)
+
     @property
     def generation_config(self) -> GenerationConfig | None:
         """The teacher's class generates, by its own."""
@@ -476,9 +293,12 @@ class CABHybridForCausalLM(CABHybridPreTrainedModel, GenerationMixin):
         if self._inner_name in self._modules:
             self.inner.generation_config = value
 
-    def generate(self, *args, **kwargs):
-        """As the teacher's class."""
-        return self.inner.generate(*args, **kwargs)
+    def generate(self, *args, cache_implementation: str | None = None, **kwargs):
+        """As the teacher's class. A captured token has a static cache of its own, so that it need not be asked for."""
+        if cache_implementation not in (None, "static"):
+            kwargs["cache_implementation"] = cache_implementation
+        with handing_over(current.given._replace(generation=object())):
+            return self.inner.generate(*args, **kwargs)
 
 
 class CABHybridForSequenceClassification(CABHybridPreTrainedModel):

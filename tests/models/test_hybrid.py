@@ -17,7 +17,7 @@ from cab_hf.models import (
     CABHybridForSequenceClassification,
     CABHybridModel,
 )
-from cab_hf.models.modeling_cab_hybrid import MixerAdapter
+from cab_hf.models.mixer_adapter import MixerAdapter
 from cab_hf.transfer.hybrid import hybrid_from_teacher
 
 

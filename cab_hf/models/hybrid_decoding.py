@@ -1,0 +1,351 @@
+"""One token of a hybrid as a CUDA graph: its own class, captured on a cache that stays in place.
+
+No family is known here. A graph has keys, values and states of its own. A cache moves into them with its first token,
+and holds views of them from then on; when another cache comes, it gets copies back. A graph is used once it has given
+what the eager pass gives, at another position than it was captured at.
+
+Shape legend: `b` batch, `d` width, `V` vocabulary.
+"""
+
+import copy
+import functools
+import weakref
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.utils import ModelOutput
+
+from .decoding import KNOWN_MODULES, Graph, ModelSteps, may_capture, mixed, part_obstacle, project, steps_of
+from .mixer_adapter import HandedOver, MixerAdapter, MixerCacheLayer, current, handing_over, parameters_of
+
+
+LEAST_ROOM = 256
+"""Tokens that the smallest graph has room for; larger ones have half as much more, or twice as much."""
+
+_TOLERANCE = 0.05  # of the largest logit
+_TOLERANCES = {torch.float32: 5e-3}  # whose products may be rounded to tf32
+_FLAGS = {"use_cache": bool, "return_dict": bool, "logits_to_keep": int}
+_IMPLEMENTATIONS = ("sdpa", "eager")  # of attention; others read no mask of a static cache
+_unchanged: "weakref.WeakKeyDictionary[nn.Module, object]" = weakref.WeakKeyDictionary()
+
+
+def with_captured_tokens(inner: PreTrainedModel) -> None:
+    """Lets the model inside a hybrid, which `generate` calls, decode by graphs where it can."""
+    inner.forward = functools.update_wrapper(functools.partial(_forward, inner), inner.forward)
+
+
+def _forward(inner: PreTrainedModel, *args: Any, **kwargs: Any) -> ModelOutput | tuple:
+    if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or inner.training):
+        output = _one_token(inner, args, kwargs, current.given)
+        if output is not None:
+            return output
+    return type(inner).forward(inner, *args, **kwargs)
+
+
+def _one_token(inner: PreTrainedModel, args: tuple, kwargs: dict[str, Any], given: HandedOver) -> ModelOutput | None:
+    """The output for one token a row, which the cache takes in; None where the model must run eagerly."""
+    if given.step is not None or given.show is not None or given.seq_idx is not None or not may_capture(inner):
+        return None
+    inputs = dict(zip(parameters_of(type(inner))[1:], args)) | kwargs
+    token = read_token(inner, {name: value for name, value in inputs.items() if value is not None})
+    if token is None or not is_captured_on(token.ids.device):
+        return None
+    goes_on = given.generation is not None and _unchanged.get(inner) is given.generation
+    steps = steps_of(inner, hybrid_obstacle, goes_on)
+    _unchanged[inner] = given.generation
+    if steps.obstacle:
+        return None
+    size = (len(token.ids), room_for(token.past + 1))
+    if size not in steps.steps:
+        return _proven(inner, steps, size, token)
+    with steps.alone(token.ids.device):
+        step = steps.steps.get(size)
+        if step is None or not (step.holds(token) or step.fits(token.cache)):
+            return None
+        steps.steps.move_to_end(size)
+        return step(token)
+
+
+def is_captured_on(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+def _proven(inner: PreTrainedModel, steps: ModelSteps, size: tuple[int, int], token: "Token") -> ModelOutput:
+    """The eager output. A step of this size is there afterwards, if it gives the same."""
+    before, (rows, room) = _copied(token.cache), size
+    output = type(inner).forward(inner, **token.inputs)
+    more = [name for name, value in output.items() if value is not None and name not in ("logits", token.cache_name)]
+    if more:
+        steps.refuse(f"the model gives {', '.join(more)}, too")
+        return output
+    described = f"{rows} row(s) of up to {room} tokens"
+    device, wanted = token.ids.device, output.logits[:, -1:].float()
+    with steps.alone(device):
+        step = steps.step(size, described, lambda: HybridStep(inner, token, room, type(output)), device)
+        if step is not None:
+            error = (step(token._replace(cache=before)).logits.float() - wanted).abs().max() / wanted.abs().max()
+            if not error <= _TOLERANCES.get(inner.dtype, _TOLERANCE):
+                steps.refuse(f"the captured step is {error:.2g} of the largest logit away from the eager one")
+    return output
+
+
+class Token(NamedTuple):
+    """What a model is given for one token a row.
+
+    Attributes:
+        ids: `(b, 1)`.
+        mask: `(b, past + 1)`, zero at padding.
+        positions: `(b, 1)` or `(1, 1)`.
+        past: tokens that the cache has read.
+        cache_name: by which the model takes the cache.
+        inputs: all of it.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
+    past: int
+    cache: DynamicCache
+    cache_name: str
+    inputs: dict[str, Any]
+
+
+def read_token(inner: PreTrainedModel, inputs: dict[str, Any]) -> Token | None:
+    """The one token a row that a model is asked to read behind a cache, if it is asked for nothing else."""
+    rest = dict(inputs)
+    ids, mask, positions = (rest.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids"))
+    caches = [name for name, value in rest.items() if isinstance(value, Cache)]
+    if ids is None or ids.shape[1:] != (1,) or len(caches) != 1:
+        return None
+    cache = rest.pop(caches[0])
+    past = _tokens_read(cache)
+    if not past or not all(value is False or isinstance(value, _FLAGS.get(name, ())) for name, value in rest.items()):
+        return None
+    if rest.get("use_cache") is False or rest.get("return_dict") is False:
+        return None
+    if getattr(inner.config, "output_attentions", False) or getattr(inner.config, "output_hidden_states", False):
+        return None
+    if mask is not None and (mask.shape != (len(ids), past + 1) or positions is None):
+        return None  # models count positions in a mask, each in its own way
+    if positions is not None and positions.shape not in ((len(ids), 1), (1, 1)):
+        return None
+    return Token(ids, mask, positions, past, cache, caches[0], inputs)
+
+
+def _tokens_read(cache: Cache) -> int:
+    """Tokens that a cache has read, if it is such as a step can take in; else 0."""
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return 0
+    lengths = set()
+    for layer in cache.layers:
+        if type(layer) is MixerCacheLayer:
+            is_whole = not layer.record_past and layer.recurrent_states[0] is not None
+        elif type(layer) is DynamicSlidingWindowLayer:
+            is_whole = not layer.record_past and layer.is_initialized
+        else:
+            is_whole = type(layer) is DynamicLayer and layer.is_initialized
+        lengths.add(layer.get_seq_length() if is_whole else 0)
+    return lengths.pop() if len(lengths) == 1 else 0
+
+
+def room_for(tokens: int) -> int:
+    """Tokens that a graph has room for: `LEAST_ROOM` times a power of two, or one and a half of it.
+
+    Example:
+        >>> from cab_hf.models.hybrid_decoding import room_for
+        >>> [room_for(tokens) for tokens in (1, 257, 400, 32000)]
+        [256, 384, 512, 32768]
+    """
+    room = LEAST_ROOM
+    while room < tokens:
+        if 3 * room // 2 >= tokens:
+            return 3 * room // 2
+        room *= 2
+    return room
+
+
+def hybrid_obstacle(inner: PreTrainedModel) -> str:
+    """Why a hybrid's token can't be captured, or an empty string."""
+    if not inner._can_compile_fullgraph:
+        return f"transformers compiles no {type(inner).__name__}"
+    if inner.config._attn_implementation not in _IMPLEMENTATIONS:
+        return f"its attention is {inner.config._attn_implementation!r}, not one of {', '.join(_IMPLEMENTATIONS)}"
+    mixers = [adapter.mixer for adapter in inner.modules() if isinstance(adapter, MixerAdapter)]
+    return part_obstacle(inner, mixers, (*KNOWN_MODULES, "transformers."))
+
+
+class _MixerRoom(MixerCacheLayer):
+    """A mixer's states in a graph. How many tokens were read is a tensor there."""
+
+    def __init__(self, layer: MixerCacheLayer, length: Tensor, room: int):
+        super().__init__()
+        self.length, self.room = length, room
+        for name in ("conv_states", "recurrent_states"):
+            state = torch.zeros_like(getattr(layer, name)[0], memory_format=torch.contiguous_format)
+            setattr(self, name, {0: state})
+
+    def get_seq_length(self) -> Tensor:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.room, 0
+
+
+class _WindowRoom(StaticLayer):
+    """Keys and values of a sliding window in a graph, each at its place in the row: the mask cuts the window out."""
+
+    is_sliding = True
+
+
+class HybridStep:
+    """A captured token of one batch size, with room for a number of tokens, and the cache that lives in it."""
+
+    def __init__(self, inner: PreTrainedModel, token: Token, room: int, output_type: type[ModelOutput]):
+        rows, device = len(token.ids), token.ids.device
+        self.output_type, self.room = output_type, room
+        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.mask = torch.zeros(rows, room, dtype=torch.bool, device=device)  # of no token that is not there yet
+        self.real = torch.zeros(rows, dtype=torch.int8, device=device)  # while zero, no state changes
+        self.length = torch.zeros((), dtype=torch.long, device=device)
+        self.layers = [self._room(layer) for layer in token.cache.layers]
+        self.mixers = [index for index, layer in enumerate(self.layers) if isinstance(layer, _MixerRoom)]
+        self.places = {index: place for place, index in enumerate(self.mixers)}
+        states = [self.layers[index] for index in self.mixers]
+        states = [state.data_ptr() for one in states for state in (one.conv_states[0], one.recurrent_states[0])]
+        self.table = torch.tensor(states, device=device)
+        self.guests: list[weakref.ref] = []
+        self.views: list[tuple[Tensor, Tensor]] = []
+        self.past = 0
+        given = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
+        given |= {token.cache_name: Cache(layers=self.layers), "use_cache": True}
+        given = {name: value for name, value in given.items() if name in parameters_of(type(inner))}
+        self.graph = Graph(lambda: self.run(inner, given), device)
+
+    def _room(self, layer: DynamicLayer | MixerCacheLayer) -> StaticLayer | _MixerRoom:
+        if isinstance(layer, MixerCacheLayer):
+            return _MixerRoom(layer, self.length, self.room)
+        room = (_WindowRoom if layer.is_sliding else StaticLayer)(self.room)
+        room.lazy_initialization(layer.keys, layer.values)
+        return room
+
+    def run(self, inner: PreTrainedModel, given: dict[str, Any]) -> Tensor:
+        """Logits `(b, 1, V)` of the token in `ids`, which the layers take in."""
+        with handing_over(HandedOver(step=self.mix)):
+            logits = type(inner).forward(inner, **given).logits
+        self.length.add_(1)
+        return logits[:, -1:]
+
+    def mix(self, adapter: MixerAdapter, hidden_states: Tensor) -> Tensor:
+        """A mixer's output `(b, 1, d)` for hidden states of the same shape."""
+        mixer = adapter.mixer
+        stream = project(mixer.in_proj, hidden_states[:, 0])
+        output = mixed(mixer, stream, self.table, self.real, self.places[adapter.cache_layer])
+        output = output if isinstance(mixer.out_proj, nn.Identity) else project(mixer.out_proj, output)
+        return output[:, None]
+
+    def holds(self, token: Token) -> bool:
+        """Whether a token's cache lives here, and nobody else has touched it."""
+        layers = token.cache.layers
+        return token.past == self.past and len(layers) == len(self.views) and all(map(_is_shown, layers, self.views))
+
+    def fits(self, cache: DynamicCache) -> bool:
+        """Whether there is a place for each of a cache's layers."""
+        return len(cache.layers) == len(self.layers) and all(
+            isinstance(layer, MixerCacheLayer) == isinstance(room, _MixerRoom)
+            and layer.is_sliding == room.is_sliding
+            and all(map(_is_alike, _tensors(layer), _tensors(room)))
+            for layer, room in zip(cache.layers, self.layers)
+        )
+
+    def __call__(self, token: Token) -> ModelOutput:
+        self.graph.follow()
+        if not self.holds(token):
+            self._take_in(token)
+        self.ids.copy_(token.ids)
+        if token.positions is None:
+            self.positions.fill_(self.past)
+        else:
+            self.positions.copy_(token.positions.expand_as(self.positions))
+        if token.mask is not None:
+            self.mask[:, : self.past + 1].copy_(token.mask)
+            self.real.copy_(self.mask[:, self.past])
+        else:
+            self.mask[:, : self.past + 1].fill_(True)
+            self.real.fill_(1)
+        logits = self.graph.replay().clone()
+        self.past += 1
+        self._show(token.cache)
+        return self.output_type(logits=logits, **{token.cache_name: token.cache})
+
+    def _take_in(self, token: Token) -> None:
+        self._let_go(token.cache)
+        self.past = token.past
+        self.mask.zero_()
+        self.length.fill_(token.past)
+        for layer, room in zip(token.cache.layers, self.layers):
+            if not isinstance(layer, MixerCacheLayer):
+                room.cumulative_length.fill_(token.past)
+            for held, place in zip(_tensors(layer), _tensors(room)):
+                if not isinstance(layer, MixerCacheLayer):
+                    place = place[:, :, token.past - held.shape[2] : token.past]
+                place.copy_(held)
+            if isinstance(layer, MixerCacheLayer):
+                layer.conv_states[0], layer.recurrent_states[0] = _tensors(room)
+        self.guests = [weakref.ref(layer) for layer in token.cache.layers]
+
+    def _show(self, cache: DynamicCache) -> None:
+        """Lets a cache see what its layers hold now."""
+        self.views = []
+        for layer, room in zip(cache.layers, self.layers):
+            if isinstance(layer, MixerCacheLayer):
+                layer.seen_tokens = self.past
+            else:
+                first = max(self.past - layer.sliding_window + 1, 0) if layer.is_sliding else 0
+                layer.keys, layer.values = room.keys[:, :, first : self.past], room.values[:, :, first : self.past]
+                if layer.is_sliding:
+                    layer.cumulative_length = self.past
+            self.views.append(_tensors(layer))
+
+    def _let_go(self, cache: DynamicCache) -> None:
+        """Gives the cache that lives here copies of what it holds, if it is not the one that comes."""
+        for guest, layer, views in zip(self.guests, cache.layers, self.views):
+            held = guest()
+            if held is None or held is layer or not _is_shown(held, views):
+                continue
+            first, second = (view.clone() for view in views)
+            if isinstance(held, MixerCacheLayer):
+                held.conv_states[0], held.recurrent_states[0] = first, second
+            else:
+                held.keys, held.values = first, second
+
+
+def _tensors(layer: DynamicLayer | StaticLayer | MixerCacheLayer) -> tuple[Tensor, Tensor]:
+    if isinstance(layer, MixerCacheLayer):
+        return layer.conv_states[0], layer.recurrent_states[0]
+    return layer.keys, layer.values
+
+
+def _is_shown(layer: DynamicLayer | MixerCacheLayer, views: tuple[Tensor, Tensor]) -> bool:
+    """Whether a layer still holds what a step showed it."""
+    return all(map(is_, _tensors(layer), views))
+
+
+def _is_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are of one kind; keys and values `(b, heads, tokens, width)` may be of other lengths."""
+    ours, theirs = ([*each.shape[:2], *each.shape[3:]] if each.ndim == 4 else each.shape for each in (one, other))
+    return list(ours) == list(theirs) and one.dtype == other.dtype and one.device == other.device
+
+
+def _copied(cache: DynamicCache) -> DynamicCache:
+    """A cache that the next pass over the other leaves alone: that replaces keys and values, and changes states."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in twin.layers:
+        if isinstance(layer, MixerCacheLayer):
+            layer.conv_states, layer.recurrent_states = ({0: state.clone()} for state in _tensors(layer))
+    return twin

@@ -1,0 +1,214 @@
+"""A mixer in an attention module's place: what a pass hands to it, its layer of the model's own cache, and its call.
+
+Shape legend: `b` batch, `t` token, `d` width.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    EncoderDecoderCache,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+    QuantizedLayer,
+    StaticLayer,
+)
+
+from .configuration_cab_hybrid import CABHybridConfig
+from .mixers import BIDIRECTIONAL_MIXERS, MIXERS, BidirectionalProjections, SSMProjections
+
+
+class HandedOver(NamedTuple):
+    """What one forward pass gives to all of its mixers.
+
+    Attributes:
+        attention_mask: `(b, past + t)`, zero at padding.
+        seq_idx: `(b, t)`, index of each token's document.
+        show: called with a mixer's path and projections.
+        with_gradients: whether the pass as a whole is recorded for a backward pass.
+        outer: what held before, outside of the part that runs.
+        step: makes a mixer's output `(b, 1, d)` of one token in a captured step.
+        generation: of one call of `generate`, in which the model stays as it is.
+    """
+
+    attention_mask: torch.Tensor | None = None
+    seq_idx: torch.Tensor | None = None
+    show: Callable[[str, SSMProjections | BidirectionalProjections], None] | None = None
+    with_gradients: bool = False
+    outer: "HandedOver | None" = None
+    step: "Callable[[MixerAdapter, torch.Tensor], torch.Tensor] | None" = None
+    generation: object = None
+
+
+class _Pass(threading.local):
+    """What this thread's forward pass is handed.
+
+    A pass belongs to a thread and ends: nothing of it may stay in a module, where copies and later passes would find
+    it. `torch.compile` follows a `threading.local` into one graph, and no `ContextVar`.
+    """
+
+    given: HandedOver = HandedOver()
+
+
+current = _Pass()
+
+
+@contextmanager
+def handing_over(given: HandedOver) -> Iterator[None]:
+    before = current.given
+    current.given = given
+    try:
+        yield
+    finally:
+        current.given = before
+
+
+def again_with_the_same(checkpointed: Callable) -> Callable:
+    """A checkpointing function whose second pass, in the backward pass, gets what the first one was handed."""
+
+    def run(block: Callable, *args: Any, **kwargs: Any) -> Any:
+        given, passes = current.given, []
+
+        def pass_over(*inputs: Any, **named: Any) -> Any:
+            passes.append(None)
+            with handing_over(given if len(passes) == 1 else given._replace(show=None)):
+                return block(*inputs, **named)
+
+        return checkpointed(pass_over, *args, **kwargs)
+
+    return run
+
+
+class MixerCacheLayer(LinearAttentionAndFullAttentionLayer):
+    """A mixer's states in a model's own cache. It counts tokens: models ask it for positions and sizes of masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen_tokens = 0
+
+    def get_seq_length(self) -> int:
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen_tokens + query_length, 0
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        self.seen_tokens = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+
+    def activate_past_recording(self) -> None:
+        raise ValueError(_NO_WAY_BACK)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(_NO_WAY_BACK)
+
+
+_NO_WAY_BACK = (
+    "The cache is to be cropped (assisted decoding), but a mixer's state can't be rolled back. Generate without an "
+    "assistant; a hybrid can't draft for a model either."
+)
+
+
+class MixerAdapter(nn.Module):
+    """A mixer that is called, and answers, as the attention module in whose place it stands.
+
+    Args:
+        config: of the whole model.
+        path: of the attention module inside the body.
+        attention: that module; parents may read its plain attributes.
+    """
+
+    def __init__(self, config: CABHybridConfig, path: str, attention: nn.Module):
+        super().__init__()
+        settings, sizes = config.settings(path), config.mixer_config(path)
+        self.path = path
+        self.causal = settings["causal"]
+        self.cache_layer = settings["cache_layer"]
+        self.argument = settings.get("argument")
+        self.returned = settings.get("returned", 0)
+        mixers = MIXERS if self.causal else BIDIRECTIONAL_MIXERS
+        self.mixer = mixers[sizes.mixer_type](sizes, self.cache_layer)
+        width = settings.get("output_size")
+        if width is None:
+            self.mixer.out_proj = nn.Identity()  # the parent has it, and keeps it
+        elif width != sizes.hidden_size:
+            self.mixer.out_proj = nn.Linear(sizes.mixer_width, width, bias=sizes.use_bias)
+        for name, value in vars(attention).items():  # is_sliding, layer_idx, ...
+            if not name.startswith("_") and name not in vars(self):
+                setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes what the attention module takes; reads of it the hidden states `(b, t, d)` and the cache.
+
+        Raises:
+            ValueError: a cache that is static or quantised, or projections asked for under reentrant checkpointing.
+        """
+        hidden_states = args[0] if args and self.argument is None else kwargs[self.argument or "hidden_states"]
+        given, length = current.given, hidden_states.shape[1]
+        if given.step is not None:
+            return self._answer(given.step(self, hidden_states))
+        rows = {"attention_mask": self._fitting(given.attention_mask, hidden_states)}
+        rows["seq_idx"] = self._fitting(given.seq_idx, hidden_states)
+        cache = None
+        if self.causal:
+            cache = next((value for value in (*args[1:], *kwargs.values()) if isinstance(value, Cache)), None)
+            cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+            rows["cache"] = cache
+        if cache is not None:
+            self._claim_layer(cache)
+        output, projections = self.mixer(hidden_states, output_projections=given.show is not None, **rows)
+        if cache is not None:
+            cache.layers[self.cache_layer].seen_tokens += length
+        if given.show is not None:
+            if given.with_gradients and not torch.is_grad_enabled():
+                raise ValueError(
+                    "The projections have no gradient under reentrant checkpointing: pass "
+                    "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
+                )
+            given.show(self.path, projections)
+        return self._answer(output)
+
+    def _answer(self, output: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
+        return output if self.returned == 0 else (output, *(None,) * (self.returned - 1))
+
+    @staticmethod
+    def _fitting(rows: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """The part of `(b, past + t)` that is of these tokens `(b, t)`; None for other tokens, as a router's."""
+        if rows is None or rows.shape[0] != hidden_states.shape[0] or rows.shape[1] < hidden_states.shape[1]:
+            return None
+        return rows[:, -hidden_states.shape[1] :]
+
+    def _claim_layer(self, cache: Cache) -> None:
+        """Puts a layer for the mixer's states into the cache. `layer_types`, which models index, can't say so."""
+        layers, index = cache.layers, self.cache_layer
+        while len(layers) <= index:
+            layers.append(DynamicLayer())
+        if isinstance(layers[index], MixerCacheLayer):
+            return
+        if getattr(cache, "offloading", False) or isinstance(layers[index], StaticLayer | QuantizedLayer):
+            raise ValueError(
+                f"The {type(cache).__name__} has a {type(layers[index]).__name__} for {self.path}, but a hybrid needs "
+                "a DynamicCache that stays in place: leave `cache_implementation` out."
+            )
+        layers[index] = MixerCacheLayer()
+
+
+_PARAMETERS: dict[type[PreTrainedModel], tuple[str, ...]] = {}
+
+
+def parameters_of(owner: type[PreTrainedModel]) -> tuple[str, ...]:
+    """Names of what the forward pass of a class takes."""
+    if owner not in _PARAMETERS:
+        _PARAMETERS[owner] = tuple(inspect.signature(owner.forward).parameters)
+    return _PARAMETERS[owner]
