@@ -21,6 +21,7 @@ WIDEST_NORM = 2048
 NORMS = {nn.RMSNorm: 1, nn.LayerNorm: 2}
 _PROGRAMS = 132  # an H100's multiprocessors; a smaller GPU runs two rounds
 _ELEMENTS = 16384  # weights that a program holds in registers
+_ROW_COLUMNS, _ROW_FEATURES, _ROW_WARPS = 512, 16, 4  # of a program that multiplies 16 rows
 
 
 if triton is not None:
@@ -93,6 +94,82 @@ if triton is not None:
         if residual is not None:
             total += tl.load(residual + feature, mask=is_feature, other=0.0).to(tl.float32)
         tl.store(out + feature, total, mask=is_feature)
+
+    @triton.jit
+    def _rows_kernel(
+        x,  # (b, WIDTH), rows `of_row` apart
+        weight,  # (OUT, WIDTH), contiguous
+        gate_weight,  # the same, or nothing
+        bias,  # (OUT,) or nothing
+        norm,  # (WIDTH,) or nothing
+        norm_bias,  # (WIDTH,) or nothing
+        residual,  # (b, OUT), contiguous, or nothing
+        out,  # (b, OUT), made
+        rows,
+        of_row,
+        eps,
+        WIDTH: tl.constexpr,
+        OUT: tl.constexpr,
+        NORM: tl.constexpr,
+        ROWS: tl.constexpr,
+        FEATURES: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        is_feature, is_row = feature < OUT, row < rows
+        of_rows = row[:, None].to(tl.int64) * of_row
+        if NORM:
+            mean = tl.zeros((ROWS,), dtype=tl.float32)
+            if NORM == 2:
+                for start in tl.static_range(0, WIDTH, COLUMNS):
+                    column = start + tl.arange(0, COLUMNS)
+                    is_read = is_row[:, None] & (column < WIDTH)[None, :]
+                    read = tl.load(x + of_rows + column[None, :], mask=is_read, other=0.0)
+                    mean += tl.sum(read.to(norm.dtype.element_ty).to(tl.float32), axis=1)
+                mean /= WIDTH
+            square = tl.zeros((ROWS,), dtype=tl.float32)
+            for start in tl.static_range(0, WIDTH, COLUMNS):
+                column = start + tl.arange(0, COLUMNS)
+                is_read = is_row[:, None] & (column < WIDTH)[None, :]
+                read = tl.load(x + of_rows + column[None, :], mask=is_read, other=0.0)
+                read = tl.where(is_read, read.to(norm.dtype.element_ty).to(tl.float32) - mean[:, None], 0.0)
+                square += tl.sum(read * read, axis=1)
+            scale = tl.rsqrt(square / WIDTH + eps)
+        total = tl.zeros((ROWS, FEATURES), dtype=tl.float32)
+        gate_total = tl.zeros((ROWS, FEATURES), dtype=tl.float32)
+        for start in tl.static_range(0, WIDTH, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            is_column = column < WIDTH
+            is_weight = is_feature[:, None] & is_column[None, :]
+            place = feature[:, None].to(tl.int64) * WIDTH + column[None, :]
+            part = tl.load(weight + place, mask=is_weight, other=0.0)
+            if gate_weight is not None:
+                gate_part = tl.load(gate_weight + place, mask=is_weight, other=0.0)
+            read = tl.load(x + of_rows + column[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0)
+            if NORM:
+                read = read.to(norm.dtype.element_ty).to(tl.float32)
+                read = (read - mean[:, None]) * scale[:, None]
+                read *= tl.load(norm + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+                if norm_bias is not None:
+                    read += tl.load(norm_bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+                read = read.to(norm.dtype.element_ty)
+            read = read.to(weight.dtype.element_ty)
+            total = tl.dot(read, tl.trans(part), total)
+            if gate_weight is not None:
+                gate_total = tl.dot(read, tl.trans(gate_part), gate_total)
+        if bias is not None:
+            total += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[None, :]
+        # rounded where the modules round
+        total = total.to(weight.dtype.element_ty).to(tl.float32)
+        if gate_weight is not None:
+            gate_total = gate_total.to(weight.dtype.element_ty).to(tl.float32)
+            total *= _silu(gate_total).to(weight.dtype.element_ty).to(tl.float32)
+        to = row[:, None].to(tl.int64) * OUT + feature[None, :]
+        is_out = is_row[:, None] & is_feature[None, :]
+        if residual is not None:
+            total += tl.load(residual + to, mask=is_out, other=0.0).to(tl.float32)
+        tl.store(out + to, total, mask=is_out)
 
     @triton.jit
     def _norm_kernel(
@@ -301,35 +378,38 @@ def linear(
     """`residual + module(norm(x))`; with a gate `silu(gate(norm(x))) * module(norm(x))`. One kernel.
 
     Args:
-        x: `(1, width)`; with a norm of at most `WIDEST_NORM` columns.
+        x: `(b, width)`. One row with a norm has at most `WIDEST_NORM` columns; several have weights of 16 bits.
         module, gate: without quantised weights; the gate has no bias.
         norm: an `nn.RMSNorm` or `nn.LayerNorm`.
-        residual: `(1, out)`.
+        residual: `(b, out)`.
 
     Returns:
-        `(1, out)` in the weight's dtype, or the residual's.
+        `(b, out)` in the weight's dtype, or the residual's.
     """
-    width, weight, features = x.shape[1], module.weight, module.out_features
-    out = torch.empty(1, features, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
-    columns = min(_power(width), WIDEST_NORM)
-    most = max(_ELEMENTS // columns // (1 if gate is None else 2), 1)
-    block = max(min(_power(features // _PROGRAMS + 1) // 2, most), 1)
-    _linear_kernel[(triton.cdiv(features, block),)](
+    (rows, width), weight, features = x.shape, module.weight, module.out_features
+    out = torch.empty(rows, features, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
+    given = (
         x,
         weight,
         None if gate is None else gate.weight,
         module.bias,
         None if norm is None else norm.weight,
         getattr(norm, "bias", None),
-        residual,
+        None if residual is None else residual.contiguous(),
         out,
-        0.0 if norm is None else norm.eps,
-        WIDTH=width,
-        OUT=features,
-        NORM=0 if norm is None else NORMS[type(norm)],
-        FEATURES=block,
-        COLUMNS=columns,
     )
+    eps, kind = 0.0 if norm is None else norm.eps, 0 if norm is None else NORMS[type(norm)]
+    if rows > 1:
+        columns, block = min(_power(width), _ROW_COLUMNS), _ROW_FEATURES
+        grid = (triton.cdiv(features, block), triton.cdiv(rows, 16))
+        sizes = {"WIDTH": width, "OUT": features, "NORM": kind, "ROWS": 16, "FEATURES": block, "COLUMNS": columns}
+        _rows_kernel[grid](*given, rows, x.stride(0), eps, **sizes, num_warps=_ROW_WARPS)
+        return out
+    columns = min(_power(width), WIDEST_NORM)
+    most = max(_ELEMENTS // columns // (1 if gate is None else 2), 1)
+    block = max(min(_power(features // _PROGRAMS + 1) // 2, most), 1)
+    sizes = {"WIDTH": width, "OUT": features, "NORM": kind, "FEATURES": block, "COLUMNS": columns}
+    _linear_kernel[(triton.cdiv(features, block),)](*given, eps, **sizes)
     return out
 
 

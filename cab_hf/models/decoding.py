@@ -37,6 +37,9 @@ DECODE_VARIABLE = "CAB_DECODE"
 MOST_GRAPHS = 4
 """Batch sizes that one model keeps a graph of; the one that was used longest ago goes first."""
 
+MOST_ROWS = 64
+"""Rows up to which own kernels make projections."""
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OWN_MODULES = f"{__name__.rpartition('.')[0]}."
 KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations.", "peft.tuners.lora.", _OWN_MODULES)
@@ -339,7 +342,7 @@ def _inner(mlp: nn.Module, stream: Tensor, norm: nn.Module) -> Tensor:
     gate, up = mlp.gate_proj, mlp.up_proj
     if gate is None:
         return mlp.act_fn(project(up, stream, norm))
-    fuses = _is_a_row(up, stream) and _is_a_row(gate, stream) and gate.bias is None
+    fuses = _is_one_kernel(up, stream) and _is_one_kernel(gate, stream) and gate.bias is None
     if fuses and up.out_features == gate.out_features and isinstance(mlp.act_fn, _SILU) and _makes_norm(norm, stream):
         return linear(stream, up, norm, gate=gate)
     stream = _normed(norm, stream)
@@ -347,31 +350,33 @@ def _inner(mlp: nn.Module, stream: Tensor, norm: nn.Module) -> Tensor:
 
 
 def _added(projection: nn.Module, x: Tensor, residual: Tensor, post_norm: nn.Module | None) -> Tensor:
-    if post_norm is None and _is_a_row(projection, x):
+    if post_norm is None and _is_one_kernel(projection, x):
         return linear(x, projection, residual=residual)
     x = project(projection, x)
     return residual + (x if post_norm is None else _normed(post_norm, x))
 
 
 def project(projection: nn.Module, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-    """`projection(norm(x))` of `(b, d)`: of one row by one kernel, which waits for nothing but the weights."""
-    is_a_row = _is_a_row(projection, x)
-    if norm is not None and not (is_a_row and _makes_norm(norm, x)):
+    """`projection(norm(x))` of `(b, d)`: of few rows by one kernel, which waits for nothing but the weights."""
+    is_one_kernel = _is_one_kernel(projection, x)
+    if norm is not None and not (is_one_kernel and _makes_norm(norm, x)):
         x, norm = _normed(norm, x), None
-    return linear(x, projection, norm) if is_a_row else projection(fitted(x, projection))
+    return linear(x, projection, norm) if is_one_kernel else projection(fitted(x, projection))
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     return normed(x, norm) if type(norm) in NORMS else norm(x.to(norm.weight.dtype))
 
 
-def _is_a_row(projection: nn.Module, x: Tensor) -> bool:
-    """Whether one kernel can make a projection: of one row, it is bound by reading the weights."""
-    return type(projection) is nn.Linear and len(x) == 1 and projection.weight.is_contiguous()
+def _is_one_kernel(projection: nn.Module, x: Tensor) -> bool:
+    """Whether one kernel can make a projection with what is around it: of few rows, it is bound by reading weights."""
+    if type(projection) is not nn.Linear or not projection.weight.is_contiguous():
+        return False
+    return len(x) == 1 or len(x) <= MOST_ROWS and projection.weight.element_size() == 2 and x.stride(1) == 1
 
 
 def _makes_norm(norm: nn.Module, x: Tensor) -> bool:
-    return type(norm) in NORMS and x.shape[1] <= WIDEST_NORM
+    return type(norm) in NORMS and (x.shape[1] <= WIDEST_NORM or len(x) > 1)
 
 
 def _fit(model: nn.Module, states: list[Tensor], input_ids: Tensor) -> bool:

@@ -10,7 +10,7 @@ from transformers.generation import CompileConfig
 
 pytest.importorskip("triton")
 
-from cab_hf.models import decoding  # noqa: E402
+from cab_hf.models import decode_kernels, decoding  # noqa: E402
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,6 +49,27 @@ def test_the_kernels_step_is_the_models(variant, rows, monkeypatch):
     # a longer piece goes on behind these steps
     got, right = (model(ids[:, 10:], cache=cache, attention_mask=mask).logits for cache in (ours, theirs))
     assert largest_difference(got, right) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [2, 16, 19])
+@pytest.mark.parametrize("norm", [None, torch.nn.RMSNorm, torch.nn.LayerNorm])
+def test_few_rows_are_projected_by_one_kernel(norm, rows):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter multiplies no bfloat16
+    for width, features in ((64, 33), (576, 40)):
+        linear = torch.nn.Linear(width, features, bias=rows == 2).to(DEVICE, dtype)
+        gate = torch.nn.Linear(width, features, bias=False).to(DEVICE, dtype)
+        normed = torch.nn.Identity() if norm is None else norm(width, eps=1e-5).to(DEVICE, dtype)
+        x = torch.randn(rows, width + 7).to(DEVICE, dtype)[:, :width]
+        residual = torch.randn(rows, features).to(DEVICE, dtype)
+        given = normed if norm else None
+        got = decode_kernels.linear(x, linear, given, residual=residual)
+        right = residual + linear(normed(x))
+        assert largest_difference(got, right) < 0.01 * right.abs().max()
+        got = decode_kernels.linear(x, linear, given, gate=gate)
+        right = torch.nn.functional.silu(gate(normed(x))) * linear(normed(x))
+        assert largest_difference(got, right) < 0.01 * right.abs().max()
 
 
 @torch.no_grad()

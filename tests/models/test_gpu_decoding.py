@@ -85,8 +85,9 @@ def test_captured_steps_are_eager_steps(variant, rows):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", ["s6", "ssd 4 groups, linear conv", "ssd 2 groups, gated mlp"])
-def test_captured_steps_in_half_precision(variant, dtype):
-    model, tokens = cuda_model(variant), ids(2, 24)
+@pytest.mark.parametrize("rows", [1, 2, 40, 70])
+def test_captured_steps_in_half_precision(rows, variant, dtype):
+    model, tokens = cuda_model(variant), ids(rows, 24)
     exact = model(tokens).logits[:, 8:]
     half = cuda_model(variant)
     for name, parameter in half.named_parameters():
