@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainerCallback
 
 from cab_hf.distillation.trainer import DistillationTrainer, default_learning_rate, make_teacher
+from cab_hf.models import CABHybridConfig
 from cab_hf.recipes import Recipe, Stage
 from cab_hf.runs import images as run_images
 from cab_hf.runs import text as run_text
@@ -68,7 +69,7 @@ def plan(recipe: Recipe) -> str:
     sizes = student.config
     lines = {
         "teacher": f"{recipe.model.teacher}: {_shape(teacher)}",
-        "student": f"{_shape(student)}, {sizes.mixer_type} mixers, state {sizes.state_size}, from "
+        "student": f"{_shape(student)}, {_mixers(sizes)} mixers, state {sizes.state_size}, from "
         + ("the teacher's weights" if recipe.model.student_from == "teacher" else "its config alone"),
         "layers": _layers(student, teacher, args.layer_map),
         "data": prepared.facts,
@@ -119,7 +120,14 @@ def _shape(model: PreTrainedModel) -> str:
     )
 
 
+def _mixers(config: PreTrainedConfig) -> str:
+    return " and ".join(dict.fromkeys(config.layer_mixer_types))
+
+
 def _layers(student: PreTrainedModel, teacher: PreTrainedModel, rule: str) -> str:
+    if isinstance(student.config, CABHybridConfig):
+        numbers = ", ".join(map(str, student.config.layer_numbers))
+        return f"mixers in {len(student.config.mixers)} of {student.config.depth}: {numbers}"
     depth = student.config.num_hidden_layers
     layers = layer_map(parse_layer_map(rule), depth, teacher.config.get_text_config().num_hidden_layers)
     if list(layers) == list(range(depth)):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from cab_hf.cli import main
 from cab_hf.models import CABHybridForCausalLM
 from cab_hf.recipes import parse_recipe
+from cab_hf.runs.plan import plan
 from cab_hf.runs.run import run_recipe
 
 
@@ -23,7 +24,10 @@ SMOKE = str(ROOT / "training_args/smoke.yaml")
 def test_a_recipe_that_keeps_attention_ends_in_a_hybrid_with_its_card(tmp_path, capsys):
     folder = str(tmp_path / "out")
     options = ["--keep_attention", "1", "--license", "mit", "--disable_tqdm", "true"]
-    run_recipe(parse_recipe([SMOKE, "--output_dir", folder, *options]))
+    recipe = parse_recipe([SMOKE, "--output_dir", folder, *options])
+    told = plan(recipe)
+    assert "mamba2 mixers, state 8, from the teacher's weights" in told and "mixers in 3 of 4: 0, 2, 3" in told
+    run_recipe(recipe)
     student = AutoModelForCausalLM.from_pretrained(folder)
     assert type(student) is CABHybridForCausalLM and student.config.layer_numbers == [0, 2, 3]
     card = (tmp_path / "out/README.md").read_text()
