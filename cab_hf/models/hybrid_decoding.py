@@ -209,7 +209,7 @@ class HybridStep:
         self.output_type, self.room = output_type, room
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.mask = torch.zeros(rows, room, dtype=torch.bool, device=device)  # of no token that is not there yet
+        self.mask = torch.ones(rows, room, dtype=torch.bool, device=device)  # later of tokens that are there
         self.real = torch.zeros(rows, dtype=torch.int8, device=device)  # while zero, no state changes
         self.length = torch.zeros((), dtype=torch.long, device=device)
         self.layers = [self._room(layer) for layer in token.cache.layers]
