@@ -27,7 +27,7 @@ FINDS = 0.1
 """Recall of a teacher below which a test is no measure of its student."""
 
 REFERENCE = 512
-"""Tokens: where a student holds, its loss is not above that just before here."""
+"""Tokens: where a student holds, its loss is not further above its teacher's than just before here."""
 
 RETRIEVAL = ("needle", "needles", "key-value", "copying")
 
@@ -95,9 +95,9 @@ def loss_by_position(
 
     Returns:
         `length` of the rows, `n_rows`, and `buckets`: `from` and `to`, the tokens before the predicted ones; `student`
-        and `teacher`, each `nll` and `ci95` over rows, or None beyond its limit; `difference`, student less
-        teacher, with its paired interval `difference_ci95`; and after 512 `rise`, the student's loss less that before
-        512, and `rise_ci95`.
+        and `teacher`, each `nll` and `ci95` over rows, or None beyond its limit; `difference`, student less teacher;
+        after 512 `rise`, the student's loss less that before 512, and `difference_rise`, the same of the difference.
+        Each of these has its interval over rows as `..._ci95`.
 
     Raises:
         ValueError: The text has fewer than two rows of 64 tokens.
@@ -127,16 +127,20 @@ def loss_by_position(
                 for start, end in zip(edges, edges[1:])
             ]
         )  # (buckets, n)
+    if len(sums) == 2:
+        sums["difference"] = sums["student"] - sums["teacher"]
     buckets = []
     before = edges.index(REFERENCE) - 1 if REFERENCE in edges else None
     for index, (start, end) in enumerate(zip(edges, edges[1:])):
         bucket: dict[str, Any] = {"from": max(start, 1), "to": end}
-        for who, values in sums.items():
-            bucket[who] = None if np.isnan(values[index]).any() else _interval("nll", values[index], "ci95")
-        if all(bucket.get(who) for who in ("student", "teacher")):
-            bucket |= _interval("difference", sums["student"][index] - sums["teacher"][index])
-        if before is not None and index > before and bucket.get("student"):
-            bucket |= _interval("rise", sums["student"][index] - sums["student"][before])
+        measured = {who: values for who, values in sums.items() if not np.isnan(values[index]).any()}
+        for who in models:
+            bucket[who] = _interval("nll", measured[who][index], "ci95") if who in measured else None
+        if "difference" in measured:
+            bucket |= _interval("difference", measured["difference"][index])
+        if before is not None and index > before:
+            for who, name in (("student", "rise"), ("difference", "difference_rise")):
+                bucket |= _interval(name, measured[who][index] - measured[who][before]) if who in measured else {}
         buckets.append(bucket)
     return {"length": length, "n_rows": len(rows), "buckets": buckets}
 
@@ -146,8 +150,9 @@ def held_length(lengths: Sequence[int], found: Mapping[str, Any], loss: Mapping[
 
     Retrieval holds where the student finds at least `SHARE` of what its teacher finds; beyond the teacher's positions,
     of what it finds at the longest length that it was measured at. Where a teacher finds less than `FINDS`, a
-    test says nothing any more, and holds no further. Loss holds where that of the last tokens of the
-    length is not above that before `REFERENCE` tokens, beyond its paired 95 % interval.
+    test says nothing any more, and holds no further. Loss holds where the student's distance to its teacher at the
+    last tokens of the length is not above that before `REFERENCE` tokens, beyond its paired 95 % interval; beyond the
+    teacher's positions the student's own loss is taken.
 
     Args:
         lengths: What was measured.
@@ -172,7 +177,9 @@ def held_length(lengths: Sequence[int], found: Mapping[str, Any], loss: Mapping[
     held["loss"] = 0
     for length in lengths:
         last = next((bucket for bucket in loss["buckets"] if bucket["from"] < length <= bucket["to"]), None)
-        if last is None or last["student"] is None or last.get("rise_ci95", [0.0])[0] > 0:
+        if last is None or last["student"] is None:
+            break
+        if last.get("difference_rise_ci95", last.get("rise_ci95", [0.0]))[0] > 0:
             break
         held["loss"] = length
     return held | {"all": min(held.values())}

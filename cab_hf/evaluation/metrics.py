@@ -3,6 +3,7 @@
 Shapes: `n` images or sequences, `t` token, `V` classes or vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -184,9 +185,40 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of independent values (n,) and its 95 % interval by the normal approximation: (mean, low, high)."""
+    """Mean of independent values (n,) and its 95 % interval by Student's t: (mean, low, high)."""
     mean, error = float(np.mean(values)), standard_error(values)
-    return mean, mean - Z95 * error, mean + Z95 * error
+    spread = student_t95(max(len(values) - 1, 1)) * error
+    return mean, mean - spread, mean + spread
+
+
+@functools.cache
+def student_t95(freedom: int) -> float:
+    """Standard errors of a 95 % interval by Student's t.
+
+    Args:
+        freedom: Degrees of freedom, at least 1.
+
+    Example:
+        >>> round(student_t95(1), 3), round(student_t95(15), 3)
+        (12.706, 2.131)
+    """
+    low, high = Z95, 13.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, freedom) < 0.95 else (low, middle)
+    return high
+
+
+def _t_within(limit: float, freedom: int) -> float:
+    """Probability that Student's t is within ± a limit.
+
+    Source: Abramowitz and Stegun (1964), "Handbook of Mathematical Functions", equations 26.7.3 and 26.7.4.
+    """
+    angle, is_odd = math.atan(limit / math.sqrt(freedom)), freedom % 2
+    powers = np.arange(is_odd, freedom - 1, 2)
+    factors = np.cumprod([1.0, *((powers[1:] - 1) / powers[1:])])[: len(powers)]
+    total = float(np.sin(angle) * (factors * np.cos(angle) ** powers).sum())
+    return 2 / math.pi * (angle + total) if is_odd else total
 
 
 def wilson_interval(share: float, n: float) -> tuple[float, float]:

@@ -164,10 +164,12 @@ def loss_table(length: Mapping[str, Any]) -> str:
             *("" if bucket[who] is None else _interval(bucket[who], "nll", 3, "ci95") for who in _WHO),
             _interval(bucket, "difference", 3),
             _interval(bucket, "rise", 3),
+            _interval(bucket, "difference_rise", 3),
         ]
         for bucket in length["loss"]["buckets"]
     ]
-    return _table(["loss behind tokens", *_WHO, "difference", "student's rise over 512"], rows, names=1)
+    names = ["loss behind tokens", *_WHO, "difference", "student's rise over 512", "the difference's"]
+    return _table(names, rows, names=1)
 
 
 def held(length: Mapping[str, Any]) -> str:

@@ -160,12 +160,29 @@ def test_loss_by_position_is_that_of_the_rows():
     assert [one["teacher"] is None for one in found["buckets"]] == [False, False, True, True, True, True]
     rise = means[4] - means[3]
     assert found["buckets"][4]["rise"] == pytest.approx(float(rise.mean()), abs=1e-5)
-    error = 1.959964 * float(rise.std()) / math.sqrt(2)
+    error = 12.7062 * float(rise.std()) / math.sqrt(2)  # Student's t of two rows
     assert found["buckets"][4]["rise_ci95"][1] == pytest.approx(float(rise.mean()) + error, abs=1e-4)
     assert "rise" not in found["buckets"][3] and "difference" in found["buckets"][1]
+    assert not any("difference_rise" in bucket for bucket in found["buckets"])  # the teacher is not measured there
     assert loss_by_position({"student": student}, TEXT, 8000)["length"] == 1000  # two rows are needed
     with pytest.raises(ValueError, match="The text has 90 tokens"):
         loss_by_position({"student": student}, TEXT[:90], 64)
+
+
+def test_the_rise_of_a_difference_is_paired():
+    teacher, student = random_llama()[0].eval(), tiny_model(mixer_type="mamba2", vocab_size=257)
+    found = loss_by_position({"teacher": teacher, "student": student}, TEXT, 700)["buckets"]
+    rows, losses = TEXT[:2800].view(4, 700), []
+    with torch.no_grad():
+        for model in (student, teacher):
+            logits = model(rows).logits[:, :-1]
+            losses.append(F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").double())
+    difference = losses[0] - losses[1]
+    rise = difference[:, 511:699].mean(1) - difference[:, 255:511].mean(1)
+    assert found[-1]["difference"] == pytest.approx(float(difference[:, 511:699].mean()), abs=1e-5)
+    assert found[-1]["difference_rise"] == pytest.approx(float(rise.mean()), abs=1e-5)
+    low, high = found[-1]["difference_rise_ci95"]
+    assert high - low == pytest.approx(2 * 3.1824 * float(rise.std()) / 2, rel=1e-2, abs=1e-5)
 
 
 def test_retrieval_at_a_length():
@@ -204,6 +221,13 @@ class TestHeldLength:
         # At 1,024 it finds less than 0.45; that it finds more further on does not count.
         assert held_length(self.LENGTHS, found, self.loss(-0.1, 0.01)) == {"copying": 512, "loss": 1024, "all": 512}
         assert held_length(self.LENGTHS, found, self.loss(0.01, -0.1))["loss"] == 512
+
+    def test_the_distance_to_the_teacher_counts_where_it_is_known(self):
+        found, loss = self.found([1.0] * 4, [1.0] * 4), self.loss(0.01, -0.1)
+        loss["buckets"][2]["difference_rise_ci95"] = [-0.01, 0.02]  # the text is harder there, for both
+        assert held_length(self.LENGTHS, found, loss)["loss"] == 2048
+        loss["buckets"][3]["difference_rise_ci95"] = [0.01, 0.02]  # it is easier, and the student gains less
+        assert held_length(self.LENGTHS, found, loss)["loss"] == 1024
 
     def test_beyond_the_teachers_positions(self):
         loss = self.loss(-0.1, -0.1)

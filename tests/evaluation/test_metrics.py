@@ -26,7 +26,9 @@ from cab_hf.evaluation.metrics import (
     distinct_n,
     image_metrics,
     log_likelihood,
+    mean_interval,
     repetition_rate,
+    student_t95,
     top_k_accuracy,
     wilson_interval,
 )
@@ -131,6 +133,16 @@ def test_a_trainer_reports_them(tmp_path):
         chosen = model.eval()(torch.stack([row["pixel_values"] for row in rows])).logits.argmax(1).tolist()
     expected = np.mean([a == row["labels"] for a, row in zip(chosen, rows)])
     assert found["eval_top1"] == pytest.approx(expected)
+
+
+def test_intervals_of_means_of_few_values_are_students():
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (1, 2, 3, 4, 15, 60, 999, 5000):
+        assert student_t95(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-6)
+    values = [1.0, 2.0, 4.0]
+    mean, low, high = mean_interval(values)
+    assert (low, high) == pytest.approx(stats.t.interval(0.95, 2, mean, stats.sem(values)))
+    assert mean_interval([1.0])[1:] == (-math.inf, math.inf)
 
 
 class TestPerplexity:

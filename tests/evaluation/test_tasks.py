@@ -118,9 +118,9 @@ def test_comparison_by_hand():
     easy = found["rows"]["easy"]
     assert easy["teacher"] == pytest.approx({"accuracy": 0.9, "stderr": math.sqrt(0.09 / 9)})
     # Two questions lost and one won.
-    error = np.std([0] * 7 + [-1, -1, 1], ddof=1) / math.sqrt(10)
+    spread = 2.2622 * np.std([0] * 7 + [-1, -1, 1], ddof=1) / math.sqrt(10)  # Student's t of ten questions
     assert easy["difference"] == pytest.approx(-0.1)
-    assert easy["difference_ci95"] == pytest.approx([-0.1 - 1.96 * error, -0.1 + 1.96 * error], abs=1e-4)
+    assert easy["difference_ci95"] == pytest.approx([-0.1 - spread, -0.1 + spread], abs=1e-4)
     above = found["above_chance"]
     # The teacher is at chance in "hard" and exactly three standard errors above it in "words".
     assert above["tasks"] == ["easy"] and above["left_out"] == ["hard", "words"]
