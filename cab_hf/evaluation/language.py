@@ -215,14 +215,18 @@ def check_packing(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> 
         )
 
 
-def logits_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def logits_of(model: PreTrainedModel, batch: dict[str, torch.Tensor], first: int = 0) -> torch.Tensor:
+    """Logits of rows (b, t) from their token `first` on: (b, t - first, V)."""
     accepted = accepted_arguments(model).keys() - {"labels"}
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name in accepted}
     if "attention_mask" in inputs and "position_ids" in accepted:
         # Learned positions would otherwise count padding on the left.
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    kept = batch["input_ids"].shape[1] - first
+    if first and "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = kept
     # With a cache Transformers models would not see the borders between packed documents.
-    return model(**inputs, use_cache=False).logits
+    return model(**inputs, use_cache=False).logits[:, -kept:]
 
 
 def logits_in_pieces(
@@ -243,7 +247,7 @@ def logits_in_pieces(
     length = tokens.shape[1]
     memory = next((name for name in _MEMORY if name in accepted_arguments(model)), None)
     if memory is None or length <= piece or not _goes_on(model, memory, tokens[:1, :_TRIED].to(model.device)):
-        yield first, logits_of(model, {"input_ids": tokens})[:, first:]
+        yield first, logits_of(model, {"input_ids": tokens}, first)
         return
     yield from _pieces(model, memory, tokens.to(model.device), first, piece)
 
@@ -268,7 +272,7 @@ def _pieces(
 def _goes_on(model: PreTrainedModel, memory: str, tokens: torch.Tensor) -> bool:
     """Whether the second half of a row `(1, t)` behind a cache is what it is in the whole row, but for rounding."""
     half = tokens.shape[1] // 2
-    whole = logits_of(model, {"input_ids": tokens})[:, half:].float()
+    whole = logits_of(model, {"input_ids": tokens}, half).float()
     ((_, behind),) = _pieces(model, memory, tokens, half, half)
     return bool((behind - whole).norm() < 0.05 * whole.norm())
 

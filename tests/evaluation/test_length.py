@@ -69,6 +69,14 @@ def test_pieces_are_the_whole(name, first):
     torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["ssd", "llama"])
+def test_only_the_logits_that_are_asked_for_are_made(name):
+    model, made = models()[name], []
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: made.append(output.shape[1]))
+    copying_recall(model, 99, 20, length=8, n=2, progress=False)
+    assert max(made) == made[-1] == 8  # of 36
+
+
 @torch.no_grad()
 def test_a_model_whose_layers_begin_anew_in_each_piece_is_read_whole():
     model, tokens = tiny_family("jamba"), torch.randint(1, 99, (2, 33), generator=torch.Generator().manual_seed(1))
