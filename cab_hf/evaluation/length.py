@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cab_hf.evaluation.language import logits_in_pieces
 from cab_hf.evaluation.metrics import mean_interval
-from cab_hf.evaluation.needles import key_value_recall, needle_recall
+from cab_hf.evaluation.needles import key_value_recall, key_value_rows, needle_recall, needle_rows
 from cab_hf.evaluation.recall import copying_recall
 from cab_hf.inference import check_causal, evaluating, num_positions
 
@@ -31,6 +31,7 @@ REFERENCE = 512
 
 RETRIEVAL = ("needle", "needles", "key-value", "copying")
 
+_NEEDLES = {"needle": {"n": 64}, "needles": {"needles": 4, "n": 32}}
 _ROWS = 16
 _SPAN = 64
 _CHUNK = 512
@@ -42,6 +43,21 @@ def limits_of(models: Mapping[str, PreTrainedModel]) -> dict[str, int | None]:
     limits = {who: num_positions(model) for who, model in models.items()}
     config = models["student"].config.get_text_config()
     return limits | ({"student": None} if getattr(config, "rope_parameters", None) else {})
+
+
+def check_lengths(tokenizer: PreTrainedTokenizerBase, text: Tensor, lengths: Sequence[int]) -> None:
+    """That rows of the lengths have room for every test of `retrieval`, and the text for `loss_by_position`.
+
+    Raises:
+        ValueError: They have not; the message says how many tokens are needed.
+    """
+    shortest = min(lengths)
+    _row_length(text, max(lengths))
+    if shortest < 2 * _SPAN:
+        raise ValueError(f"A length for retrieval is {shortest}, but copying takes {2 * _SPAN} tokens. Use more.")
+    for settings in _NEEDLES.values():
+        needle_rows(tokenizer, text, shortest, **settings)
+    key_value_rows(tokenizer, text, shortest)
 
 
 def retrieval(
@@ -66,11 +82,16 @@ def retrieval(
     Returns:
         `needle`, one in a text, and `needles`, four (`needle_recall`); `key-value`, eight lines before a text
         (`key_value_recall`); `copying` of 64 random tokens over others (`copying_recall`).
+
+    Raises:
+        ValueError: As `check_lengths`.
     """
     options = {"batch_size": batch_size}
     return {
-        "needle": needle_recall(model, tokenizer, text, length, n=64, **options),
-        "needles": needle_recall(model, tokenizer, text, length, needles=4, n=32, **options),
+        **{
+            name: needle_recall(model, tokenizer, text, length, **settings, **options)
+            for name, settings in _NEEDLES.items()
+        },
         "key-value": key_value_recall(model, tokenizer, text, length, **options),
         "copying": copying_recall(model, tokens, length - 2 * _SPAN, length=_SPAN, **options),
     }
@@ -102,10 +123,7 @@ def loss_by_position(
     Raises:
         ValueError: The text has fewer than two rows of 64 tokens.
     """
-    while length > len(text) // 2:
-        length //= 2
-    if length < 64:
-        raise ValueError(f"The text has {len(text)} tokens, too few to see how loss changes. Give at least 128.")
+    length = _row_length(text, length)
     rows = text[: len(text) // length * length].view(-1, length)
     # Spread over the text, as its parts may differ.
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).round().astype(int))]
@@ -183,6 +201,15 @@ def held_length(lengths: Sequence[int], found: Mapping[str, Any], loss: Mapping[
             break
         held["loss"] = length
     return held | {"all": min(held.values())}
+
+
+def _row_length(text: Tensor, length: int) -> int:
+    """Tokens of a row, of which the text has two at least."""
+    while length > len(text) // 2:
+        length //= 2
+    if length < 64:
+        raise ValueError(f"The text has {len(text)} tokens, too few to see how loss changes. Give at least 128.")
+    return length
 
 
 def _losses(model: PreTrainedModel, tokens: Tensor) -> np.ndarray:

@@ -32,6 +32,18 @@ class _Form(NamedTuple):
     digits: int
 
 
+class Rows(NamedTuple):
+    """Sequences that ask for numbers.
+
+    Attributes:
+        tokens: (sequences, t).
+        asked: of each sequence the spans of its numbers, counted from its end.
+    """
+
+    tokens: Tensor
+    asked: list[list[tuple[int, int]]]
+
+
 _SENTENCE = _Form(" The magic number of the {} is", " Again: the magic number of the {} is", ".", 7)
 _LINE = _Form("\n{}:", "\n{}:", "", 4)
 
@@ -75,9 +87,16 @@ def needle_recall(
 
     Source: the tasks of Hsieh et al. (2024), "RULER", there with other sentences and by generation.
     """
+    rows = needle_rows(tokenizer, text, length, needles=needles, n=n, seed=seed)
+    return _found(model, rows, batch_size, progress, f"{needles} needle{'s' * (needles > 1)} in {length} tokens")
+
+
+def needle_rows(
+    tokenizer: PreTrainedTokenizerBase, text: Tensor, length: int, *, needles: int = 1, n: int = 64, seed: int = 0
+) -> Rows:
+    """The sequences of `needle_recall`, with its arguments and errors."""
     depths = np.linspace(0, 1, n)[:, None] if needles == 1 else np.tile((np.arange(needles) + 0.5) / needles, (n, 1))
-    title = f"{needles} needle{'s' * (needles > 1)} in {length} tokens"
-    return _found(model, tokenizer, text, length, _SENTENCE, depths, seed, batch_size, progress, title)
+    return _rows(tokenizer, text, length, _SENTENCE, depths, seed)
 
 
 def key_value_recall(
@@ -107,23 +126,21 @@ def key_value_recall(
     Raises:
         ValueError: As `needle_recall`.
     """
-    title = f"{pairs} pairs before a text, {length} tokens"
-    return _found(model, tokenizer, text, length, _LINE, np.zeros((n, pairs)), seed, batch_size, progress, title)
+    rows = key_value_rows(tokenizer, text, length, pairs=pairs, n=n, seed=seed)
+    return _found(model, rows, batch_size, progress, f"{pairs} pairs before a text, {length} tokens")
 
 
-def _found(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: Tensor,
-    length: int,
-    form: _Form,
-    depths: np.ndarray,
-    seed: int,
-    batch_size: int,
-    progress: bool,
-    title: str,
-) -> dict[str, float | int | list[float]]:
-    """Recall of numbers that were put into texts at depths (sequences, numbers), from 0 to 1, growing."""
+def key_value_rows(
+    tokenizer: PreTrainedTokenizerBase, text: Tensor, length: int, *, pairs: int = 8, n: int = 32, seed: int = 0
+) -> Rows:
+    """The sequences of `key_value_recall`, with its arguments and errors."""
+    return _rows(tokenizer, text, length, _LINE, np.zeros((n, pairs)), seed)
+
+
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, text: Tensor, length: int, form: _Form, depths: np.ndarray, seed: int
+) -> Rows:
+    """Numbers that are put into texts at depths (sequences, numbers), from 0 to 1, growing."""
     if not len(text):
         raise ValueError("text has no tokens. Give some in which the needles can be hidden.")
     n, count = depths.shape
@@ -131,7 +148,7 @@ def _found(
         raise ValueError(f"There are {count} numbers to find, and {len(_WORDS)} words for them. Ask for fewer.")
     generator = np.random.default_rng(seed)
     begins = [tokenizer.bos_token_id] if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else []
-    sequences, asked = [], []  # asked: of each sequence, the spans of its numbers, counted from its end
+    sequences, asked = [], []
     for index in range(n):
         words = generator.choice(_WORDS, count, replace=False)
         numbers = dict(zip(words, generator.integers(10 ** (form.digits - 1), 10**form.digits, count)))
@@ -155,19 +172,26 @@ def _found(
             row += filler[before:after] + told
         sequences.append(row + tail)
         asked.append([(start - len(tail), end - len(tail)) for start, end in spans])
-    keep = 1 - min(start for spans in asked for start, _ in spans)
+    return Rows(torch.tensor(sequences), asked)
+
+
+def _found(
+    model: PreTrainedModel, rows: Rows, batch_size: int, progress: bool, title: str
+) -> dict[str, float | int | list[float]]:
+    """Recall of the numbers of rows."""
+    keep = 1 - min(start for spans in rows.asked for start, _ in spans)
     right = []
     with evaluating(model):
-        for batch in batches_of(model, torch.tensor(sequences), batch_size, None, "right", progress, title):
+        for batch in batches_of(model, rows.tokens, batch_size, None, "right", progress, title):
             predicted = likeliest_after(model, batch["input_ids"], keep).cpu()  # (b, keep)
             for row, likeliest in zip(batch["input_ids"], predicted):
-                spans = asked[len(right)]
+                spans = rows.asked[len(right)]
                 right.append(
                     sum(row[start : end or None].equal(likeliest[start - 1 : end - 1]) for start, end in spans)
                 )
-    report = recall_of_counts(right, [count] * n)
+    report = recall_of_counts(right, list(map(len, rows.asked)))
     report["n_needles"] = report.pop("n_tokens")
-    return report | {"length": length}
+    return report | {"length": rows.tokens.shape[1]}
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

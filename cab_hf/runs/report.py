@@ -29,7 +29,7 @@ from cab_hf.evaluation.controls import with_window, without_mixers
 from cab_hf.evaluation.generation import generate
 from cab_hf.evaluation.images import compare_images
 from cab_hf.evaluation.language import Blocks, compare
-from cab_hf.evaluation.length import RETRIEVAL, held_length, limits_of, loss_by_position, retrieval
+from cab_hf.evaluation.length import RETRIEVAL, check_lengths, held_length, limits_of, loss_by_position, retrieval
 from cab_hf.evaluation.metrics import crossing_length
 from cab_hf.evaluation.plots import length_curves, recall_curves, speed_curves
 from cab_hf.evaluation.recall import associative_recall, copying_recall
@@ -183,6 +183,9 @@ def evaluate(
         for one in data:
             name, blocks, origin = _load_text(one, tokenizer, recipe, block_size)
             texts[name], origins[name] = blocks, origin
+        if retrieval_lengths:
+            first_text = torch.cat([torch.as_tensor(row["input_ids"]) for row in next(iter(texts.values()))])
+            check_lengths(tokenizer, first_text, retrieval_lengths)
         report["teacher_parameters"] = teacher_model.num_parameters()
         report["texts"] = {}
         for name, blocks in texts.items():
@@ -198,7 +201,7 @@ def evaluate(
         if gaps:
             report["recall"] = _recall(models, tokenizer, gaps, batch_size)
         if retrieval_lengths:
-            report["length"] = _length(models, tokenizer, next(iter(texts.values())), retrieval_lengths, batch_size)
+            report["length"] = _length(models, tokenizer, first_text, retrieval_lengths, batch_size)
             report["length"]["text"] = next(iter(texts))
         if tasks is not None:
             report["tasks"] = _tasks(models, tokenizer, tasks, task_limit, batch_size)
@@ -337,12 +340,11 @@ def _plain_tokens(models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTo
 def _length(
     models: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
-    blocks: Blocks,
+    text: Tensor,
     lengths: Sequence[int],
     batch_size: int,
 ) -> dict[str, Any]:
     begin, lengths, limits = time.perf_counter(), sorted(lengths), limits_of(models)
-    text = torch.cat([torch.as_tensor(row["input_ids"]) for row in blocks])
     tokens = _plain_tokens(models, tokenizer)
     measured = {
         length: {

@@ -144,6 +144,16 @@ def test_length_in_a_report(student, text, tmp_path):
     assert "Beyond the teacher's 2,048 positions the student alone was measured." in table
 
 
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [((512, 100), "is 100, but copying takes 128"), ((200, 512), "length is 200, but what is told and asked takes")],
+)
+def test_a_length_without_room_is_refused_before_anything_is_measured(student, text, monkeypatch, lengths, message):
+    monkeypatch.setattr("cab_hf.runs.report.compare", lambda *arguments, **options: pytest.fail("it was compared"))
+    with pytest.raises(ValueError, match=message):
+        evaluate(student, "random-llama", [str(text)], block_size=40, retrieval_lengths=lengths)
+
+
 def test_controls_in_the_students_place(student, text, tmp_path):
     teacher, tokenizer = random_llama()
     own = tiny_model(mixer_type="mamba2", vocab_size=len(tokenizer))
