@@ -19,6 +19,7 @@ from cab_hf.recipes import Recipe
 from cab_hf.runs.stages import tell
 from cab_hf.teachers.alignment import parse_layer_map
 from cab_hf.transfer import attention_for, put_back
+from cab_hf.transfer.hybrid import evenly_spread
 
 
 CHOICE_NAME, PICTURE_NAME = "keep_attention.json", "keep_attention.png"
@@ -90,14 +91,13 @@ def keep_attention(
         if not path.is_file():
             tell(recipe, f"choosing {recipe.model.num_chosen} of {len(attention)} layers whose attention is kept ...")
             rows = min(-(-TEXT_TOKENS // recipe.data.block_size), len(train_blocks))
-            spread = [(2 * row + 1) * len(train_blocks) // (2 * rows) for row in range(rows)]
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 choice = choose_attention(
                     student,
                     teacher,
                     attention,
                     recipe.model.num_chosen,
-                    train_blocks.select(spread),
+                    train_blocks.select(evenly_spread(rows, len(train_blocks))),
                     vocabulary,
                     by=recipe.model.keep_attention_by,
                     gaps=recipe.data.recall_gaps or GAPS,

@@ -98,6 +98,16 @@ def hybrid_from_teacher(
     return student.eval()
 
 
+def evenly_spread(count: int, total: int) -> list[int]:
+    """Places of `count` out of `total`, in the middle of as many equal parts.
+
+    Example:
+        >>> evenly_spread(2, 4)
+        [1, 3]
+    """
+    return [(2 * place + 1) * total // (2 * count) for place in range(count)]
+
+
 def kept_paths(keep_attention: int | Sequence[int | str], paths: Sequence[str]) -> list[str]:
     """The paths of the attention that stays.
 
@@ -118,7 +128,7 @@ def kept_paths(keep_attention: int | Sequence[int | str], paths: Sequence[str]) 
             raise ValueError(
                 f"`keep_attention` is {keep_attention}, but {count} layers attend: keep 0 to {count - 1}."
             )
-        keep_attention = [(2 * one + 1) * count // (2 * keep_attention) for one in range(keep_attention)]
+        keep_attention = evenly_spread(keep_attention, count)
     kept = []
     for one in [keep_attention] if isinstance(keep_attention, str) else keep_attention:
         if isinstance(one, str) and not one.isdigit():
