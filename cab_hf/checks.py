@@ -17,7 +17,8 @@ from typing import NoReturn
 from cab_hf.files import shipped
 
 
-SPECIAL_SOURCES = {"builtin", "random-llama", "smollm2-demo", "imagefolder", "digits", "cifar10"}
+DIGITS, CIFAR10 = "digits", "cifar10"
+SPECIAL_SOURCES = {"builtin", "random-llama", "smollm2-demo", "imagefolder", DIGITS, CIFAR10}
 LISTS = {"stages", "baselines"}
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
@@ -157,7 +158,6 @@ def check_source(option: str, source: str, repo_type: str) -> None:
     if source in SPECIAL_SOURCES or glob.glob(str(Path(source).expanduser()), recursive=True):
         return
     here = f"`{option}` {source!r} is no file and no folder (seen from {Path.cwd()})"
-    from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
     from huggingface_hub.file_download import repo_folder_name
@@ -165,7 +165,7 @@ def check_source(option: str, source: str, repo_type: str) -> None:
     if not is_repo_id(source):
         raise FileNotFoundError(f"{here} and no Hub id, such as HuggingFaceTB/SmolLM2-135M. Name one of them.")
     try:
-        HfApi().repo_info(source, repo_type=repo_type, timeout=10)
+        _ask_hub(source, repo_type)
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{here}, and the Hub has no {repo_type} of that name. Check the spelling, or see one that is private by "
@@ -181,3 +181,11 @@ def check_source(option: str, source: str, repo_type: str) -> None:
                 f"{here} and not in the cache, and the Hub can't be asked ({type(error).__name__}). Name a folder, or "
                 "connect once without HF_HUB_OFFLINE."
             ) from error
+
+
+@functools.cache
+def _ask_hub(source: str, repo_type: str) -> None:
+    """That the Hub has a repository: asked once, as a command and what it calls check the same source."""
+    from huggingface_hub import HfApi
+
+    HfApi().repo_info(source, repo_type=repo_type, timeout=10)

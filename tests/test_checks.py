@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cab_hf.checks import SPECIAL_SOURCES, check_options, option_names
+from cab_hf.checks import SPECIAL_SOURCES, check_options, check_source, option_names
 from cab_hf.data.image_sources import BUILTIN
 from cab_hf.recipes import known_options
 
@@ -52,6 +52,24 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_names_of_options_are_those_of_recipes():
     assert option_names() == known_options()
     assert SPECIAL_SOURCES >= BUILTIN.keys()
+
+
+def test_the_hub_is_asked_once_for_a_source_that_it_has(monkeypatch):
+    asked = []
+
+    class Hub:
+        def repo_info(self, source: str, **options: object) -> None:
+            asked.append((source, options["repo_type"]))
+            if len(asked) == 1:
+                raise OSError("out of reach")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    with pytest.raises(ConnectionError, match="`data` 'somebody/once' is no file"):
+        check_source("data", "somebody/once", "dataset")
+    for option in ("data", "dataset", "eval_dataset"):
+        check_source(option, "somebody/once", "dataset")
+    check_source("teacher", "somebody/once", "model")
+    assert asked == [("somebody/once", "dataset")] * 2 + [("somebody/once", "model")]
 
 
 def test_any_spelling_that_a_recipe_takes_is_known():

