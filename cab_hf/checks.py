@@ -63,7 +63,7 @@ def option_names() -> set[str] | None:
     """
     here, transformers = Path(__file__).parent, importlib.util.find_spec("transformers")
     files = [Path(transformers.origin).parent / "training_args.py"]
-    files += [here / name for name in ("distillation/training_args.py", "data/augmentation.py", "recipes.py")]
+    files += [here / name for name in ("distillation/training_args.py", "data/augmentation.py", "recipe_options.py")]
     names, classes = set(), set()
     for file in files:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:

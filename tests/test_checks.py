@@ -9,7 +9,7 @@ import pytest
 
 from cab_hf.checks import SPECIAL_SOURCES, check_options, check_source, option_names
 from cab_hf.data.image_sources import BUILTIN
-from cab_hf.recipes import known_options
+from cab_hf.recipe_options import known_options
 
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 import cab_hf
 from cab_hf.cli import COMMANDS, make_parser
 from cab_hf.data import load_documents, pack_documents
-from cab_hf.recipes import ARGUMENT_CLASSES, parse_recipe
+from cab_hf.recipe_options import ARGUMENT_CLASSES
+from cab_hf.recipes import parse_recipe
 from cab_hf.teachers import load_teacher
 from cab_hf.transfer import FAMILIES, VISION_FAMILIES
 

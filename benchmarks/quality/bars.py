@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from cab_hf.evaluation.length import FINDS
 from cab_hf.files import write_whole
-from cab_hf.recipes import default_of, load_recipe
+from cab_hf.recipe_options import default_of
+from cab_hf.recipes import load_recipe
 
 
 HERE = Path(__file__).parent

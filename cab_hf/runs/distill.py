@@ -20,7 +20,8 @@ from cab_hf.checks import check_source, end, find_recipe
 from cab_hf.distillation.training_args import rate_at_width
 from cab_hf.files import shipped
 from cab_hf.hub.sources import local_name
-from cab_hf.recipes import default_of, load_recipe, without
+from cab_hf.recipe_options import default_of
+from cab_hf.recipes import load_recipe, without
 from cab_hf.teachers.demo import random_llama
 from cab_hf.teachers.loading import reads_images, teacher_source
 

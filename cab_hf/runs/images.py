@@ -46,7 +46,8 @@ from cab_hf.distillation.stage_trainer import StageTrainer
 from cab_hf.distillation.trainer import make_teacher
 from cab_hf.distillation.training_args import DistillationTrainingArguments
 from cab_hf.evaluation.images import compare_images
-from cab_hf.recipes import DataArguments, ImageArguments, ModelArguments, Recipe, Stage
+from cab_hf.recipe_options import DataArguments, ImageArguments, ModelArguments
+from cab_hf.recipes import Recipe, Stage
 from cab_hf.runs.inputs import check_inputs, digest_of
 from cab_hf.runs.stages import finetune_stage, run_facts, run_stage, tell
 from cab_hf.runs.student import build_student

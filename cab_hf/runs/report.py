@@ -41,13 +41,8 @@ from cab_hf.hub import card_sections as sections
 from cab_hf.hub.sources import dataset_facts, public_name
 from cab_hf.inference import place_and_dtype
 from cab_hf.models.modeling_cab_vision_mamba import CABVisionMambaPreTrainedModel
-from cab_hf.recipes import (
-    EVALUATION_NAME,
-    DataArguments,
-    ImageArguments,
-    Recipe,
-    read_recipe,
-)
+from cab_hf.recipe_options import DataArguments, ImageArguments
+from cab_hf.recipes import EVALUATION_NAME, Recipe, read_recipe
 from cab_hf.runs.card import check_finite
 from cab_hf.runs.distill import holds_images
 from cab_hf.runs.text import loss_of

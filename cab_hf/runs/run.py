@@ -17,7 +17,8 @@ from cab_hf.checks import check_source
 from cab_hf.evaluation.plots import learning_curves
 from cab_hf.files import write_whole
 from cab_hf.hub.publish import CARD_NAME, check_access, publish_folder
-from cab_hf.recipes import RECIPE_NAME, REPORT_NAME, Recipe, default_of, parse_recipe, without
+from cab_hf.recipe_options import default_of
+from cab_hf.recipes import RECIPE_NAME, REPORT_NAME, Recipe, parse_recipe, without
 from cab_hf.runs import images as run_images
 from cab_hf.runs import text as run_text
 from cab_hf.runs.card import check_finite, hub_ids, license_of, write_model_card

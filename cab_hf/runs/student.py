@@ -15,7 +15,7 @@ from cab_hf.models import (
     CABVisionMambaConfig,
     CABVisionMambaForImageClassification,
 )
-from cab_hf.recipes import ModelArguments
+from cab_hf.recipe_options import ModelArguments
 from cab_hf.teachers.alignment import parse_layer_map
 from cab_hf.transfer import student_from_teacher
 from cab_hf.transfer.copying import check_fields

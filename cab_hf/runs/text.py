@@ -27,7 +27,8 @@ from cab_hf.evaluation.language import check_packing, compare
 from cab_hf.evaluation.recall import copying_recall
 from cab_hf.hub.sources import public_name
 from cab_hf.inference import check_positions, num_positions
-from cab_hf.recipes import DataArguments, Recipe, Stage, default_of
+from cab_hf.recipe_options import DataArguments, default_of
+from cab_hf.recipes import Recipe, Stage
 from cab_hf.runs.chat import Chat
 from cab_hf.runs.inputs import blocks_digest, check_inputs
 from cab_hf.runs.keep import attention_to_choose_from, keep_attention, num_alignments
