@@ -25,7 +25,8 @@ from cab_hf.recipes import load_recipe
 
 HERE = Path(__file__).parent
 
-# Whose runs they are. A folder is one long run: report*.json of its parts in order, and evaluation*.json.
+# Whose runs they are. A folder is one long run: report*.json of its parts in order, and evaluation*.json,
+# of its controls, too.
 STUDENTS = (
     ("pure", "smollm2_long/runs/*.json"),
     ("pure", "distinct_text/runs/*.json"),
@@ -105,6 +106,8 @@ def _groups(root: Path, place: str) -> dict[tuple[str, str], list[tuple[Path, di
 def _long_run(student: str, folder: Path, root: Path) -> list[Row]:
     parts = sorted(folder.glob("report*.json"))
     reports = [json.loads(path.read_text()) for path in parts]
+    if not reports:
+        return []
     seed = load_recipe(folder / "recipe.yaml").get("seed", default_of("seed"))
     name = folder.relative_to(root).as_posix()
     row = _row(student, name, [reports[-1]["after"]])
@@ -112,14 +115,17 @@ def _long_run(student: str, folder: Path, root: Path) -> list[Row]:
     row |= {"bridge": any("bridge" in entry for one in reports for part in one["stages"] for entry in part["log"])}
     row["run_files"] = [path.relative_to(root).as_posix() for path in parts]
     rows = [row]
-    for path in sorted(folder.glob("evaluation*.json")):
+    for path in sorted(folder.rglob("evaluation*.json")):
         found = json.loads(path.read_text())
         control = found.get("control")
         if control is not None:  # in the student's place, on the texts of the evaluation
             recall = {"recall": found.get("recall", {}).get("copying", {})}
             texts = {text: one | recall for text, one in found["texts"].items()}
-            rows.append(_row(f"{student}, {control}", name, [texts]) | {"run_files": []})
-            rows[-1] |= {key: row[key] for key in ("teacher", "tokens", "seeds", "bridge")}
+            is_student = control == "zeroed"  # else its teacher, with a window
+            who = f"{student}, {control}" if is_student else f"teacher, {control}"
+            facts = {key: row[key] for key in ("teacher", "tokens", "seeds", "bridge")} | {"run_files": []}
+            facts |= {} if is_student else {"tokens": 0, "seeds": []}
+            rows.append(_row(who, name, [texts]) | facts)
         own = row if control is None else rows[-1]
         own["run_files"].append(path.relative_to(root).as_posix())
         copying, teacher_copying = _recall(found.get("recall", {}).get("copying", {}))

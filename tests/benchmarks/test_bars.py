@@ -104,13 +104,17 @@ def test_a_folder_of_a_long_run(bars, tmp_path):
     shutil.copytree(ROOT / "training_args", tmp_path / "training_args")
     evaluation = json.loads((folder / "evaluation.json").read_text())
     evaluation["texts"]["speeches"]["kl"] = 1.5
-    (folder / "evaluation_zeroed.json").write_text(json.dumps(evaluation | {"control": "zeroed"}))
-    whole, zeroed = bars.collect(root)
+    (folder / "zeroed").mkdir()
+    (folder / "zeroed/evaluation.json").write_text(json.dumps(evaluation | {"control": "zeroed"}))
+    (folder / "window").mkdir()
+    (folder / "window/evaluation.json").write_text(json.dumps(evaluation | {"control": "window"}))
+    whole, window, zeroed = bars.collect(root)
+    assert window["student"] == "teacher, window" and window["tokens"] == 0
     reports = [json.loads((folder / name).read_text()) for name in ("report.json", "report_long.json")]
     assert (whole["student"], zeroed["student"]) == ("hybrid-4", "hybrid-4, zeroed")
     assert whole["tokens"] == sum(one["train_tokens"] for one in reports)
     assert whole["kl"]["speeches"] == reports[1]["after"]["speeches"]["kl"] and zeroed["kl"]["speeches"] == 1.5
     assert whole["copying"].keys() == {"16", "64", "256", "1024", "4096"} and whole["needles"]["needle"]["4096"] < 0.3
-    assert len(whole["run_files"]) == 3 and zeroed["run_files"] == ["hybrids/four/evaluation_zeroed.json"]
+    assert len(whole["run_files"]) == 3 and zeroed["run_files"] == ["hybrids/four/zeroed/evaluation.json"]
     table = bars.markdown([whole, zeroed], bars.judge([whole, zeroed], []))
     assert "| hybrid-4, zeroed: hybrids/four | 44M | 1 |" in table
