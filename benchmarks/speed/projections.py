@@ -97,7 +97,7 @@ def main() -> None:
             for features_of, warps, columns in PROGRAMS:
                 program = {"features": features_of, "warps": warps, "columns": columns}
                 decode_kernels._ROW_FEATURES, decode_kernels._ROW_WARPS = features_of, warps
-                decode_kernels._ROW_COLUMNS = columns
+                decode_kernels._ROW_COLUMNS = decode_kernels._ROW_COLUMNS_OF_MANY = columns
                 cell = shape | {"way": "one kernel", **program}
                 try:
                     got = every(decode_kernels.linear)

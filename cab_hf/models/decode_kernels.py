@@ -21,7 +21,9 @@ WIDEST_NORM = 2048
 NORMS = {nn.RMSNorm: 1, nn.LayerNorm: 2}
 _PROGRAMS = 132  # an H100's multiprocessors; a smaller GPU runs two rounds
 _ELEMENTS = 16384  # weights that a program holds in registers
-_ROW_COLUMNS, _ROW_FEATURES, _ROW_WARPS = 512, 16, 4  # of a program that multiplies 16 rows
+_ROW_FEATURES, _ROW_WARPS = 32, 4  # of a program that multiplies 16 rows: `benchmarks/speed/projections.py`
+_ROW_COLUMNS = 512  # that it reads at once; with a norm fewer, where more than two such programs share weights
+_ROW_COLUMNS_OF_MANY = 128
 
 
 if triton is not None:
@@ -400,7 +402,8 @@ def linear(
     )
     eps, kind = 0.0 if norm is None else norm.eps, 0 if norm is None else NORMS[type(norm)]
     if rows > 1:
-        columns, block = min(_power(width), _ROW_COLUMNS), _ROW_FEATURES
+        most = _ROW_COLUMNS if norm is None or rows <= 32 else _ROW_COLUMNS_OF_MANY
+        columns, block = min(_power(width), most), _ROW_FEATURES
         grid = (triton.cdiv(features, block), triton.cdiv(rows, 16))
         sizes = {"WIDTH": width, "OUT": features, "NORM": kind, "ROWS": 16, "FEATURES": block, "COLUMNS": columns}
         _rows_kernel[grid](*given, rows, x.stride(0), eps, **sizes, num_warps=_ROW_WARPS)

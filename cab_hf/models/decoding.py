@@ -37,8 +37,8 @@ DECODE_VARIABLE = "CAB_DECODE"
 MOST_GRAPHS = 4
 """Batch sizes that one model keeps a graph of; the one that was used longest ago goes first."""
 
-MOST_ROWS = 64
-"""Rows up to which own kernels make projections."""
+MOST_ROWS, MOST_FEATURES = 64, 16384
+"""Rows and features up to which own kernels make projections of 16 bits: they read the weights once for 16 rows."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OWN_MODULES = f"{__name__.rpartition('.')[0]}."
@@ -372,7 +372,10 @@ def _is_one_kernel(projection: nn.Module, x: Tensor) -> bool:
     """Whether one kernel can make a projection with what is around it: of few rows, it is bound by reading weights."""
     if type(projection) is not nn.Linear or not projection.weight.is_contiguous():
         return False
-    return len(x) == 1 or len(x) <= MOST_ROWS and projection.weight.element_size() == 2 and x.stride(1) == 1
+    is_small = (
+        len(x) <= MOST_ROWS and projection.out_features <= MOST_FEATURES and projection.weight.element_size() == 2
+    )
+    return len(x) == 1 or is_small and x.stride(1) == 1
 
 
 def _makes_norm(norm: nn.Module, x: Tensor) -> bool:

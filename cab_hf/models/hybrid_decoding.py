@@ -10,11 +10,13 @@ Shape legend: `b` batch, `d` width, `V` vocabulary.
 import copy
 import functools
 import weakref
+from contextlib import nullcontext
 from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.utils import ModelOutput
@@ -28,6 +30,9 @@ LEAST_ROOM = 256
 
 _TOLERANCE = 0.05  # of the largest logit
 _TOLERANCES = {torch.float32: 5e-3}  # whose products may be rounded to tf32
+_FEW_ROWS = (
+    4  # whose attention over a long row products spread over the device, where a fused kernel fills little of it
+)
 _FLAGS = {"use_cache": bool, "return_dict": bool, "logits_to_keep": int}
 _IMPLEMENTATIONS = ("sdpa", "eager")  # of attention; others read no mask of a static cache
 _unchanged: "weakref.WeakKeyDictionary[nn.Module, object]" = weakref.WeakKeyDictionary()
@@ -235,7 +240,8 @@ class HybridStep:
 
     def run(self, inner: PreTrainedModel, given: dict[str, Any]) -> Tensor:
         """Logits `(b, 1, V)` of the token in `ids`, which the layers take in."""
-        with handing_over(HandedOver(step=self.mix)):
+        few = sdpa_kernel(SDPBackend.MATH) if len(self.ids) <= _FEW_ROWS else nullcontext()
+        with handing_over(HandedOver(step=self.mix)), few:
             logits = type(inner).forward(inner, **given).logits
         self.length.add_(1)
         return logits[:, -1:]
