@@ -10,17 +10,18 @@ Shape legend: `b` batch, `d` width, `V` vocabulary.
 import copy
 import functools
 import weakref
-from contextlib import nullcontext
 from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.utils import ModelOutput
 
+from .decode_kernels import attend
 from .decoding import KNOWN_MODULES, Graph, ModelSteps, may_capture, mixed, part_obstacle, project, steps_of
 from .mixer_adapter import HandedOver, MixerAdapter, MixerCacheLayer, current, handing_over, parameters_of
 
@@ -206,6 +207,31 @@ class _WindowRoom(StaticLayer):
     is_sliding = True
 
 
+class _SpreadAttention(TorchFunctionMode):
+    """Reads a long row's keys side by side, where PyTorch's attention of one query leaves most of a device idle."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = kwargs or {}
+        if function is scaled_dot_product_attention and len(args) == 3 and self._fits(*args, **given):
+            scale = given.get("scale")
+            return attend(*args, given["attn_mask"], args[0].shape[-1] ** -0.5 if scale is None else scale)
+        return function(*args, **given)
+
+    @staticmethod
+    def _fits(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> bool:
+        rows, heads, queries, _ = query.shape
+        return (
+            attn_mask is not None
+            and attn_mask.dtype == torch.bool
+            and attn_mask.shape in ((rows, 1, 1, key.shape[2]), (1, 1, 1, key.shape[2]))
+            and queries <= 16
+            and key.shape[:2] == value.shape[:2] == (rows, heads)
+            and key.is_contiguous()
+            and value.is_contiguous()
+            and not any(options.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
+        )
+
+
 class HybridStep:
     """A captured token of one batch size, with room for a number of tokens, and the cache that lives in it."""
 
@@ -240,8 +266,7 @@ class HybridStep:
 
     def run(self, inner: PreTrainedModel, given: dict[str, Any]) -> Tensor:
         """Logits `(b, 1, V)` of the token in `ids`, which the layers take in."""
-        few = sdpa_kernel(SDPBackend.MATH) if len(self.ids) <= _FEW_ROWS else nullcontext()
-        with handing_over(HandedOver(step=self.mix)), few:
+        with handing_over(HandedOver(step=self.mix)), _SpreadAttention():
             logits = type(inner).forward(inner, **given).logits
         self.length.add_(1)
         return logits[:, -1:]

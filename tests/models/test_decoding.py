@@ -73,6 +73,23 @@ def test_few_rows_are_projected_by_one_kernel(norm, rows):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 3, 3, 16, 16, 256), (1, 2, 1, 24, 40, 384), (3, 1, 5, 8, 8, 100)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_attention_in_pieces_is_attention(dtype, shape):
+    torch.manual_seed(0)
+    rows, heads, queries, width, out_width, length = shape
+    query = torch.randn(rows, heads, queries, width)
+    key, value = torch.randn(rows, heads, length, width), torch.randn(rows, heads, length, out_width)
+    given = [one.to(DEVICE, dtype) for one in (query, key, value)]
+    at = torch.arange(length, device=DEVICE)
+    for mask in (torch.rand(rows, length, device=DEVICE) < 0.5, (at < 7).expand(rows, -1), (at >= length - 3)[None]):
+        mask = mask[:, None, None]
+        got = decode_kernels.attend(*given, mask, width**-0.5)
+        right = torch.nn.functional.scaled_dot_product_attention(*map(torch.Tensor.float, given), attn_mask=mask)
+        assert largest_difference(got.float(), right) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("variant", ["a group a head, silu", "ssd 2 groups, gated mlp", "s6"])
 def test_padding_leaves_a_rows_states_alone(variant, monkeypatch):
     monkeypatch.setenv("CAB_SSM_BACKEND", "torch")
