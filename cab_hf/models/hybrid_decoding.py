@@ -54,7 +54,7 @@ def _forward(inner: PreTrainedModel, *args: Any, **kwargs: Any) -> ModelOutput |
 
 def _one_token(inner: PreTrainedModel, args: tuple, kwargs: dict[str, Any], given: HandedOver) -> ModelOutput | None:
     """The output for one token a row, which the cache takes in; None where the model must run eagerly."""
-    if given.step is not None or given.show is not None or given.seq_idx is not None or not may_capture(inner):
+    if given.step is not None or given.shows or given.seq_idx is not None or not may_capture(inner):
         return None
     inputs = dict(zip(parameters_of(type(inner))[1:], args)) | kwargs
     token = read_token(inner, {name: value for name, value in inputs.items() if value is not None})

@@ -7,7 +7,8 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,24 +27,24 @@ from .configuration_cab_hybrid import CABHybridConfig
 from .mixers import BIDIRECTIONAL_MIXERS, MIXERS, BidirectionalProjections, SSMProjections
 
 
-class HandedOver(NamedTuple):
+@dataclass
+class HandedOver:
     """What one forward pass gives to all of its mixers.
 
     Attributes:
-        attention_mask: `(b, past + t)`, zero at padding.
         seq_idx: `(b, t)`, index of each token's document.
-        show: called with a mixer's path and projections.
+        shows: whether projections are asked for. Where PyTorch 2.11 compiles in pieces, it can't look whether a function
+            is None.
+        show: called with a mixer's path and projections then.
         with_gradients: whether the pass as a whole is recorded for a backward pass.
-        outer: what held before, outside of the part that runs.
         step: makes a mixer's output `(b, 1, d)` of one token in a captured step.
         generation: of one call of `generate`, in which the model stays as it is.
     """
 
-    attention_mask: torch.Tensor | None = None
     seq_idx: torch.Tensor | None = None
+    shows: bool = False
     show: Callable[[str, SSMProjections | BidirectionalProjections], None] | None = None
     with_gradients: bool = False
-    outer: "HandedOver | None" = None
     step: "Callable[[MixerAdapter, torch.Tensor], torch.Tensor] | None" = None
     generation: object = None
 
@@ -53,33 +54,42 @@ class _Pass(threading.local):
 
     A pass belongs to a thread and ends: nothing of it may stay in a module, where copies and later passes would find
     it. `torch.compile` follows a `threading.local` into one graph, and no `ContextVar`.
+
+    Attributes:
+        given: to the whole pass.
+        masks: the mask `(b, past + t)`, zero at padding, of the part that runs, and those of the parts around it.
     """
 
     given: HandedOver = HandedOver()
+    masks: tuple[torch.Tensor | None, Any] | None = None
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        return None if self.masks is None else self.masks[0]
 
 
 current = _Pass()
 
 
 @contextmanager
-def handing_over(given: HandedOver) -> Iterator[None]:
-    before = current.given
-    current.given = given
+def handing_over(given: HandedOver, masks: tuple | None = None) -> Iterator[None]:
+    before = current.given, current.masks
+    current.given, current.masks = given, masks
     try:
         yield
     finally:
-        current.given = before
+        current.given, current.masks = before
 
 
 def again_with_the_same(checkpointed: Callable) -> Callable:
     """A checkpointing function whose second pass, in the backward pass, gets what the first one was handed."""
 
     def run(block: Callable, *args: Any, **kwargs: Any) -> Any:
-        given, passes = current.given, []
+        given, masks, passes = current.given, current.masks, []
 
         def pass_over(*inputs: Any, **named: Any) -> Any:
             passes.append(None)
-            with handing_over(given if len(passes) == 1 else given._replace(show=None)):
+            with handing_over(given if len(passes) == 1 else replace(given, shows=False), masks):
                 return block(*inputs, **named)
 
         return checkpointed(pass_over, *args, **kwargs)
@@ -158,7 +168,7 @@ class MixerAdapter(nn.Module):
         given, length = current.given, hidden_states.shape[1]
         if given.step is not None:
             return self._answer(given.step(self, hidden_states))
-        rows = {"attention_mask": self._fitting(given.attention_mask, hidden_states)}
+        rows = {"attention_mask": self._fitting(current.mask, hidden_states)}
         rows["seq_idx"] = self._fitting(given.seq_idx, hidden_states)
         cache = None
         if self.causal:
@@ -167,10 +177,10 @@ class MixerAdapter(nn.Module):
             rows["cache"] = cache
         if cache is not None:
             self._claim_layer(cache)
-        output, projections = self.mixer(hidden_states, output_projections=given.show is not None, **rows)
+        output, projections = self.mixer(hidden_states, output_projections=given.shows, **rows)
         if cache is not None:
             cache.layers[self.cache_layer].seen_tokens += length
-        if given.show is not None:
+        if given.shows:
             if given.with_gradients and not torch.is_grad_enabled():
                 raise ValueError(
                     "The projections have no gradient under reentrant checkpointing: pass "

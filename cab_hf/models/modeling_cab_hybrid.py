@@ -5,6 +5,7 @@ Shape legend: `b` batch, `t` token, `d` width.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -221,8 +222,8 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
             if output_projections:
                 shown.append(projections)
 
-        wanted = show if output_projections or projections_callback is not None else None
-        given_over = HandedOver(None, seq_idx, wanted, torch.is_grad_enabled(), generation=current.given.generation)
+        shows = output_projections or projections_callback is not None
+        given_over = HandedOver(seq_idx, shows, show, torch.is_grad_enabled(), generation=current.given.generation)
         with handing_over(given_over):
             output = part(**given)
         if output_projections and isinstance(output, ModelOutput):
@@ -252,14 +253,12 @@ def _hand_mask_over(part: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) 
     names = parameters_of(type(part))[1:]
     place = names.index("attention_mask") if "attention_mask" in names else len(args)
     mask = args[place] if place < len(args) else kwargs.get("attention_mask")
-    given = current.given
-    if mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-        given = given._replace(attention_mask=mask)
-    current.given = given._replace(outer=current.given)
+    is_of_tokens = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+    current.masks = (mask if is_of_tokens else current.mask, current.masks)
 
 
 def _take_mask_back(part: PreTrainedModel, args: tuple, output: Any) -> None:
-    current.given = current.given.outer
+    current.masks = current.masks[1]
 
 
 class CABHybridModel(CABHybridPreTrainedModel):
@@ -297,7 +296,7 @@ class CABHybridForCausalLM(CABHybridPreTrainedModel, GenerationMixin):
         """As the teacher's class. A captured token has a static cache of its own, so that it need not be asked for."""
         if cache_implementation not in (None, "static"):
             kwargs["cache_implementation"] = cache_implementation
-        with handing_over(current.given._replace(generation=object())):
+        with handing_over(replace(current.given, generation=object())):
             return self.inner.generate(*args, **kwargs)
 
 

@@ -17,6 +17,7 @@ from transformers import (
 
 from cab_hf.evaluation.tiny_families import tiny_model, tiny_tokens
 from cab_hf.lora import lora_config
+from cab_hf.models.mixers import SSDMixer
 from cab_hf.teachers.demo import random_llama
 from cab_hf.transfer import student_from_teacher
 
@@ -119,6 +120,30 @@ def test_torch_compile_gives_the_same_with_and_without_padding():
     for inputs in ({}, {"attention_mask": mask}, {}):
         expected = student(tokens, use_cache=False, **inputs).logits
         torch.testing.assert_close(compiled(tokens, use_cache=False, **inputs).logits, expected)
+
+
+def test_torch_compile_in_pieces_shows_the_same_projections(monkeypatch):
+    student, tokens = hybrid().train(), tiny_tokens()
+
+    def loss():
+        outputs = []
+        last = student.read(input_ids=tokens, projections_callback=lambda _, shown: outputs.append(shown.output))
+        return last.last_hidden_state.square().mean() + sum(output.square().mean() for output in outputs)
+
+    right = loss()
+    forward = SSDMixer.forward
+
+    def interrupted(mixer, *args, **kwargs):
+        torch._dynamo.graph_break()  # as a kernel does that the compiler can't look into
+        return forward(mixer, *args, **kwargs)
+
+    monkeypatch.setattr(SSDMixer, "forward", interrupted)
+    compiled = torch.compile(loss, backend="eager")
+    for _ in range(2):
+        got = compiled()
+        torch.testing.assert_close(got, right)
+    got.backward()
+    assert student.mixer_list[0].in_proj.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
