@@ -500,18 +500,19 @@ def linear(
 
 def normed(x: Tensor, norm: nn.Module) -> Tensor:
     """`norm(x)` of `(b, width)` in the dtype of the norm's weight, an `nn.RMSNorm` or `nn.LayerNorm`. One kernel."""
+    return _normed_rows(x, norm.weight, getattr(norm, "bias", None), norm.eps, NORMS[type(norm)])
+
+
+def rms_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x ** 2) + eps) * weight` over the last dimension, in the weight's dtype. One kernel."""
+    return _normed_rows(x.reshape(-1, x.shape[-1]), weight, None, eps, NORMS[nn.RMSNorm]).view(x.shape)
+
+
+def _normed_rows(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: int) -> Tensor:
     rows, width = x.shape
-    out = torch.empty(rows, width, dtype=norm.weight.dtype, device=x.device)
-    _norm_kernel[(rows,)](
-        x.contiguous(),
-        norm.weight,
-        getattr(norm, "bias", None),
-        out,
-        norm.eps,
-        WIDTH=width,
-        NORM=NORMS[type(norm)],
-        COLUMNS=_power(width),
-    )
+    out = torch.empty(rows, width, dtype=weight.dtype, device=x.device)
+    sizes = {"WIDTH": width, "NORM": kind, "COLUMNS": _power(width)}
+    _norm_kernel[(rows,)](x.contiguous(), weight, bias, out, eps, **sizes)
     return out
 
 

@@ -10,6 +10,8 @@ Shape legend: `b` batch, `d` width, `V` vocabulary.
 import copy
 import functools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.utils import ModelOutput
 
-from .decode_kernels import attend
+from .decode_kernels import attend, rms_normed
 from .decoding import KNOWN_MODULES, Graph, ModelSteps, may_capture, mixed, part_obstacle, project, steps_of
 from .mixer_adapter import HandedOver, MixerAdapter, MixerCacheLayer, current, handing_over, parameters_of
 
@@ -232,6 +234,32 @@ class _SpreadAttention(TorchFunctionMode):
         )
 
 
+@contextmanager
+def _norms_in_one_kernel(inner: PreTrainedModel) -> Iterator[None]:
+    """Inside the block root mean square norms, as most families write them, are one kernel each, in place of six."""
+    norms = [module for module in inner.modules() if _is_rms_norm(module) and "forward" not in vars(module)]
+    for norm in norms:
+        norm.forward = functools.partial(_norm, norm)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Whether a norm is such as Llama's: others add one to their weight, or have a bias."""
+    names = {name for name, _ in module.named_parameters(recurse=False)}
+    is_one = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and names == {"weight"}
+    return is_one and module.weight.ndim == 1 and type(module).__module__.startswith("transformers.")
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    if current.given.step is None or x.dtype != norm.weight.dtype or x.shape[-1] != len(norm.weight):
+        return type(norm).forward(norm, x)
+    return rms_normed(x, norm.weight, norm.variance_epsilon)
+
+
 class HybridStep:
     """A captured token of one batch size, with room for a number of tokens, and the cache that lives in it."""
 
@@ -241,6 +269,7 @@ class HybridStep:
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.mask = torch.ones(rows, room, dtype=torch.bool, device=device)  # later of tokens that are there
+        self.mask[:, -1] = False  # a mask of ones alone is left out, outside of a capture
         self.real = torch.zeros(rows, dtype=torch.int8, device=device)  # while zero, no state changes
         self.length = torch.zeros((), dtype=torch.long, device=device)
         self.layers = [self._room(layer) for layer in token.cache.layers]
@@ -266,7 +295,7 @@ class HybridStep:
 
     def run(self, inner: PreTrainedModel, given: dict[str, Any]) -> Tensor:
         """Logits `(b, 1, V)` of the token in `ids`, which the layers take in."""
-        with handing_over(HandedOver(step=self.mix)), _SpreadAttention():
+        with handing_over(HandedOver(step=self.mix)), _SpreadAttention(), _norms_in_one_kernel(inner):
             logits = type(inner).forward(inner, **given).logits
         self.length.add_(1)
         return logits[:, -1:]

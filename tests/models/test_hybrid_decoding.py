@@ -67,6 +67,8 @@ def by_torch(step, adapter, hidden_states):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(hybrid_decoding.HybridStep, "mix", by_torch)
+    monkeypatch.setattr(hybrid_decoding, "_is_rms_norm", lambda module: False)
+    monkeypatch.setattr(hybrid_decoding._SpreadAttention, "_fits", lambda *given, **options: False)
 
 
 def hybrid(family="llama", kept=(1, 3)):
@@ -84,10 +86,18 @@ def sizes(student):
     return [] if held is None else list(held.steps)
 
 
-def test_the_kernels_give_the_mixers_tokens():
-    student, tokens = hybrid(), tiny_tokens()
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # the other norms every head, too
+def test_the_kernels_give_the_modules_tokens(family, monkeypatch):
+    student, tokens, called = hybrid(family), tiny_tokens(), []
+    for name in ("attend", "rms_normed"):
+        kernel = getattr(hybrid_decoding, name)
+        monkeypatch.setattr(
+            hybrid_decoding, name, lambda *given, name=name, kernel=kernel: called.append(name) or kernel(*given)
+        )
     got = student.generate(tokens, **GREEDY | {"max_new_tokens": 3})
     assert Rerun.count and not decoding._steps[student.inner].obstacle
+    assert called.count("attend") == 2 * (Rerun.count + 2) and called.count("rms_normed") > 8 * Rerun.count
+    assert not any("forward" in vars(module) for module in student.inner.modules() if module is not student.inner)
     assert torch.equal(got, eagerly(student.generate, tokens, **GREEDY | {"max_new_tokens": 3}))
 
 
