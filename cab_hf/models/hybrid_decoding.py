@@ -91,14 +91,19 @@ def _proven(inner: PreTrainedModel, steps: ModelSteps, size: tuple[int, int], to
         steps.refuse(f"the model gives {', '.join(more)}, too")
         return output
     described = f"{rows} row(s) of up to {room} tokens"
-    device, wanted = token.ids.device, output.logits[:, -1:].float()
+    device, wanted = token.ids.device, _finite(output.logits[:, -1:])
     with steps.alone(device):
         step = steps.step(size, described, lambda: HybridStep(inner, token, room, type(output)), device)
         if step is not None:
-            error = (step(token._replace(cache=before)).logits.float() - wanted).abs().max() / wanted.abs().max()
+            error = (_finite(step(token._replace(cache=before)).logits) - wanted).abs().max() / wanted.abs().max()
             if not error <= _TOLERANCES.get(inner.dtype, _TOLERANCE):
                 steps.refuse(f"the captured step is {error:.2g} of the largest logit away from the eager one")
     return output
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Logits as float32, of which a model may forbid some by minus infinity."""
+    return logits.float().nan_to_num(neginf=0.0)
 
 
 class Token(NamedTuple):
