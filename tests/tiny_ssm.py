@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cab_hf.models import ssm_ops
+from cab_hf.models import ssm_kernels
 
 
 BATCH = 2
@@ -12,7 +12,7 @@ CONTEXTS = ("alone", "continued", "packed")
 
 @pytest.fixture(autouse=True)
 def default_backend(monkeypatch):
-    monkeypatch.delenv(ssm_ops.BACKEND_VARIABLE, raising=False)
+    monkeypatch.delenv(ssm_kernels.BACKEND_VARIABLE, raising=False)
 
 
 def sequence_index(t: int) -> torch.Tensor:

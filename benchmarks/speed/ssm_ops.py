@@ -29,7 +29,8 @@ from torch import Tensor
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-from cab_hf.models.ssm_ops import BACKEND_VARIABLE, selective_scan, ssd_scan
+from cab_hf.models.ssm_kernels import BACKEND_VARIABLE
+from cab_hf.models.ssm_ops import selective_scan, ssd_scan
 
 
 S6 = {"b": 4, "t": 512, "d": 384, "n": 16}

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from .decode_kernels import NORMS, WIDEST_NORM, convolve, linear, normed, s6_step, ssd_step, triton
 from .mixers import S6Mixer, SSDMixer, fitted
-from .ssm_ops import BACKEND_VARIABLE
+from .ssm_kernels import BACKEND_VARIABLE
 
 
 logger = logging.get_logger(__name__)

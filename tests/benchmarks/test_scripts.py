@@ -12,7 +12,7 @@ from datasets import Dataset
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import BitImageProcessorPil, ViTConfig, ViTForImageClassification
 
-from cab_hf.models.ssm_ops import BACKEND_VARIABLE
+from cab_hf.models.ssm_kernels import BACKEND_VARIABLE
 from cab_hf.teachers.demo import random_llama
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny_models import MIXER_TYPES, largest_difference, random_ids, tiny_model
 from tiny_ssm import conv_arguments, default_backend, s6_arguments, ssd_arguments  # noqa: F401
 
-from cab_hf.models import ssm_ops
+from cab_hf.models import ssm_kernels, ssm_ops
 
 
 @pytest.fixture
@@ -26,10 +26,10 @@ def disguised(monkeypatch):
         return run
 
     monkeypatch.setattr(ssm_ops, "backend_for", lambda *given, **options: chosen[0])
-    monkeypatch.setattr(ssm_ops, "_TRAINS_BY_OPERATORS", True)
-    monkeypatch.setattr(ssm_ops, "_conv_kernel", on_torch(ssm_ops.causal_conv1d))
-    monkeypatch.setattr(ssm_ops, "_selective_scan_kernel", on_torch(ssm_ops.selective_scan))
-    monkeypatch.setattr(ssm_ops, "_ssd_kernel", on_torch(ssm_ops.ssd_scan))
+    monkeypatch.setattr(ssm_kernels, "_TRAINS_BY_OPERATORS", True)
+    monkeypatch.setattr(ssm_kernels, "_conv_kernel", on_torch(ssm_ops.causal_conv1d))
+    monkeypatch.setattr(ssm_kernels, "_selective_scan_kernel", on_torch(ssm_ops.selective_scan))
+    monkeypatch.setattr(ssm_kernels, "_ssd_kernel", on_torch(ssm_ops.ssd_scan))
 
     def gradient_of(kernel):
         def differentiate(grads, tensors, result, number):
@@ -44,25 +44,25 @@ def disguised(monkeypatch):
         return lambda *given: ThreadPoolExecutor(1).submit(differentiate, *given).result()
 
     kernels = {
-        "_conv_gradient": ssm_ops._conv,
-        "_selective_scan_gradient": lambda tensors, _: ssm_ops._selective_scan_kernel(*tensors),
-        "_ssd_gradient": lambda tensors, size: ssm_ops._ssd_kernel(*tensors[:6], size, *tensors[6:]),
+        "_conv_gradient": ssm_kernels._conv,
+        "_selective_scan_gradient": lambda tensors, _: ssm_kernels._selective_scan_kernel(*tensors),
+        "_ssd_gradient": lambda tensors, size: ssm_kernels._ssd_kernel(*tensors[:6], size, *tensors[6:]),
     }
     for name, kernel in kernels.items():
-        monkeypatch.setattr(ssm_ops, name, gradient_of(kernel))
+        monkeypatch.setattr(ssm_kernels, name, gradient_of(kernel))
 
 
 def given(arguments: dict, *names: str) -> list:
     return [arguments.get(name) for name in names]
 
 
-@pytest.mark.parametrize("operation", ssm_ops.OPERATIONS)
+@pytest.mark.parametrize("operation", ssm_kernels.OPERATIONS)
 def test_operators_are_sound(operation, disguised):
     conv, s6, ssd = conv_arguments(5), s6_arguments(5), ssd_arguments(5)
     operator, tensors, number = {
-        "causal_conv1d": (ssm_ops._conv_operator, [*given(conv, "x", "weight", "bias"), None, None], 1),
-        "selective_scan": (ssm_ops._selective_scan_operator, given(s6, "x", "dt", "A", "B", "C"), 0),
-        "ssd_scan": (ssm_ops._ssd_operator, [*given(ssd, "x", "dt", "A", "B", "C", "D"), None, None], 4),
+        "causal_conv1d": (ssm_kernels._conv_operator, [*given(conv, "x", "weight", "bias"), None, None], 1),
+        "selective_scan": (ssm_kernels._selective_scan_operator, given(s6, "x", "dt", "A", "B", "C"), 0),
+        "ssd_scan": (ssm_kernels._ssd_operator, [*given(ssd, "x", "dt", "A", "B", "C", "D"), None, None], 4),
     }[operation]
     tensors = [None if one is None else one.detach().float().requires_grad_() for one in tensors]
     torch.library.opcheck(operator, (*tensors, number))

@@ -17,9 +17,9 @@ from tiny_ssm import (
     values_and_gradients,
 )
 
-from cab_hf.models import ssm_ops
+from cab_hf.models import ssm_kernels
+from cab_hf.models.ssm_kernels import backend_for
 from cab_hf.models.ssm_ops import (
-    backend_for,
     causal_conv1d,
     causal_conv1d_update,
     selective_scan,
@@ -36,10 +36,10 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 @pytest.fixture
 def fresh_dispatch(monkeypatch):
     for name, empty in (("_kernels", {}), ("_unusable", {}), ("_reported", set())):
-        monkeypatch.setattr(ssm_ops, name, empty)
-    for name in [name for name in sys.modules if name.partition(".")[0] in ssm_ops._PACKAGES]:
+        monkeypatch.setattr(ssm_kernels, name, empty)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ssm_kernels._PACKAGES]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ssm_ops._PACKAGES:
+    for name in ssm_kernels._PACKAGES:
         monkeypatch.setitem(sys.modules, name, None)
 
 
@@ -49,7 +49,7 @@ def test_unknown_backend(monkeypatch):
         ssd_scan(**ssd_arguments(3))
 
 
-@pytest.mark.parametrize("operation", ssm_ops.OPERATIONS)
+@pytest.mark.parametrize("operation", ssm_kernels.OPERATIONS)
 def test_without_kernel_packages_everything_runs_on_torch(fresh_dispatch, operation):
     assert backend_for(operation, CPU, torch.float32) == "torch"
     assert backend_for(operation, CUDA, torch.bfloat16) == "torch"
@@ -93,8 +93,8 @@ def test_a_broken_kernel_package_warns_once_and_falls_back(monkeypatch, fresh_di
     def broken_import(name):
         raise OSError(f"undefined symbol in {broken_import.__name__}")
 
-    monkeypatch.setattr(ssm_ops.importlib, "import_module", broken_import)
-    with caplog.at_level(logging.WARNING, logger=ssm_ops.logger.name):
+    monkeypatch.setattr(ssm_kernels.importlib, "import_module", broken_import)
+    with caplog.at_level(logging.WARNING, logger=ssm_kernels.logger.name):
         for _ in range(2):
             assert backend_for("selective_scan", CUDA, torch.float32) == "torch"
             assert backend_for("ssd_scan", CUDA, torch.float32) == "torch"
@@ -104,7 +104,7 @@ def test_a_broken_kernel_package_warns_once_and_falls_back(monkeypatch, fresh_di
 
 
 def test_one_line_says_which_backend_runs(fresh_dispatch, caplog):
-    with caplog.at_level(logging.INFO, logger=ssm_ops.logger.name):
+    with caplog.at_level(logging.INFO, logger=ssm_kernels.logger.name):
         for _ in range(2):
             selective_scan(**s6_arguments(3))
             ssd_scan(**ssd_arguments(3))
@@ -192,8 +192,8 @@ def fake_kernels(monkeypatch):
     fakes = {"causal_conv1d_fn": fake_conv, "causal_conv1d_update": fake_conv_update}
     fakes |= {"selective_scan_fn": fake_selective_scan, "selective_state_update": fake_state_update}
     fakes |= {"mamba_chunk_scan_combined": fake_ssd, "chunk_simple_gla": fake_gla}
-    monkeypatch.setattr(ssm_ops, "_kernels", fakes)
-    monkeypatch.setattr(ssm_ops, "_choose_backend", lambda *arguments: "mamba_ssm")
+    monkeypatch.setattr(ssm_kernels, "_kernels", fakes)
+    monkeypatch.setattr(ssm_kernels, "_choose_backend", lambda *arguments: "mamba_ssm")
     return fakes
 
 
@@ -226,7 +226,7 @@ def test_ssd_kernel_gets_what_it_demands(fake_kernels, context):
 
 @pytest.mark.parametrize("context", ["alone", "continued"])
 def test_fla_kernel_gets_what_it_demands(fake_kernels, monkeypatch, context):
-    monkeypatch.setattr(ssm_ops, "_choose_backend", lambda *arguments: "fla")
+    monkeypatch.setattr(ssm_kernels, "_choose_backend", lambda *arguments: "fla")
     assert_matches(ssd_scan, naive_ssd_scan, ssd_arguments(20, context))
 
 
@@ -243,7 +243,7 @@ def test_one_step_kernels_get_what_they_demand(fake_kernels, monkeypatch, skip):
         step["D"] = tensors["D"] if skip else None
         states += [tensors["initial_state"].clone(), tensors["initial_state"].clone()]
         results.append((update, step, update(states[-2], **step)))
-    monkeypatch.setattr(ssm_ops, "_choose_backend", lambda *arguments: "torch")
+    monkeypatch.setattr(ssm_kernels, "_choose_backend", lambda *arguments: "torch")
     torch.testing.assert_close(results[0], causal_conv1d_update(x, states[1], **conv))
     for (update, step, y), state in zip(results[1:], (states[3], states[5])):
         torch.testing.assert_close(y, update(state, **step))
