@@ -126,14 +126,16 @@ def release_graphs(model: nn.Module) -> None:
 
 def states_of(cache: Cache, layers: int) -> list[Tensor] | None:
     """Convolution and recurrent state of every layer, in turn; None before the first token, or where it records."""
-    states = []
-    if cache.is_recording_past(0):
+    if cache.is_recording_past(0) or len(cache.layers) < layers:
         return None
-    for layer in range(layers):
-        conv = cache.get_conv_state(layer)
-        if conv is None:
-            return None
-        states += (conv, cache.get_recurrent_state(layer))
+    held = cache.layers[:layers]
+    if isinstance(
+        getattr(held[0], "conv_states", None), dict
+    ):  # as transformers 5.24 keeps them; its own look takes the host longer
+        states = [state for layer in held for state in (layer.conv_states[0], layer.recurrent_states[0])]
+    else:
+        looks = (cache.get_conv_state, cache.get_recurrent_state)
+        states = [look(layer) for layer in range(layers) for look in looks]
     return None if any(state is None for state in states) else states
 
 

@@ -59,8 +59,11 @@ def _one_token(inner: PreTrainedModel, args: tuple, kwargs: dict[str, Any], give
     if given.step is not None or given.shows or given.seq_idx is not None or not may_capture(inner):
         return None
     inputs = dict(zip(parameters_of(type(inner))[1:], args)) | kwargs
+    ids = inputs.get("input_ids")
+    if ids is None or ids.shape[1:] != (1,) or not is_captured_on(ids.device):
+        return None
     token = read_token(inner, {name: value for name, value in inputs.items() if value is not None})
-    if token is None or not is_captured_on(token.ids.device):
+    if token is None:
         return None
     goes_on = given.generation is not None and _unchanged.get(inner) is given.generation
     steps = steps_of(inner, hybrid_obstacle, goes_on)
@@ -132,7 +135,7 @@ def read_token(inner: PreTrainedModel, inputs: dict[str, Any]) -> Token | None:
     rest = dict(inputs)
     ids, mask, positions = (rest.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids"))
     caches = [name for name, value in rest.items() if isinstance(value, Cache)]
-    if ids is None or ids.shape[1:] != (1,) or len(caches) != 1:
+    if len(caches) != 1:
         return None
     cache = rest.pop(caches[0])
     past = _tokens_read(cache)
@@ -156,7 +159,8 @@ def _tokens_read(cache: Cache) -> int:
     lengths = set()
     for layer in cache.layers:
         if type(layer) is MixerCacheLayer:
-            is_whole = not layer.record_past and layer.recurrent_states[0] is not None
+            is_whole = isinstance(layer.recurrent_states, dict) and layer.recurrent_states[0] is not None
+            is_whole = is_whole and not layer.record_past
         elif type(layer) is DynamicSlidingWindowLayer:
             is_whole = not layer.record_past and layer.is_initialized
         else:
