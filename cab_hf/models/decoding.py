@@ -129,9 +129,7 @@ def states_of(cache: Cache, layers: int) -> list[Tensor] | None:
     if cache.is_recording_past(0) or len(cache.layers) < layers:
         return None
     held = cache.layers[:layers]
-    if isinstance(
-        getattr(held[0], "conv_states", None), dict
-    ):  # as transformers 5.24 keeps them; its own look takes the host longer
+    if isinstance(getattr(held[0], "conv_states", None), dict):  # looking at each by `cache` takes the host longer
         states = [state for layer in held for state in (layer.conv_states[0], layer.recurrent_states[0])]
     else:
         looks = (cache.get_conv_state, cache.get_recurrent_state)
