@@ -48,7 +48,7 @@ ITS_OWN = {
     "test_split",
     "text_column",
 }
-FIRST_SHARE = 0.3  # of the steps, for all stages but the last: as at 5M and 20M tokens and on CIFAR-10
+OTHERS_SHARE = 0.3  # of the steps, for all stages but the longest: as at 5M and 20M tokens and on CIFAR-10
 IMAGES_SEEN = {True: 192_000, False: 6_400}  # on a GPU as on CIFAR-10; on a CPU, minutes
 CPU_EVAL_TOKENS = 6_144
 HOURS_OF_WRITING = 6
@@ -165,8 +165,10 @@ def recipe_values(
     world = processes or int(os.environ.get("WORLD_SIZE", 1))
     _fit_machine(values, on_gpu, world)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if task == TEXT and longest and longest < values.get("block_size", default_of("block_size")):
-        values["block_size"] = longest
+    if task == TEXT and longest:
+        values.setdefault("block_size", default_of("block_size"))
+        for run in _runs(values, "block_size"):
+            run["block_size"] = min(run["block_size"], longest)
     if "learning_rate" not in options:
         _scale_rates(values, config.get_text_config().hidden_size, measured)
     if task == IMAGES:
@@ -196,8 +198,14 @@ def _fit_machine(values: dict[str, Any], on_gpu: bool, world: int) -> None:
     if world > 1:
         values |= {"cuda_graph": False, "torch_compile": False}  # neither has been measured on several GPUs
         values.setdefault("ddp_timeout", HOURS_OF_WRITING * 3600)  # the first process writes the teacher's text
-        batch = values.get("per_device_train_batch_size", default_of("per_device_train_batch_size"))
-        values["per_device_train_batch_size"] = max(1, batch // world)
+        values.setdefault("per_device_train_batch_size", default_of("per_device_train_batch_size"))
+        for run in _runs(values, "per_device_train_batch_size"):
+            run["per_device_train_batch_size"] = max(1, run["per_device_train_batch_size"] // world)
+
+
+def _runs(values: dict[str, Any], option: str) -> list[dict[str, Any]]:
+    """The recipe and those of its stages that set an option."""
+    return [run for run in (values, *values.get("stages", ())) if option in run]
 
 
 def _scale_rates(values: dict[str, Any], width: int, measured: int | None) -> None:
@@ -208,15 +216,15 @@ def _scale_rates(values: dict[str, Any], width: int, measured: int | None) -> No
         f"where nothing was measured: they are multiplied by {rate_at_width(1.0, measured, width):g}. --learning_rate "
         "sets one by hand."
     )
-    for run in (values, *values.get("stages", ())):
-        if "learning_rate" in run:
-            run["learning_rate"] = rate_at_width(float(run["learning_rate"]), measured, width)
+    for run in _runs(values, "learning_rate"):
+        run["learning_rate"] = rate_at_width(float(run["learning_rate"]), measured, width)
 
 
 def _scale_steps(given: Mapping[str, Any], values: dict[str, Any], amount: int, world: int) -> None:
-    """Steps for an amount of tokens or images. Stages before the last keep their own, up to `FIRST_SHARE` of all.
+    """Steps for an amount of tokens or images. The longest stage takes what the others leave.
 
-    The teacher's own text, written first, and warm-ups shrink along.
+    These keep their own steps, up to `OTHERS_SHARE` of all together. The teacher's own text, written first, and
+    warm-ups shrink along.
     """
     is_text = values["task"] == TEXT
     unit = world * given.get("per_device_train_batch_size", default_of("per_device_train_batch_size"))
@@ -232,12 +240,14 @@ def _scale_steps(given: Mapping[str, Any], values: dict[str, Any], amount: int, 
             f"one. Give at least {unit * len(stages):,}, or a smaller --per_device_train_batch_size."
         )
     own = [stage.get("max_steps") for stage in stages]
+    longest = len(own) - 1 if None in own else max(range(len(own)), key=lambda place: (own[place], place))
     left = steps
-    for stage, planned in zip(stages[:-1], own):
-        share = max(1, int(FIRST_SHARE * steps / (len(stages) - 1)))
-        stage["max_steps"] = share if planned is None else min(planned, share)
-        left -= stage["max_steps"]
-    stages[-1]["max_steps"] = left
+    for place, (stage, planned) in enumerate(zip(stages, own)):
+        if place != longest:
+            share = max(1, int(OTHERS_SHARE * steps / (len(stages) - 1)))
+            stage["max_steps"] = share if planned is None else min(planned, share)
+            left -= stage["max_steps"]
+    stages[longest]["max_steps"] = left
     total = sum(own) if None not in own else None
     for stage in stages:
         warmup = stage.get("warmup_steps", values.get("warmup_steps"))

@@ -122,6 +122,21 @@ def test_stages_share_the_steps_as_they_were_measured():
     assert smaller["teacher_tokens"] == pytest.approx(1_000_000, rel=1e-2)
 
 
+def test_the_longest_stage_takes_what_others_leave():
+    """Of `lm_hybrid`, whose last stage is a short one in long rows."""
+    for tokens, steps in ((5_000_000, [45, 215, 45]), (60_000_000, [366, 2808, 488]), (90_000_000, [366, 4639, 488])):
+        made = recipe_values("random-llama", ["builtin"], recipe="lm_hybrid", amount=tokens)
+        assert [stage["max_steps"] for stage in made["stages"]] == steps
+
+
+def test_rows_of_a_stage_end_where_the_teacher_does(here):
+    config = random_llama()[0].config
+    config.max_position_embeddings, config.architectures = 1024, ["LlamaForCausalLM"]
+    config.save_pretrained("llama")
+    made = recipe_values("llama", ["builtin"], recipe="lm_hybrid")
+    assert made["block_size"] == 512 and made["stages"][2]["block_size"] == 1024
+
+
 @pytest.mark.parametrize("width, factor", [(1152, 0.5), (576, 1.0), (384, 1.5), (32, 2.0)])
 def test_learning_rates_follow_the_width(here, width, factor):
     config = random_llama()[0].config
@@ -139,6 +154,8 @@ def test_several_processes_share_the_batch_of_one(monkeypatch):
     made = recipe_values("random-llama", ["builtin"], recipe="lm_default", amount=20_000_000)
     assert made["per_device_train_batch_size"] == 4 and made["cuda_graph"] is False
     assert sum(stage["max_steps"] for stage in made["stages"]) == 1220
+    hybrid = recipe_values("random-llama", ["builtin"], recipe="lm_hybrid")
+    assert (hybrid["per_device_train_batch_size"], hybrid["stages"][2]["per_device_train_batch_size"]) == (8, 2)
 
 
 @pytest.mark.parametrize("text, count", [("20M", 20_000_000), ("1.5k", 1500), ("3e6", 3_000_000), ("1,000", 1000)])

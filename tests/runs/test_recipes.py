@@ -53,10 +53,26 @@ def test_every_recipe_parses(path):
     recipe = parse_recipe([str(path), *ON_CPU])
     listed = load_recipe(path).get("stages", [{}])
     assert len(recipe.stages) == len(listed)
-    for (_, args, _), stage in zip(recipe.stages, listed):
+    for (_, args, block_size), stage in zip(recipe.stages, listed):
+        assert block_size == stage.pop("block_size", None)
         for name, value in stage.items():
             assert name == "name" or getattr(args, name) == pytest.approx(value) or str(getattr(args, name)) == value
     assert recipe.output_dir == Path("outputs") / path.stem
+
+
+def test_the_recipe_of_hybrids_is_the_one_that_was_measured():
+    paths = (ROOT / "training_args/lm_hybrid.yaml", ROOT / "benchmarks/quality/hybrids/four/recipe.yaml")
+    own, measured = (parse_recipe([str(path), *ON_CPU]) for path in paths)
+    assert own.model.keep_attention == measured.model.keep_attention
+    assert own.model.student_config == measured.model.student_config
+    for name in ("block_size", "repeat_fraction", "recall_gaps", "teacher_tokens", "teacher_continuation_tokens"):
+        assert getattr(own.data, name) == getattr(measured.data, name)
+    places = {"output_dir", "logging_dir", "run_name"}
+    for (_, args, block_size), (_, theirs, their_size) in zip(own.stages, measured.stages, strict=True):
+        assert block_size == their_size
+        told = {"disable_tqdm", "logging_steps", "report_to", "save_steps", "save_strategy", "save_total_limit"}
+        ours, other = args.to_dict(), theirs.to_dict()
+        assert {name for name in ours if ours[name] != other[name]} <= places | told
 
 
 @pytest.mark.parametrize(
