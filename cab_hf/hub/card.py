@@ -68,7 +68,8 @@ def build_card(
         stock_subfolder: Sub-folder that holds the student as a class of transformers itself, if there is one.
         recipe: The recipe of the training, YAML.
         plots: (title, file in the folder) of the pictures to show.
-        evaluation: What `cab_hf.runs.report.evaluate` returns; its `generation`, `recall` and `speed` are shown.
+        evaluation: What `cab_hf.runs.report.evaluate` returns; its `generation`, `recall`, `length`, `tasks` and
+            `speed` are shown.
         sample: A prompt, and what the student wrote after it.
         is_chat: Whether it learnt conversations: the sample is a user's turn and the answer, and the lines that load
             the student ask it something through its chat template.
@@ -108,7 +109,8 @@ def build_card(
     copying = {gap: report for one in metrics.values() for gap, report in one.get("recall", {}).items()}
     if copying and "recall" not in evaluation:
         evaluation["recall"] = {"copying": copying}
-    recall, generation, speed = (evaluation.get(key) for key in ("recall", "generation", "speed"))
+    recall, length, tasks = (evaluation.get(key) for key in ("recall", "length", "tasks"))
+    generation, speed = (evaluation.get(key) for key in ("generation", "speed"))
     data = ModelCardData(
         language=list(language) if isinstance(language, Sequence) and not isinstance(language, str) else language,
         license=license,
@@ -138,6 +140,12 @@ def build_card(
         copies=sum(one.get("copies", 0) for one in metrics.values()),
         has_baselines=any(one.get("baselines") for one in metrics.values()),
         recall=sections.recall_table(recall) if recall else None,
+        retrieval=sections.retrieval_table(length) if length else None,
+        losses=sections.loss_table(length) if length else None,
+        length_text=f" on {sections.plain(length['text'])}" if length and "text" in length else "",
+        held=sections.held(length) if length else None,
+        tasks=sections.task_table(tasks) if tasks else None,
+        above_chance=sections.above_chance(tasks) if tasks else None,
         prompts=sections.plain(generation["prompts"]) if generation else None,
         generation=sections.generation_table(generation) if generation else None,
         speed=sections.speed_table(speed) if speed else None,

@@ -268,14 +268,19 @@ def limits(head: Head, metrics: Mapping[str, Mapping[str, Any]], evaluation: Map
     Args:
         head: what the student does.
         metrics: name -> report, as in `build_card`.
-        evaluation: its `recall` is read, where it is.
+        evaluation: its `recall`, `length` and `tasks` are read, where they are.
     """
     sentences = [sentence for item in metrics.items() for sentence in _quality_limits(head, *item)]
-    recalled = [one for gaps in evaluation.get("recall", {}).values() for one in gaps.values()]
-    if any(one["student"]["ci95"][1] < one["teacher"]["ci95"][0] for one in recalled):
+    retrieval = evaluation.get("length", {}).get("retrieval", {})
+    tests = [*evaluation.get("recall", {}).values(), *retrieval.values()]
+    pairs = [(one["student"], one["teacher"]) for by_place in tests for one in by_place.values()]
+    if any(theirs and ours["ci95"][1] < theirs["ci95"][0] for ours, theirs in pairs):
         sentences.append(
             "Do not rely on it to repeat or look up what its context says: there it is clearly behind its teacher."
         )
+    share = evaluation.get("tasks", {}).get("above_chance", {}).get("share_ci95")
+    if share is not None and share[1] < 1:
+        sentences.append("In tasks it is clearly behind its teacher.")
     return sentences
 
 

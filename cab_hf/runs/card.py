@@ -44,6 +44,7 @@ PLOTS = {
     "learning_curves.png": "Losses",
     "keep_attention.png": "Attention kept",
     "recall.png": "Recall over the gap",
+    "length.png": "What is left over length",
     "speed.png": "Speed and memory",
     "attention.png": "Attention maps",
 }

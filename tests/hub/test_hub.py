@@ -27,6 +27,7 @@ from cab_hf.teachers.demo import random_llama
 from cab_hf.transfer import student_from_teacher
 
 
+ROOT = Path(__file__).parents[2]
 REPORT = {
     "student_perplexity": 31.25,
     "student_perplexity_ci95": [28.5, 34.25],
@@ -218,6 +219,16 @@ class TestBuildCard:
             build_card(folder, {}, {}, teacher=folder)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "model_cards").glob("*/README.md")), ids=lambda path: path.parent.name)
+def test_finished_cards_say_what_was_evaluated(path):
+    card, evaluation = ModelCard.load(path), json.loads((path.parent / "evaluation.json").read_text())
+    found = {result.dataset_name: result.metric_value for result in card.data.eval_results}
+    of_texts = {name: report["student_perplexity"] for name, report in evaluation.get("texts", {}).items()}
+    of_images = {name: report["student_top1"] for name, report in evaluation.get("images", {}).items()}
+    assert found == pytest.approx(of_texts | of_images, rel=1e-4) and found
+    assert all((path.parent / picture).is_file() for picture in re.findall(r"!\[[^]]*\]\((.+?)\)", card.text))
+
+
 class TestLoading:
     def test_only_ways_that_work(self, folder, tmp_path):
         text = str(build_card(folder, {}, {}, teacher="org/teacher", license="mit", repo_id="org/student"))
@@ -280,6 +291,23 @@ class TestMeasured:
         rest = {name: value for name, value in EVALUATION.items() if name != left_out}
         whole, card = self.card(folder, EVALUATION), self.card(folder, rest)
         assert section(whole, left_out.capitalize()) and not section(card, left_out.capitalize())
+
+    def test_lengths_and_tasks(self, folder):
+        evaluation = json.loads((ROOT / "benchmarks/quality/hybrids/four/evaluation.json").read_text())
+        card = self.card(folder, {name: evaluation[name] for name in ("length", "tasks")})
+        length, tasks = section(card, "Length"), section(card, "Tasks")
+        assert "| needle | 4,096 | 0.969 (0.893 to 0.991) | 0.672 (0.550 to 0.774) |" in length
+        assert "Loss by position on speeches, in nats per token" in length and "| 2,048 to 4,096 | 3.238" in length
+        assert (
+            "the student holds to 0 tokens (needle 1,024, needles 0, key-value 0, copying 256, loss 4,096)" in length
+        )
+        assert "| lambada | acc | 0.000 | 0.294 ± 0.020 | 0.200 ± 0.018 | \\-0.094 (-0.126 to -0.062) | 500 |" in tasks
+        assert tasks.endswith("summed over lambada, piqa, arc_easy, copa.") and "keeps 0.80 (0.70 to 0.89)" in tasks
+        lines = section(card, "Limits").splitlines()[2:]
+        assert len(lines) == 2 and lines[1] == "- In tasks it is clearly behind its teacher."
+        assert no_placeholder(str(card))
+        evaluation["tasks"]["above_chance"]["share_ci95"] = [0.7, 1.01]
+        assert not section(self.card(folder, {"tasks": evaluation["tasks"]}), "Limits")
 
     def test_limits_of_a_student_that_does_not_copy(self, folder):
         lines = section(self.card(folder, EVALUATION, {"verse": REPORT}), "Limits").splitlines()[2:]
