@@ -362,6 +362,70 @@ def test_kept_attention(start, method):
         )
 
 
+def long_run(folder: str, report: str = "report") -> dict:
+    return result(f"quality/hybrids/{folder}/{report}.json")["after"]
+
+
+def of_pure_students(measure: str) -> float:
+    return measures("distinct_text")[measure]["text and english"]["60M tokens"]["mean"]
+
+
+def test_long_runs_of_hybrids():
+    gaps = ("16", "64", "256", "1024")
+    for start, after in (("evenly", long_run("four")), ("as `auto`", long_run("auto", "report_long"))):
+        shown = [f"{after[text]['kl']:.3f} / {after[text]['perplexity_ratio']:.2f}" for text in TEXTS]
+        copied = after["speeches"]["recall"]
+        for who in ("student", "teacher")[: 1 + (start == "evenly")]:
+            recalls = [f"{copied[gap][who]['recall']:.2f}" for gap in gaps]
+            if who == "student":
+                assert row(RESULTS, f"long run: four layers, {start}") == [*shown, *recalls]
+            else:
+                assert row(RESULTS, "long run: the teacher's own copying") == ["", "", "", *recalls]
+    kls, ratios = ([of_pure_students(f"{text}: {measure}") for text in TEXTS] for measure in ("KL", "ppl ratio"))
+    recalls = [f"{of_pure_students(f'copying, gap {gap}'):.2f}" for gap in gaps]
+    shown = [f"{kl:.3f} / {ratio:.2f}" for kl, ratio in zip(kls, ratios)]
+    assert row(RESULTS, "long run: pure") == [*shown, *recalls]
+    english = long_run("four")["english"]
+    assert f"the hybrid has {english['kl']:.3f} / {english['perplexity_ratio']:.2f};" in RESULTS.read_text()
+
+
+@pytest.mark.parametrize(
+    ("start", "test"), [("one needle", "needle"), ("four needles", "needles"), ("eight values", "key-value")]
+)
+def test_what_the_hybrid_finds(start, test):
+    by_length = result("quality/hybrids/four/evaluation.json")["length"]["retrieval"][test].values()
+    shown = [f"{one['student']['recall']:.2f} / {one['teacher']['recall']:.2f}" for one in by_length]
+    assert row(RESULTS, f"found: {start}") == shown
+
+
+def test_tasks_and_lengths_of_the_hybrid():
+    evaluation, text = result("quality/hybrids/four/evaluation.json"), RESULTS.read_text()
+    found = evaluation["tasks"]["above_chance"]
+    low, high = found["share_ci95"]
+    assert f"In tasks it keeps {found['share']:.2f} ({low:.2f} to {high:.2f}) of its teacher's margin" in text
+    holds = evaluation["length"]["holds_to"]
+    assert holds == {"needle": 1024, "needles": 0, "key-value": 0, "copying": 256, "loss": 4096, "all": 0}
+    assert (
+        "its loss holds to 4,096 tokens, one needle to 1,024, copying to 256, several needles and keys to no" in text
+    )
+    copied = evaluation["recall"]["copying"]["4096"]
+    shown = " and ".join(f"{copied[who]['recall']:.2f}" for who in ("student", "teacher"))
+    assert f"Over 4,096 neither copies: {shown}." in text
+    assert f"It took {result('quality/hybrids/four/report.json')['seconds'] / 60:.1f} minutes" in text
+
+
+@pytest.mark.parametrize(
+    ("start", "method"),
+    [("outputs", "outputs, then KL, 1.2e-3"), ("KL alone", "KL, 1.2e-3"), ("CAB", "CAB, 1.2e-3")],
+)
+def test_half_as_deep(start, method):
+    found = {name: cells[method]["20M tokens"]["mean"] for name, cells in measures("half_depth").items()}
+    texts = (*TEXTS, "english")
+    shown = [f"{found[f'{text}: KL']:.3f} / {found[f'{text}: ppl ratio']:.2f}" for text in texts]
+    assert row(RESULTS, f"half as deep: {start}") == shown
+    assert all(found[f"copying, gap {gap}"] < 0.001 for gap in (16, 64, 256, 1024))
+
+
 def test_methods_are_counted():
     assert f"[All {len(measures('smollm2')['speeches: KL'])}]" in RESULTS.read_text()
     students = set(measures("small_lm")["speeches: KL"]) - {"the teacher itself, labels"}
@@ -503,6 +567,8 @@ def test_decoding_and_serving_in_the_readme():
 
     near, far = (f"{ms('student', 'generate()', context):.1f}" for context in (512, 32000))
     assert f"takes {near} ms a token after 512 tokens, {far} after 32,000" in text
+    hybrid = ms("hybrid", "generate()", 32000)
+    assert f"Hybrids take {hybrid:.1f} ms a token on an H200" in text
     near, far = (f"{ms('teacher', 'static', context):.1f}" for context in (512, 32000))
     assert f"takes {near} and {far} ms with a static cache" in text
     times = ms("teacher", "static", 32000, 64) / ms("student", "generate()", 32000, 64)
@@ -534,6 +600,40 @@ def test_captured_tokens(model):
     cells = result("speed/results/generate_h200.json")["cells"]
     found = [cell["ms"] for cell in cells if (cell["model"], cell["way"]) == (model, "step")]
     assert row(RESULTS, f"graph: {model}") == [f"{ms:.2f}" for ms in found]
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [("input", "in_proj"), ("output", "out_proj"), ("gate and up", "gate and up"), ("down", "down")],
+)
+def test_projections_of_few_rows(start, name):
+    """Beside the library the program that `decode_kernels.linear` takes."""
+    cells = [one for one in result("speed/results/projections_h200.json")["cells"] if one["projection"] == name]
+    shown = []
+    for rows in (2, 16, 64):
+        columns = 128 if rows > 32 and name in ("in_proj", "gate and up") else 512
+        program = {"features": 32, "warps": 4, "columns": columns}
+        library = next(one["us"] for one in cells if (one["rows"], one["way"]) == (rows, "library"))
+        own = next(one["us"] for one in cells if ({"rows": rows} | program).items() <= one.items())
+        shown.append(f"{library:.1f} / {own:.1f}")
+    assert row(RESULTS, f"projected: {start}") == shown
+
+
+def test_a_step_again_and_tests_of_decoding():
+    (cell,) = result("speed/results/scale_h200.json")["cells"]
+    low, high = (round(one / 1e3) for one in cell["range"])
+    text, kernels = RESULTS.read_text(), cell["kernels"]
+    assert f"{cell['tokens_per_second'] / 1e3:.0f} k tokens/s ({low} to {high} k), {cell['peak_gib']:.1f} GiB" in text
+    assert f"the first step after {cell['first_step_s']:.0f} s" in text
+
+    def ms(*names: str) -> float:
+        return sum(one["ms"] for one in kernels if one["kernel"].startswith(names))
+
+    products, sums = ms("nvjet"), ms("void at::native::reduce_kernel")
+    assert f"Of its {ms(''):.0f} ms on the device, {products:.0f} are the library's matrix products" in text
+    assert f"and {sums:.0f} are sums" in text
+    outcomes = result("speed/results/gpu_tests_decoding_h200.json")["outcomes"]
+    assert set(outcomes.values()) == {"passed"} and f"[{len(outcomes)} tests]" in text
 
 
 @pytest.mark.parametrize("model", ["student", "teacher"])
