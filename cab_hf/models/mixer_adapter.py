@@ -33,8 +33,8 @@ class HandedOver:
 
     Attributes:
         seq_idx: `(b, t)`, index of each token's document.
-        shows: whether projections are asked for. Where PyTorch 2.11 compiles in pieces, it can't look whether a function
-            is None.
+        shows: whether projections are asked for. Where PyTorch 2.11 compiles in pieces, it can't look whether a
+            function is None.
         show: called with a mixer's path and projections then.
         with_gradients: whether the pass as a whole is recorded for a backward pass.
         step: makes a mixer's output `(b, 1, d)` of one token in a captured step.
