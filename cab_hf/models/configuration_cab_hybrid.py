@@ -61,7 +61,8 @@ class CABHybridConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.teacher = _without_code(self.teacher or {"model_type": "llama"})
-        self.mixer, self.mixers = self.mixer or {}, self.mixers or {}
+        self.mixer, mixers = self.mixer or {}, self.mixers or {}
+        self.mixers = {path: mixers[path] for path in sorted(mixers, key=self._place)}  # a JSON file sorts by letters
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(self.teacher.get("tie_word_embeddings", False))
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -149,6 +150,11 @@ class CABHybridConfig(PreTrainedConfig):
     @property
     def bidirectional(self) -> bool:
         return not all(self.settings(path)["causal"] for path in self.mixers)
+
+    def _place(self, path: str) -> tuple:
+        """By which mixers are in the order of their calls: their layer, and numbers in their path by value."""
+        parts = [(part.isdigit(), int(part) if part.isdigit() else part) for part in path.split(".")]
+        return self.mixers[path].get("cache_layer", 0), parts
 
     def settings(self, path: str) -> dict[str, Any]:
         """All settings of a mixer, shared ones and its own."""

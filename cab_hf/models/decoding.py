@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.utils import logging
@@ -105,11 +106,16 @@ def may_capture(model: nn.Module) -> bool:
 
 
 def steps_of(model: nn.Module, find_obstacle: Callable[[nn.Module], str], goes_on: bool = False) -> "ModelSteps":
-    """The graphs of a model as it is now."""
+    """The graphs of a model as it is now. Adapters may be switched between two tokens of one `generate`."""
     steps = _steps.get(model)
-    if steps is None or not (goes_on or steps.watch.holds()):
+    if steps is None or not (goes_on and steps.watch.keeps_adapters() or steps.watch.holds()):
         steps = _steps[model] = ModelSteps(model, find_obstacle)
     return steps
+
+
+def kept_steps(model: nn.Module) -> "ModelSteps | None":
+    """The graphs of a model as it was at its last token, if it has any."""
+    return _steps.get(model)
 
 
 def release_graphs(model: nn.Module) -> None:
@@ -144,7 +150,7 @@ def _has_hook(module: nn.Module) -> bool:
 
 
 class Watch:
-    """Knows the parts of a model, and tells when one was replaced, moved or got a hook.
+    """Knows the parts of a model, and tells when one was replaced, moved or got a hook, or another attention is set.
 
     Values that change in place need no telling: a graph reads them anew each time.
     """
@@ -160,7 +166,9 @@ class Watch:
         self.modules = modules[1:]
         self.hooked, self.hooks_ever = self.is_hooked(), RemovableHandle.next_id
         self.adapters = [one for one in modules if type(one).__module__.startswith("peft.")]
-        self.notes = self._notes()
+        configs = (vars(one).get("config") for one in modules)
+        self.configs = list({id(one): one for one in configs if isinstance(one, PreTrainedConfig)}.values())
+        self.notes, self.attention = self._notes(), self._attention()
 
     def _held(self) -> list:
         return list(chain.from_iterable(map(dict.values, self.tables)))
@@ -170,6 +178,9 @@ class Watch:
 
     def _notes(self) -> list[str]:
         return [repr([getattr(one, name, None) for name in _LORA_NOTES]) for one in self.adapters]
+
+    def _attention(self) -> list[str | None]:
+        return [one._attn_implementation for one in self.configs]
 
     def is_hooked(self) -> bool:
         return any("forward" in vars(one) or _has_hook(one) for one in self.modules)
@@ -182,7 +193,11 @@ class Watch:
         held = self._held()
         if len(held) != len(self.are_tensors) or not all(map(is_, compress(held, self.are_others), self.others)):
             return False
-        return self._places(held) == self.places and (not self.adapters or self._notes() == self.notes)
+        return self._attention() == self.attention and self._places(held) == self.places and self.keeps_adapters()
+
+    def keeps_adapters(self) -> bool:
+        """Whether the adapters are set as they were."""
+        return not self.adapters or self._notes() == self.notes
 
 
 class ModelSteps:

@@ -9,6 +9,7 @@ Shape legend: `b` batch, `d` width, `V` vocabulary.
 
 import copy
 import functools
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,17 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.utils import ModelOutput
 
 from .decode_kernels import attend, rms_normed
-from .decoding import KNOWN_MODULES, Graph, ModelSteps, may_capture, mixed, part_obstacle, project, steps_of
+from .decoding import (
+    KNOWN_MODULES,
+    Graph,
+    ModelSteps,
+    kept_steps,
+    may_capture,
+    mixed,
+    part_obstacle,
+    project,
+    steps_of,
+)
 from .mixer_adapter import HandedOver, MixerAdapter, MixerCacheLayer, current, handing_over, parameters_of
 
 
@@ -33,25 +44,55 @@ LEAST_ROOM = 256
 
 _TOLERANCE = 0.05  # of the largest logit
 _TOLERANCES = {torch.float32: 5e-3}  # whose products may be rounded to tf32
-_FEW_ROWS = (
-    4  # whose attention over a long row products spread over the device, where a fused kernel fills little of it
-)
 _FLAGS = {"use_cache": bool, "return_dict": bool, "logits_to_keep": int}
 _IMPLEMENTATIONS = ("sdpa", "eager")  # of attention; others read no mask of a static cache
+_inside: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 _unchanged: "weakref.WeakKeyDictionary[nn.Module, object]" = weakref.WeakKeyDictionary()
 
 
-def with_captured_tokens(inner: PreTrainedModel) -> None:
-    """Lets the model inside a hybrid, which `generate` calls, decode by graphs where it can."""
-    inner.forward = functools.update_wrapper(functools.partial(_forward, inner), inner.forward)
+@contextmanager
+def captured_tokens(inner: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the model inside a hybrid, which `generate` calls, decodes by graphs where it can.
+
+    Its forward pass is another one for that long only: copies and replicas of it would take this one's.
+    """
+    with _lock:
+        inside = _inside.get(inner, 0)
+        is_ours = inside > 0 or "forward" not in vars(inner)  # else somebody else has put one there
+        if is_ours:
+            _inside[inner] = inside + 1
+            if not inside:
+                inner.forward = functools.update_wrapper(functools.partial(_forward, inner), inner.forward)
+    try:
+        yield
+    finally:
+        with _lock:
+            if is_ours:
+                _inside[inner] -= 1
+                if not _inside[inner]:
+                    del inner.forward
 
 
 def _forward(inner: PreTrainedModel, *args: Any, **kwargs: Any) -> ModelOutput | tuple:
-    if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or inner.training):
-        output = _one_token(inner, args, kwargs, current.given)
-        if output is not None:
-            return output
+    if not torch.compiler.is_compiling():
+        if not (torch.is_grad_enabled() or inner.training):
+            output = _one_token(inner, args, kwargs, current.given)
+            if output is not None:
+                return output
+        _move_out(inner, [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)])
     return type(inner).forward(inner, *args, **kwargs)
+
+
+def _move_out(inner: PreTrainedModel, caches: list[Cache]) -> None:
+    """Gives caches copies of what they hold in graphs, where another thread's token may come while they are read."""
+    steps = kept_steps(inner)
+    if steps is None or not caches:
+        return
+    for step in list(steps.steps.values()):
+        with steps.alone(step.ids.device):
+            for cache in caches:
+                step.move_out(cache)
 
 
 def _one_token(inner: PreTrainedModel, args: tuple, kwargs: dict[str, Any], given: HandedOver) -> ModelOutput | None:
@@ -87,6 +128,7 @@ def is_captured_on(device: torch.device) -> bool:
 
 def _proven(inner: PreTrainedModel, steps: ModelSteps, size: tuple[int, int], token: "Token") -> ModelOutput:
     """The eager output. A step of this size is there afterwards, if it gives the same."""
+    _move_out(inner, [token.cache])
     before, (rows, room) = _copied(token.cache), size
     output = type(inner).forward(inner, **token.inputs)
     more = [name for name, value in output.items() if value is not None and name not in ("logits", token.cache_name)]
@@ -117,7 +159,7 @@ class Token(NamedTuple):
         mask: `(b, past + 1)`, zero at padding.
         positions: `(b, 1)` or `(1, 1)`.
         past: tokens that the cache has read.
-        cache_name: by which the model takes the cache.
+        cache_name: by which the model takes the cache, whatever older name it was given by.
         inputs: all of it.
     """
 
@@ -137,9 +179,12 @@ def read_token(inner: PreTrainedModel, inputs: dict[str, Any]) -> Token | None:
     caches = [name for name, value in rest.items() if isinstance(value, Cache)]
     if len(caches) != 1:
         return None
-    cache = rest.pop(caches[0])
+    cache, names = rest.pop(caches[0]), parameters_of(type(inner))
+    name = next((name for name in (caches[0], "cache", "past_key_values") if name in names), None)
     past = _tokens_read(cache)
-    if not past or not all(value is False or isinstance(value, _FLAGS.get(name, ())) for name, value in rest.items()):
+    if not past or name is None:
+        return None
+    if not all(value is False or isinstance(value, _FLAGS.get(flag, ())) for flag, value in rest.items()):
         return None
     if rest.get("use_cache") is False or rest.get("return_dict") is False:
         return None
@@ -149,7 +194,7 @@ def read_token(inner: PreTrainedModel, inputs: dict[str, Any]) -> Token | None:
         return None  # models count positions in a mask, each in its own way
     if positions is not None and positions.shape not in ((len(ids), 1), (1, 1)):
         return None
-    return Token(ids, mask, positions, past, cache, caches[0], inputs)
+    return Token(ids, mask, positions, past, cache, name, inputs)
 
 
 def _tokens_read(cache: Cache) -> int:
@@ -352,7 +397,9 @@ class HybridStep:
         return self.output_type(logits=logits, **{token.cache_name: token.cache})
 
     def _take_in(self, token: Token) -> None:
-        self._let_go(token.cache)
+        stay = {id(layer) for layer in token.cache.layers}
+        is_new = {id(guest()) for guest in self.guests} != stay
+        self._let_go(stay)
         self.past = token.past
         self.mask.zero_()
         self.length.fill_(token.past)
@@ -361,7 +408,11 @@ class HybridStep:
                 room.cumulative_length.fill_(token.past)
             for held, place in zip(_tensors(layer), _tensors(room)):
                 if not isinstance(layer, MixerCacheLayer):
-                    place = place[:, :, token.past - held.shape[2] : token.past]
+                    first = token.past - held.shape[2]
+                    if is_new:  # what is not read must be finite, too: eager attention multiplies it by zero
+                        place[:, :, :first].zero_()
+                        place[:, :, token.past :].zero_()
+                    place = place[:, :, first : token.past]
                 place.copy_(held)
             if isinstance(layer, MixerCacheLayer):
                 layer.conv_states[0], layer.recurrent_states[0] = _tensors(room)
@@ -380,11 +431,16 @@ class HybridStep:
                     layer.cumulative_length = self.past
             self.views.append(_tensors(layer))
 
-    def _let_go(self, cache: DynamicCache) -> None:
-        """Gives the cache that lives here copies of what it holds, if it is not the one that comes."""
-        for guest, layer, views in zip(self.guests, cache.layers, self.views):
+    def move_out(self, cache: DynamicCache) -> None:
+        """Gives a cache copies of what it holds here, if it lives here."""
+        if any(guest() is layer for guest, layer in zip(self.guests, cache.layers)):
+            self._let_go(set())
+
+    def _let_go(self, stay: set[int]) -> None:
+        """Gives the layers that live here, but those of these ids, copies of what they hold."""
+        for guest, views in zip(self.guests, self.views):
             held = guest()
-            if held is None or held is layer or not _is_shown(held, views):
+            if held is None or id(held) in stay or not _is_shown(held, views):
                 continue
             first, second = (view.clone() for view in views)
             if isinstance(held, MixerCacheLayer):

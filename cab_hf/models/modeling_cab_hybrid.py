@@ -5,6 +5,7 @@ Shape legend: `b` batch, `t` token, `d` width.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
 from .configuration_cab_hybrid import CABHybridConfig
-from .hybrid_decoding import with_captured_tokens
+from .hybrid_decoding import captured_tokens
 from .mixer_adapter import HandedOver, MixerAdapter, again_with_the_same, current, handing_over, parameters_of
 from .mixers import BidirectionalProjections, SSMProjections, StateSpaceBranch
 from .students import MixerPreTrainedModel, body_of, positions_from_documents
@@ -39,6 +40,7 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
     auto_class: type
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _can_compile_fullgraph = False
+    _decodes = False
     main_input_name = "input_ids"
 
     def __init__(self, config: CABHybridConfig, model: PreTrainedModel | None = None):
@@ -223,8 +225,9 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
                 shown.append(projections)
 
         shows = output_projections or projections_callback is not None
-        given_over = HandedOver(seq_idx, shows, show, torch.is_grad_enabled(), generation=current.given.generation)
-        with handing_over(given_over):
+        handed = HandedOver(seq_idx, shows, show, torch.is_grad_enabled(), generation=current.given.generation)
+        decodes = self._decodes and part is self.inner and not (self.training or torch.compiler.is_compiling())
+        with handing_over(handed), captured_tokens(part) if decodes else nullcontext():
             output = part(**given)
         if output_projections and isinstance(output, ModelOutput):
             output["projections"] = tuple(shown)
@@ -276,10 +279,7 @@ class CABHybridForCausalLM(CABHybridPreTrainedModel, GenerationMixin):
     """A causal language model with mixers where its attention stood; it generates as the teacher's class does."""
 
     auto_class = AutoModelForCausalLM
-
-    def _put_inside(self, inner: PreTrainedModel) -> None:
-        super()._put_inside(inner)
-        with_captured_tokens(inner)
+    _decodes = True
 
     @property
     def generation_config(self) -> GenerationConfig | None:
@@ -296,7 +296,7 @@ class CABHybridForCausalLM(CABHybridPreTrainedModel, GenerationMixin):
         """As the teacher's class. A captured token has a static cache of its own, so that it need not be asked for."""
         if cache_implementation not in (None, "static"):
             kwargs["cache_implementation"] = cache_implementation
-        with handing_over(replace(current.given, generation=object())):
+        with handing_over(replace(current.given, generation=object())), captured_tokens(self.inner):
             return self.inner.generate(*args, **kwargs)
 
 

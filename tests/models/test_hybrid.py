@@ -209,6 +209,15 @@ def test_what_all_mixers_share_stands_once(tmp_path):
     assert saved["mixer"]["num_heads"] == 4 and saved["teacher"]["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_a_folder_keeps_the_order_of_more_than_ten_mixers(tmp_path):
+    student = hybrid(kept=(3,), num_hidden_layers=12)
+    student.save_pretrained(tmp_path)
+    loaded, calls = AutoModelForCausalLM.from_pretrained(tmp_path), []
+    loaded(tiny_tokens(), projections_callback=lambda index, projections: calls.append(index))
+    assert list(loaded.config.mixers) == list(student.config.mixers) and calls == list(range(11))
+    assert loaded.config.layer_numbers == [number for number in range(12) if number != 3]
+
+
 def test_configs_without_a_known_teacher_or_whole_mixers_are_refused():
     with pytest.raises(Exception, match="'unheard_of', which is none of this transformers'"):
         CABHybridConfig(teacher={"model_type": "unheard_of"})

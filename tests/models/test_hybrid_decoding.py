@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 pytest.importorskip("triton")
 
 from cab_hf.evaluation.tiny_families import tiny_model, tiny_tokens  # noqa: E402
-from cab_hf.models import decoding, hybrid_decoding  # noqa: E402
+from cab_hf.models import decoding, hybrid_decoding, mixers  # noqa: E402
 from cab_hf.transfer.hybrid import hybrid_from_teacher  # noqa: E402
 
 
@@ -97,7 +97,7 @@ def test_the_kernels_give_the_modules_tokens(family, monkeypatch):
     got = student.generate(tokens, **GREEDY | {"max_new_tokens": 3})
     assert Rerun.count and not decoding._steps[student.inner].obstacle
     assert called.count("attend") == 2 * (Rerun.count + 2) and called.count("rms_normed") > 8 * Rerun.count
-    assert not any("forward" in vars(module) for module in student.inner.modules() if module is not student.inner)
+    assert not any("forward" in vars(module) for module in student.modules())
     assert torch.equal(got, eagerly(student.generate, tokens, **GREEDY | {"max_new_tokens": 3}))
 
 
@@ -206,6 +206,87 @@ def test_a_model_that_changes_is_captured_again(quick):
     hook.remove()
     student.generate(tokens, **GREEDY)
     assert sizes(student)
+
+
+def test_another_attention_is_captured_anew(quick):
+    student, tokens = hybrid(), tiny_tokens()
+    student.generate(tokens, **GREEDY)
+    first = decoding._steps[student.inner]
+    student.set_attn_implementation("eager")
+    student.generate(tokens, **GREEDY)
+    assert decoding._steps[student.inner] is not first and sizes(student)
+
+
+@pytest.mark.filterwarnings("default::FutureWarning")  # peft's own
+def test_adapters_are_switched_within_one_call_of_generate(quick):
+    peft = pytest.importorskip("peft")
+    student, tokens, seen = hybrid(), tiny_tokens(), []
+    settings = peft.LoraConfig(target_modules=["in_proj", "up_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(student, settings).eval()
+
+    def contrast(ids, scores):
+        with adapted.disable_adapter():
+            student(tokens[:, :1], cache=student(tokens).cache)
+        seen.append(decoding._steps[student.inner])
+        return scores
+
+    adapted.generate(input_ids=tokens, **GREEDY, logits_processor=[contrast])
+    assert len(set(map(id, seen))) == len(seen) == 6
+
+
+def test_the_older_name_of_the_cache_is_captured_too(quick):
+    student, tokens = hybrid(), tiny_tokens()
+    cache = student(tokens, use_cache=True).past_key_values
+    right = eagerly(student, tokens[:, :1], past_key_values=copy.deepcopy(cache)).logits
+    got = student(tokens[:, :1], past_key_values=cache)
+    torch.testing.assert_close(got.logits, right)
+    student(tokens[:, :1], past_key_values=got.past_key_values)
+    assert sizes(student) == [(2, 256)] and cache.get_seq_length() == tokens.shape[1] + 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_a_row_that_overflows_leaves_nothing_to_later_ones(family, quick):
+    student, tokens = hybrid(family), tiny_tokens()
+    student.set_attn_implementation("eager")
+    broken, cache = student(tokens, use_cache=True).cache, student(tokens[:, :4], use_cache=True).cache
+    student(tokens[:, :1], cache=copy.deepcopy(cache))
+    right = eagerly(student, tokens[:, :1], cache=copy.deepcopy(cache)).logits
+    for name in ("keys", "values"):
+        getattr(broken.layers[1], name)[:, :, 6:] = float("inf")
+    assert not student(tokens[:, :1], cache=broken).logits.isfinite().any()
+    torch.testing.assert_close(student(tokens[:, :1], cache=cache).logits, right)
+
+
+def test_a_cache_that_is_read_eagerly_is_out_of_another_token_s_way(quick, monkeypatch):
+    student, tokens = hybrid(), tiny_tokens()
+    one, other = (student(ids[:, :6], use_cache=True).cache for ids in (tokens, tokens.flip(1)))
+    logits_of(student, tokens[:, 6:8], one)
+    right = eagerly(student, tokens[:, 8:11], cache=copy.deepcopy(one)).logits
+    given, meanwhile = mixers.recurrent_state, []
+
+    def state_of(cache, layer):
+        state = given(cache, layer)
+        if cache is one and not meanwhile:  # as a second thread may
+            meanwhile.append(student(tokens[:, :1], cache=other))
+        return state
+
+    monkeypatch.setattr(mixers, "recurrent_state", state_of)
+    torch.testing.assert_close(student(tokens[:, 8:11], cache=one).logits, right)
+    assert meanwhile
+
+
+def test_replicas_run_their_own_weights_and_another_s_forward_stays(quick):
+    student, tokens = hybrid(), tiny_tokens()
+    right = student.generate(tokens, **GREEDY)
+    replica = copy.copy(student)
+    replica._modules = {"hybrid": copy.copy(student.inner)}
+    replica.inner._modules = student.inner._modules | {"lm_head": copy.deepcopy(student.inner.lm_head)}
+    replica.inner.lm_head.weight = torch.nn.Parameter(-student.inner.lm_head.weight)
+    assert torch.equal(replica(tokens).logits, -student(tokens).logits)
+    calls, forward = [], student.inner.forward
+    student.inner.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    assert torch.equal(student.generate(tokens, **GREEDY), right) and len(calls) == 6
+    assert student.inner.forward is not forward
 
 
 def test_copies_have_graphs_of_their_own(quick):
