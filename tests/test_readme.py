@@ -356,12 +356,23 @@ def test_kept_attention(start, method):
     names = [f"{text}: KL" for text in TEXTS] + [f"copying, gap {gap}" for gap in (16, 64, 256, 1024)]
     found = [measures("hybrids")[name][method]["5M tokens"]["mean"] for name in names]
     assert row(RESULTS, start) == [f"{mean:.2f}" for mean in found]
-    if method == "hybrid, 4 kept":
-        teacher = measures("hybrids")["copying, gap 1024, teacher"]["pure"]["5M tokens"]["mean"]
-        assert (
-            f"With four kept layers [one does](docs/results.md): {found[-1]:.2f}, its teacher {teacher:.2f}."
-            in README.read_text()
-        )
+
+
+@pytest.mark.parametrize(("control", "start"), [("window", "a window"), ("zeroed", "without its mixers")])
+def test_the_controls_of_the_hybrid(control, start):
+    found = result(f"quality/hybrids/four/{control}/evaluation.json")
+    texts = [f"{found['texts'][text]['kl']:.2f} / {found['texts'][text]['perplexity_ratio']:.2f}" for text in TEXTS]
+    copied = found["recall"]["copying"]["256"]["student"]["recall"]
+    assert row(RESULTS, start) == [*texts, f"{copied:.2f}"]
+    if control == "window":
+        ratio = found["texts"]["speeches"]["perplexity_ratio"]
+        assert f"with a window of 64 tokens, [{ratio:.2f}](docs/results.md)" in README.read_text()
+
+
+def test_the_hybrid_repeats_after_1024_tokens():
+    found = long_run("four")["speeches"]["recall"]["1024"]
+    shares = [f"{found[who]['recall']:.2f}" for who in ("student", "teacher")]
+    assert "the hybrid {}, its teacher {}.".format(*shares) in README.read_text()
 
 
 def long_run(folder: str, report: str = "report") -> dict:
