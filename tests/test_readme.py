@@ -369,6 +369,21 @@ def test_the_controls_of_the_hybrid(control, start):
         assert f"with a window of 64 tokens, [{ratio:.2f}](docs/results.md)" in README.read_text()
 
 
+@pytest.mark.parametrize("length", [512, 2048])
+@pytest.mark.parametrize("window", [64, 256])
+def test_windows_that_nobody_trained(window, length):
+    cells = {
+        cell["text"]: cell
+        for cell in result("quality/hybrids/windows_cpu.json")["cells"]
+        if (cell["window"], cell["length"]) == (window, length)
+    }
+    shown = [
+        f"{cells[text]['kl']:.3f} / {cells[text]['perplexity_ratio']:.2f}"
+        for text in ("speeches", "python_docs", "brown")
+    ]
+    assert row(RESULTS, f"window of {window}, rows of {length:,}") == shown
+
+
 def test_the_hybrid_repeats_after_1024_tokens():
     found = long_run("four")["speeches"]["recall"]["1024"]
     shares = [f"{found[who]['recall']:.2f}" for who in ("student", "teacher")]
