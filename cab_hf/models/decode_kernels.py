@@ -19,7 +19,7 @@ WIDEST_NORM = 2048
 """Width up to which a projection makes its own norm."""
 
 NORMS = {nn.RMSNorm: 1, nn.LayerNorm: 2}
-_PROGRAMS = 132  # an H100's multiprocessors; a smaller GPU runs two rounds
+PROGRAMS = 132  # an H100's multiprocessors; a smaller GPU runs two rounds
 _ELEMENTS = 16384  # weights that a program holds in registers
 _ROW_FEATURES, _ROW_WARPS = 32, 4  # of a program that multiplies 16 rows: `benchmarks/speed/projections.py`
 _ROW_COLUMNS = 512  # that it reads at once; with a norm fewer, where more than two such programs share weights
@@ -365,90 +365,9 @@ if triton is not None:
         y = y.to(stream.dtype.element_ty).to(tl.float32) * _silu(gate).to(stream.dtype.element_ty).to(tl.float32)
         tl.store(out + row * WIDTH + p, y, mask=is_p)
 
-    @triton.jit
-    def _attend_kernel(
-        query,  # (b h, QUERIES, KEY_DIM), contiguous
-        key,  # (b h, LENGTH, KEY_DIM), contiguous
-        value,  # (b h, LENGTH, VALUE_DIM), contiguous
-        mask,  # (b, LENGTH), rows `of_mask` apart: whether a key is read
-        parts,  # (b h, splits, QUERIES, VALUE_DIM), float32, made: weighted sums of values
-        peaks,  # (b h, splits, QUERIES), float32, made: the largest score
-        totals,  # (b h, splits, QUERIES), float32, made: sums of weights
-        heads,
-        of_mask,
-        scale,
-        QUERIES: tl.constexpr,
-        LENGTH: tl.constexpr,
-        KEY_DIM: tl.constexpr,
-        VALUE_DIM: tl.constexpr,
-        SPLIT: tl.constexpr,
-        BLOCK: tl.constexpr,
-        Q: tl.constexpr,
-        P: tl.constexpr,
-        V: tl.constexpr,
-    ):
-        head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        q, p, v = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, V)
-        is_query = (q < QUERIES)[:, None]
-        of_query = head * QUERIES * KEY_DIM + q[:, None] * KEY_DIM + p[None, :]
-        asked = tl.load(query + of_query, mask=is_query & (p < KEY_DIM)[None, :], other=0.0)
-        peak = tl.full((Q,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((Q,), dtype=tl.float32)
-        part = tl.zeros((Q, V), dtype=tl.float32)
-        for start in range(0, SPLIT, BLOCK):
-            at = split * SPLIT + start + tl.arange(0, BLOCK)
-            is_read = tl.load(mask + head // heads * of_mask + at, mask=at < LENGTH, other=0) != 0
-            of_key = (head * LENGTH + at[:, None]) * KEY_DIM + p[None, :]
-            keys = tl.load(key + of_key, mask=is_read[:, None] & (p < KEY_DIM)[None, :], other=0.0)
-            scores = tl.dot(asked, tl.trans(keys), input_precision="ieee") * scale
-            scores = tl.where(is_read[None, :], scores, float("-inf"))
-            higher = tl.maximum(peak, tl.max(scores, axis=1))
-            shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing is read yet
-            weights = tl.exp(scores - shift[:, None])
-            fade = tl.exp(peak - shift)
-            of_value = (head * LENGTH + at[:, None]) * VALUE_DIM + v[None, :]
-            values = tl.load(value + of_value, mask=is_read[:, None] & (v < VALUE_DIM)[None, :], other=0.0)
-            part = tl.dot(weights.to(values.dtype), values, part * fade[:, None], input_precision="ieee")
-            total = total * fade + tl.sum(weights, axis=1)
-            peak = higher
-        to = (head * tl.num_programs(1) + split) * QUERIES + q
-        tl.store(peaks + to, peak, mask=q < QUERIES)
-        tl.store(totals + to, total, mask=q < QUERIES)
-        tl.store(parts + to[:, None] * VALUE_DIM + v[None, :], part, mask=is_query & (v < VALUE_DIM)[None, :])
 
-    @triton.jit
-    def _gather_kernel(
-        parts,  # (b h, splits, QUERIES, VALUE_DIM)
-        peaks,  # (b h, splits, QUERIES)
-        totals,  # (b h, splits, QUERIES)
-        out,  # (b h, QUERIES, VALUE_DIM), made
-        splits,
-        QUERIES: tl.constexpr,
-        VALUE_DIM: tl.constexpr,
-        V: tl.constexpr,
-        SOME: tl.constexpr,
-    ):
-        head, q, v = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, V)
-        peak = float("-inf")
-        for start in range(0, splits, SOME):
-            split = start + tl.arange(0, SOME)
-            place = (head * splits + split) * QUERIES + q
-            peak = tl.maximum(peak, tl.max(tl.load(peaks + place, mask=split < splits, other=float("-inf"))))
-        total = tl.zeros((SOME,), dtype=tl.float32)
-        gathered = tl.zeros((SOME, V), dtype=tl.float32)
-        for start in range(0, splits, SOME):
-            split = start + tl.arange(0, SOME)
-            place = (head * splits + split) * QUERIES + q
-            is_there = (split < splits)[:, None] & (v < VALUE_DIM)[None, :]
-            weight = tl.exp(tl.load(peaks + place, mask=split < splits, other=float("-inf")) - peak)
-            total += weight * tl.load(totals + place, mask=split < splits, other=0.0)
-            part = tl.load(parts + place[:, None] * VALUE_DIM + v[None, :], mask=is_there, other=0.0)
-            gathered += weight[:, None] * part
-        y = tl.sum(gathered, axis=0) / tl.sum(total)
-        tl.store(out + (head * QUERIES + q) * VALUE_DIM + v, y, mask=v < VALUE_DIM)
-
-
-def _power(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below a number."""
     return 1 << max(number - 1, 0).bit_length()
 
 
@@ -485,14 +404,14 @@ def linear(
     eps, kind = 0.0 if norm is None else norm.eps, 0 if norm is None else NORMS[type(norm)]
     if rows > 1:
         most = _ROW_COLUMNS if norm is None or rows <= 32 else _ROW_COLUMNS_OF_MANY
-        columns, block = min(_power(width), most), _ROW_FEATURES
+        columns, block = min(power_of_two(width), most), _ROW_FEATURES
         grid = (triton.cdiv(features, block), triton.cdiv(rows, 16))
         sizes = {"WIDTH": width, "OUT": features, "NORM": kind, "ROWS": 16, "FEATURES": block, "COLUMNS": columns}
         _rows_kernel[grid](*given, rows, x.stride(0), eps, **sizes, num_warps=_ROW_WARPS)
         return out
-    columns = min(_power(width), WIDEST_NORM)
+    columns = min(power_of_two(width), WIDEST_NORM)
     most = max(_ELEMENTS // columns // (1 if gate is None else 2), 1)
-    block = max(min(_power(features // _PROGRAMS + 1) // 2, most), 1)
+    block = max(min(power_of_two(features // PROGRAMS + 1) // 2, most), 1)
     sizes = {"WIDTH": width, "OUT": features, "NORM": kind, "FEATURES": block, "COLUMNS": columns}
     _linear_kernel[(triton.cdiv(features, block),)](*given, eps, **sizes)
     return out
@@ -511,53 +430,8 @@ def rms_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _normed_rows(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: int) -> Tensor:
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=weight.dtype, device=x.device)
-    sizes = {"WIDTH": width, "NORM": kind, "COLUMNS": _power(width)}
+    sizes = {"WIDTH": width, "NORM": kind, "COLUMNS": power_of_two(width)}
     _norm_kernel[(rows,)](x.contiguous(), weight, bias, out, eps, **sizes)
-    return out
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention of few queries to a long row, whose pieces are read side by side.
-
-    Args:
-        query: `(b, h, q, p)`, at most 16 of them.
-        key, value: `(b, h, t, p)`, contiguous.
-        mask: `(b, 1, 1, t)`, true where a key is read; at least one in each row.
-        scale: of the products.
-
-    Returns:
-        `(b, h, q, p)`.
-    """
-    (rows, heads, queries, width), (length, out_width) = query.shape, value.shape[2:]
-    blocks = rows * heads
-    split = max(min(_power(length * blocks // (4 * _PROGRAMS)), 4096), 64)
-    splits = triton.cdiv(length, split)
-    mask = mask.expand(rows, 1, 1, length)
-    query = query.contiguous()
-    parts = torch.empty(blocks, splits, queries, out_width, dtype=torch.float32, device=query.device)
-    peaks, totals = (torch.empty(blocks, splits, queries, dtype=torch.float32, device=query.device) for _ in range(2))
-    out = torch.empty(rows, heads, queries, out_width, dtype=query.dtype, device=query.device)
-    sizes = {"QUERIES": queries, "VALUE_DIM": out_width, "V": max(_power(out_width), 16)}
-    _attend_kernel[(blocks, splits)](
-        query,
-        key,
-        value,
-        mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
-        parts,
-        peaks,
-        totals,
-        heads,
-        mask.stride(0),
-        scale,
-        LENGTH=length,
-        KEY_DIM=width,
-        SPLIT=split,
-        BLOCK=64,
-        Q=16,
-        P=max(_power(width), 16),
-        **sizes,
-    )
-    _gather_kernel[(blocks, queries)](parts, peaks, totals, out, splits, SOME=16, **sizes)
     return out
 
 
@@ -578,7 +452,7 @@ def convolve(stream: Tensor, mixer: nn.Module, addresses: Tensor, real: Tensor, 
         CHANNELS=channels,
         TAPS=taps,
         SILU=mixer.config.conv_activation == "silu",
-        K=_power(taps),
+        K=power_of_two(taps),
         BLOCK=256,
     )
     return out
@@ -621,9 +495,9 @@ def ssd_step(stream: Tensor, mixer: nn.Module, addresses: Tensor, real: Tensor, 
         STATE=config.state_size,
         TAPS=config.conv_kernel,
         SILU=config.conv_activation == "silu",
-        K=_power(config.conv_kernel),
-        P=_power(config.head_dim),
-        N=_power(config.state_size),
+        K=power_of_two(config.conv_kernel),
+        P=power_of_two(config.head_dim),
+        N=power_of_two(config.state_size),
     )
     return out if convolved is None else mixer.norm(out, stream[:, : config.mixer_width])
 
@@ -649,7 +523,7 @@ def s6_step(
     """
     config, (rows, width) = mixer.config, convolved.shape
     out = torch.empty(rows, width, dtype=stream.dtype, device=stream.device)
-    states = _power(config.state_size)
+    states = power_of_two(config.state_size)
     block = max(4096 // states, 1)
     _s6_kernel[(rows, triton.cdiv(width, block))](
         stream,

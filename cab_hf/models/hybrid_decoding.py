@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.utils import ModelOutput
 
-from .decode_kernels import attend, rms_normed
+from .attention_kernel import attend
+from .decode_kernels import rms_normed
 from .decoding import (
     KNOWN_MODULES,
     Graph,

@@ -10,7 +10,7 @@ from transformers.generation import CompileConfig
 
 pytest.importorskip("triton")
 
-from cab_hf.models import decode_kernels, decoding  # noqa: E402
+from cab_hf.models import attention_kernel, decode_kernels, decoding  # noqa: E402
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +84,7 @@ def test_attention_in_pieces_is_attention(dtype, shape):
     at = torch.arange(length, device=DEVICE)
     for mask in (torch.rand(rows, length, device=DEVICE) < 0.5, (at < 7).expand(rows, -1), (at >= length - 3)[None]):
         mask = mask[:, None, None]
-        got = decode_kernels.attend(*given, mask, width**-0.5)
+        got = attention_kernel.attend(*given, mask, width**-0.5)
         right = torch.nn.functional.scaled_dot_product_attention(*map(torch.Tensor.float, given), attn_mask=mask)
         assert largest_difference(got.float(), right) < (1e-5 if dtype == torch.float32 else 5e-3)
 
