@@ -81,6 +81,16 @@ class ModelArguments:
             "'both' (a layer's share of all layers' KL and of all lost copying); or layers spread 'evenly'."
         },
     )
+    attention_window: int = field(
+        default=0,
+        metadata={
+            "help": "Tokens that attention beside each mixer sees; 0: none stays there. A state then holds what is "
+            "farther away, and the student, a hybrid, starts as its teacher with a window."
+        },
+    )
+    attention_sinks: int = field(
+        default=4, metadata={"help": "First tokens of a row that it sees, too, with `attention_window`."}
+    )
     accept_inexact: float = field(
         default=0.0,
         metadata={"help": "Largest relative error of what is read of the teacher's attention, where it is not exact."},

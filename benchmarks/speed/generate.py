@@ -1,6 +1,6 @@
 """What a token of `generate` costs on a GPU: of a student, its teacher, a hybrid and mamba_ssm's model of that shape.
 
-    python benchmarks/speed/generate.py --output FILE.json [--only student teacher hybrid mamba_ssm prefill first]
+    python benchmarks/speed/generate.py --output FILE.json [--only student teacher hybrid windowed ...]
 
 SmolLM2-135M's shape (random weights, which cost the same), all models in bfloat16, state 64. `cells` holds for each
 `model`, `way`, `batch_size` and `context` the median of milliseconds a token (`ms`) and their range. A `way` of
@@ -8,8 +8,8 @@ SmolLM2-135M's shape (random weights, which cost the same), all models in bfloat
 transformers compiles, `step` a bare forward pass of one token, `eager` a student's `generate()` without its captured
 step, and `first call` a process's first `generate`, with Triton's cache empty (`compiled anew`) and filled. A
 teacher's cache is filled with random values, which cost what real ones do; a student's state has one size whatever
-was read; a hybrid reads its context. `prefill` holds the time to the first token of a prompt, read whole or in pieces,
-and the memory above what was there before.
+was read; a hybrid reads its context, one with `windows` has 256 tokens of attention beside each mixer. `prefill` holds
+the time to the first token of a prompt, read whole or in pieces, and the memory above what was there before.
 
 A cell that fails keeps its error. Each cell is written when it is there: a later run into the same file measures what
 is missing or failed, and two GPUs may share the parts and the file.
@@ -49,7 +49,7 @@ PREFILLS = tuple(512 * 4**power for power in range(5))
 PIECE = 8192
 TOKENS, WARM_UP = 64, 8
 POSITIONS = 262144
-KEPT = 4
+KEPT, WINDOW = 4, 256
 ONE_TOKEN = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -76,8 +76,9 @@ def teacher() -> LlamaForCausalLM:
 
 
 @functools.cache
-def student(kept: int | None = None) -> PreTrainedModel:
-    return student_from_teacher(teacher(), keep_attention=kept, dtype=torch.bfloat16).eval()
+def student(kept: int | None = None, window: int = 0) -> PreTrainedModel:
+    options = {"keep_attention": kept, "attention_window": window, "dtype": torch.bfloat16}
+    return student_from_teacher(teacher(), **options).eval()
 
 
 @functools.cache
@@ -155,8 +156,8 @@ def eager(rows: int, context: int) -> list[float]:
         del os.environ[DECODE_VARIABLE]
 
 
-def hybrid(rows: int, context: int) -> list[float]:
-    model, prompt = student(KEPT), tokens(rows, context)
+def hybrid(rows: int, context: int, window: int = 0, kept: int = KEPT) -> list[float]:
+    model, prompt = student(kept, window), tokens(rows, context)
     return generated(model, lambda: model(prompt, use_cache=True, logits_to_keep=1).cache, rows, context)
 
 
@@ -324,6 +325,13 @@ def hybrid_cells(report: Report) -> None:
         report.token("hybrid", "generate()", 1, context, hybrid)
 
 
+def windowed_cells(report: Report) -> None:
+    for name, kept in (("hybrid, windows", KEPT), ("windows", 0)):
+        run = functools.partial(hybrid, window=WINDOW, kept=kept)
+        for context in (FAR, NEAR):
+            report.token(name, "generate()", 1, context, run)
+
+
 def prefill_cells(report: Report) -> None:
     wanted = [("student", context, None) for context in PREFILLS]
     wanted += [("student", context, PIECE) for context in PREFILLS if context > PIECE]
@@ -351,6 +359,7 @@ PARTS = {
     "mamba_ssm": mamba_ssm_cells,
     "prefill": prefill_cells,
     "hybrid": hybrid_cells,
+    "windowed": windowed_cells,
     "teacher": teacher_cells,
     "first": first_cells,
 }

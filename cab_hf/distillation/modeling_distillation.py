@@ -93,6 +93,13 @@ class DistillationModel(nn.Module):
         self.norms_last_target = teacher.norms_last_hidden_state
         self.layer_map = taught_layers(config, teacher, parse_layer_map(args.layer_map))
         self.is_hybrid = config.model_type == "cab_hybrid"
+        beside_windows = sorted({"output", "attention"} & set(args.used_losses)) if self.is_hybrid else []
+        if beside_windows and any(config.windows):
+            name = beside_windows[0]
+            raise ValueError(
+                f"`{name}_weight` is {getattr(args, name + '_weight')}, but the student's mixers stand beside windows "
+                "of attention, so that none has the teacher's output. Take `kl_weight` or `hidden_weight` instead."
+            )
         self.teacher_layers = [teacher.layer_numbers[index] for index in self.layer_map]
         self.student_layers = config.layer_numbers if self.is_hybrid else range(config.num_hidden_layers)
         self.bridge = None

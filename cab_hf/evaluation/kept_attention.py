@@ -1,4 +1,4 @@
-"""Which layers of attention a hybrid should keep: replaced one at a time and measured, without training."""
+"""Which layers of attention a hybrid should keep: taken away in rounds and measured, without training."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from cab_hf.transfer.hybrid import kept_paths, with_attention
 
 
 GAPS = (16, 64, 256)
+Measured = Mapping[str, float]
 SEQUENCES = 16  # of each gap
 
 
@@ -34,14 +35,15 @@ def choose_attention(
 ) -> dict[str, Any]:
     """The layers whose attention a hybrid misses most.
 
-    With all attention in its place, each layer's mixer takes over alone, and the student is measured: its KL to the
-    teacher on text, and how much it copies (`copying_recall`, mean over the gaps). The layers whose mixers do worst
-    keep their attention: by "kl" those that raise the KL most, by "copying" those without which least is copied, by
-    "both" those of the largest
+    At first all attention is in its place. In each round every layer's mixer (and window, if it has one) takes over
+    alone, and the student is measured: its KL to the teacher on text, and how much it copies (`copying_recall`, mean
+    over the gaps). Then a third of the layers lose their attention for good: those whose mixers cost least, by "kl"
+    in the KL, by "copying" in what is copied, by "both" in
 
         share of all layers' rise of the KL + share of all layers' loss of copying,
 
-    where a loss within two standard errors is none. "evenly" measures, too, but takes evenly spread layers.
+    where a loss within two standard errors is none. Rounds go on until `count` layers are left. "evenly" measures one
+    round, too, but takes evenly spread layers.
 
     Args:
         student: with a mixer in place of each module of `attention`, aligned; it is as before in the end.
@@ -59,7 +61,8 @@ def choose_attention(
     Returns:
         `kept`, of `paths`, and `layers`, their indices, in the order of their calls; `by`, `gaps`, `length`,
         `n_tokens` of the text, `n_copied` tokens, `seconds`; `kl` and `copying` of `all_kept`, of `chosen` and of
-        each path in `replaced`.
+        each path in `replaced`, the first round. All are in `rounds`: the layers that were `left` before, their `kl`
+        and `copying`, and those of each path `replaced` beside the ones taken away before.
 
     Raises:
         ValueError: `count` is none, or all, of the layers, or `by` is unknown.
@@ -98,24 +101,20 @@ def choose_attention(
         bar.update()
         return {"kl": compared["kl"], "copying": sum(one["recall"] for one in found) / len(found)}
 
-    with tqdm(desc="Choosing attention", total=2 + len(paths), disable=not progress) as bar:
-        all_kept = measured(paths)
-        replaced = {path: measured([one for one in paths if one != path]) for path in paths}
-        rate = all_kept["copying"]
-        surely = rate - 2 * (rate * (1 - rate) / counts["n_copied"]) ** 0.5  # two standard errors below
-        missed = {
-            "kl": {path: max(one["kl"] - all_kept["kl"], 0.0) for path, one in replaced.items()},
-            "copying": {path: max(surely - one["copying"], 0.0) for path, one in replaced.items()},
-        }
-        missed["both"] = {
-            path: sum(one[path] / (sum(one.values()) or 1.0) for one in missed.values()) for path in paths
-        }
-        if by == "evenly":
-            kept = kept_paths(count, paths)
-        else:
-            kept = sorted(paths, key=lambda path: (missed[by][path], missed["kl"][path]), reverse=True)[:count]
-            kept.sort(key=paths.index)
-        chosen = measured(kept)
+    with tqdm(desc="Choosing attention", disable=not progress) as bar:
+        all_kept = now = measured(paths)
+        kept, rounds = list(paths), []
+        while len(kept) > count:
+            replaced = {path: measured([one for one in kept if one != path]) for path in kept}
+            rounds.append({"left": kept, **now, "replaced": replaced})
+            cost = _costs(now, replaced, counts["n_copied"])
+            if by == "evenly":
+                kept = kept_paths(count, paths)
+            else:
+                order = sorted(kept, key=lambda path: (cost[by][path], cost["kl"][path]))
+                gone = order[: min(len(kept) - count, max(len(kept) // 3, 1))]
+                kept = [path for path in kept if path not in gone]
+            now = measured(kept)
     return {
         "by": by,
         "paths": paths,
@@ -125,10 +124,23 @@ def choose_attention(
         "length": length,
         **counts,
         "all_kept": all_kept,
-        "replaced": replaced,
-        "chosen": chosen,
+        "replaced": rounds[0]["replaced"],
+        "chosen": now,
+        "rounds": rounds,
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def _costs(now: Measured, replaced: Mapping[str, Measured], n_copied: int) -> dict[str, dict[str, float]]:
+    """What taking each layer away costs, by each way to count."""
+    rate = now["copying"]
+    surely = rate - 2 * (rate * (1 - rate) / n_copied) ** 0.5  # two standard errors below
+    cost = {
+        "kl": {path: max(one["kl"] - now["kl"], 0.0) for path, one in replaced.items()},
+        "copying": {path: max(surely - one["copying"], 0.0) for path, one in replaced.items()},
+    }
+    cost["both"] = {path: sum(one[path] / (sum(one.values()) or 1.0) for one in cost.values()) for path in replaced}
+    return cost
 
 
 def check_count(count: int, layers: int) -> None:

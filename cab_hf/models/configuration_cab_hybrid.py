@@ -10,7 +10,8 @@ from .configuration_cab_mamba import MixerConfig
 
 
 _LEFT_OUT = ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path", "transformers_version")
-CALL_FIELDS = ("causal", "cache_layer", "argument", "returned", "output_size", "inexact")
+WINDOW_FIELDS = ("attention_window", "attention_sinks")
+CALL_FIELDS = ("causal", "cache_layer", "argument", "returned", "output_size", "inexact", *WINDOW_FIELDS)
 
 
 @strict
@@ -32,7 +33,10 @@ class CABHybridConfig(PreTrainedConfig):
             - `argument` (`str`, *optional*): keyword of its hidden states; None where they are the first argument;
             - `returned` (`int`): length of the tuple that it returns; 0 for a bare tensor;
             - `output_size` (`int`, *optional*): width of its output; None where the output projection stands outside;
-            - `inexact` (`dict`, *optional*): relative errors of what was not read exactly, by projection.
+            - `inexact` (`dict`, *optional*): relative errors of what was not read exactly, by projection;
+            - `attention_window` (`int`, *optional*): tokens that the teacher's attention, beside the mixer, sees,
+              itself among them; 0 or nothing: there is none;
+            - `attention_sinks` (`int`, *optional*): first tokens that it sees, too.
         has_plain_head (`bool`, defaults to `False`): whether logits are the head of the last hidden state and no more.
         packs_documents (`bool`, defaults to `False`): whether documents whose positions restart are kept apart.
         tie_word_embeddings, pad_token_id, bos_token_id, eos_token_id: the teacher's when not given.
@@ -138,6 +142,11 @@ class CABHybridConfig(PreTrainedConfig):
     def projection_sizes(self) -> list[int]:
         """Width of each mixer's B, and of its C."""
         return [size for path in self.mixers for size in self.mixer_config(path).projection_sizes]
+
+    @property
+    def windows(self) -> list[int]:
+        """Tokens that attention beside each mixer sees; 0 where there is none."""
+        return [self.settings(path).get("attention_window", 0) for path in self.mixers]
 
     @property
     def layer_numbers(self) -> list[int]:

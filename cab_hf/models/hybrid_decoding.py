@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -37,7 +38,9 @@ from .decoding import (
     project,
     steps_of,
 )
-from .mixer_adapter import HandedOver, MixerAdapter, MixerCacheLayer, current, handing_over, parameters_of
+from .mixer_adapter import HandedOver, MixerAdapter, current, handing_over, parameters_of
+from .mixer_cache import MixerCacheLayer
+from .window import Sight, WindowCacheLayer
 
 
 LEAST_ROOM = 256
@@ -204,7 +207,7 @@ def _tokens_read(cache: Cache) -> int:
         return 0
     lengths = set()
     for layer in cache.layers:
-        if type(layer) is MixerCacheLayer:
+        if isinstance(layer, MixerCacheLayer):
             is_whole = isinstance(layer.recurrent_states, dict) and layer.recurrent_states[0] is not None
             is_whole = is_whole and not layer.record_past
         elif type(layer) is DynamicSlidingWindowLayer:
@@ -241,21 +244,25 @@ def hybrid_obstacle(inner: PreTrainedModel) -> str:
     return part_obstacle(inner, mixers, (*KNOWN_MODULES, "transformers."))
 
 
-class _MixerRoom(MixerCacheLayer):
-    """A mixer's states in a graph. How many tokens were read is a tensor there."""
+class _Room:
+    """A layer in a graph, where how many tokens were read is a tensor."""
 
-    def __init__(self, layer: MixerCacheLayer, length: Tensor, room: int):
-        super().__init__()
-        self.length, self.room = length, room
-        for name in ("conv_states", "recurrent_states"):
-            state = torch.zeros_like(getattr(layer, name)[0], memory_format=torch.contiguous_format)
-            setattr(self, name, {0: state})
+    length: Tensor
+    room: int
 
     def get_seq_length(self) -> Tensor:
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.room, 0
+
+
+class _MixerRoom(_Room, MixerCacheLayer):
+    pass
+
+
+class _WindowedMixerRoom(_Room, WindowCacheLayer):
+    pass
 
 
 class _WindowRoom(StaticLayer):
@@ -328,32 +335,47 @@ class HybridStep:
         self.real = torch.zeros(rows, dtype=torch.int8, device=device)  # while zero, no state changes
         self.length = torch.zeros((), dtype=torch.long, device=device)
         self.layers = [self._room(layer) for layer in token.cache.layers]
-        self.mixers = [index for index, layer in enumerate(self.layers) if isinstance(layer, _MixerRoom)]
+        self.mixers = [index for index, layer in enumerate(self.layers) if isinstance(layer, MixerCacheLayer)]
         self.places = {index: place for place, index in enumerate(self.mixers)}
-        states = [self.layers[index] for index in self.mixers]
-        states = [state.data_ptr() for one in states for state in (one.conv_states[0], one.recurrent_states[0])]
+        states = [state.data_ptr() for index in self.mixers for state in self.layers[index].tensors()[:2]]
         self.table = torch.tensor(states, device=device)
         self.guests: list[weakref.ref] = []
-        self.views: list[tuple[Tensor, Tensor]] = []
+        self.views: list[tuple[Tensor, ...]] = []
         self.past = 0
         given = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
         given |= {token.cache_name: Cache(layers=self.layers), "use_cache": True}
         given = {name: value for name, value in given.items() if name in parameters_of(type(inner))}
         self.graph = Graph(lambda: self.run(inner, given), device)
 
-    def _room(self, layer: DynamicLayer | MixerCacheLayer) -> StaticLayer | _MixerRoom:
-        if isinstance(layer, MixerCacheLayer):
-            return _MixerRoom(layer, self.length, self.room)
-        room = (_WindowRoom if layer.is_sliding else StaticLayer)(self.room)
-        room.lazy_initialization(layer.keys, layer.values)
+    def _room(self, layer: DynamicLayer | MixerCacheLayer) -> StaticLayer | MixerCacheLayer:
+        if not isinstance(layer, MixerCacheLayer):
+            room = (_WindowRoom if layer.is_sliding else StaticLayer)(self.room)
+            room.lazy_initialization(layer.keys, layer.values)
+            return room
+        windowed = isinstance(layer, WindowCacheLayer)
+        room = _WindowedMixerRoom(layer.window, layer.sinks) if windowed else _MixerRoom()
+        room.length, room.room = self.length, self.room
+        room.hold(tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in layer.tensors()))
         return room
 
     def run(self, inner: PreTrainedModel, given: dict[str, Any]) -> Tensor:
         """Logits `(b, 1, V)` of the token in `ids`, which the layers take in."""
-        with handing_over(HandedOver(step=self.mix)), _SpreadAttention(), _norms_in_one_kernel(inner):
+        self.sights: dict[tuple[int, int], Sight] = {}  # as all layers have read the same
+        with handing_over(HandedOver(step=self.answer)), _SpreadAttention(), _norms_in_one_kernel(inner):
             logits = type(inner).forward(inner, **given).logits
         self.length.add_(1)
         return logits[:, -1:]
+
+    def answer(self, adapter: MixerAdapter, hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """What stands in attention's place makes of hidden states `(b, 1, d)`, of the same shape."""
+        output = self.mix(adapter, hidden_states)
+        if adapter.window is not None:
+            layer, mask = self.layers[adapter.cache_layer], self.real[:, None]
+            size = layer.window, layer.sinks
+            if size not in self.sights:
+                self.sights[size] = layer.look(hidden_states, mask)
+            output = output + adapter.window(hidden_states, args, kwargs, layer, mask, sight=self.sights[size])
+        return output
 
     def mix(self, adapter: MixerAdapter, hidden_states: Tensor) -> Tensor:
         """A mixer's output `(b, 1, d)` for hidden states of the same shape."""
@@ -371,9 +393,10 @@ class HybridStep:
     def fits(self, cache: DynamicCache) -> bool:
         """Whether there is a place for each of a cache's layers."""
         return len(cache.layers) == len(self.layers) and all(
-            isinstance(layer, MixerCacheLayer) == isinstance(room, _MixerRoom)
+            isinstance(layer, MixerCacheLayer) == isinstance(room, MixerCacheLayer)
             and layer.is_sliding == room.is_sliding
-            and all(map(_is_alike, _tensors(layer), _tensors(room)))
+            and len(_tensors(layer)) == len(_tensors(room))
+            and all(map(_fits, _tensors(layer), _tensors(room), repeat(not isinstance(layer, MixerCacheLayer))))
             for layer, room in zip(cache.layers, self.layers)
         )
 
@@ -416,7 +439,7 @@ class HybridStep:
                     place = place[:, :, first : token.past]
                 place.copy_(held)
             if isinstance(layer, MixerCacheLayer):
-                layer.conv_states[0], layer.recurrent_states[0] = _tensors(room)
+                layer.hold(room.tensors())
         self.guests = [weakref.ref(layer) for layer in token.cache.layers]
 
     def _show(self, cache: DynamicCache) -> None:
@@ -443,28 +466,26 @@ class HybridStep:
             held = guest()
             if held is None or id(held) in stay or not _is_shown(held, views):
                 continue
-            first, second = (view.clone() for view in views)
+            copies = tuple(view.clone() for view in views)
             if isinstance(held, MixerCacheLayer):
-                held.conv_states[0], held.recurrent_states[0] = first, second
+                held.hold(copies)
             else:
-                held.keys, held.values = first, second
+                held.keys, held.values = copies
 
 
-def _tensors(layer: DynamicLayer | StaticLayer | MixerCacheLayer) -> tuple[Tensor, Tensor]:
-    if isinstance(layer, MixerCacheLayer):
-        return layer.conv_states[0], layer.recurrent_states[0]
-    return layer.keys, layer.values
+def _tensors(layer: DynamicLayer | StaticLayer | MixerCacheLayer) -> tuple[Tensor, ...]:
+    return layer.tensors() if isinstance(layer, MixerCacheLayer) else (layer.keys, layer.values)
 
 
-def _is_shown(layer: DynamicLayer | MixerCacheLayer, views: tuple[Tensor, Tensor]) -> bool:
+def _is_shown(layer: DynamicLayer | MixerCacheLayer, views: tuple[Tensor, ...]) -> bool:
     """Whether a layer still holds what a step showed it."""
     return all(map(is_, _tensors(layer), views))
 
 
-def _is_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are of one kind; keys and values `(b, heads, tokens, width)` may be of other lengths."""
-    ours, theirs = ([*each.shape[:2], *each.shape[3:]] if each.ndim == 4 else each.shape for each in (one, other))
-    return list(ours) == list(theirs) and one.dtype == other.dtype and one.device == other.device
+def _fits(one: Tensor, other: Tensor, grows: bool) -> bool:
+    """Whether two tensors are of one kind; keys and values `(b, heads, tokens, width)` that grow, of any length."""
+    one, other = (one[:, :, :0], other[:, :, :0]) if grows else (one, other)
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
 
 
 def _copied(cache: DynamicCache) -> DynamicCache:
@@ -473,5 +494,5 @@ def _copied(cache: DynamicCache) -> DynamicCache:
     twin.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in twin.layers:
         if isinstance(layer, MixerCacheLayer):
-            layer.conv_states, layer.recurrent_states = ({0: state.clone()} for state in _tensors(layer))
+            layer.hold(tuple(tensor.clone() for tensor in layer.tensors()))
     return twin

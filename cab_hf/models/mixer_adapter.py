@@ -17,14 +17,14 @@ from transformers.cache_utils import (
     Cache,
     DynamicLayer,
     EncoderDecoderCache,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
     QuantizedLayer,
     StaticLayer,
 )
 
 from .configuration_cab_hybrid import CABHybridConfig
+from .mixer_cache import MixerCacheLayer
 from .mixers import BIDIRECTIONAL_MIXERS, MIXERS, BidirectionalProjections, SSMProjections
+from .window import WindowAttention, WindowCacheLayer
 
 
 @dataclass
@@ -36,7 +36,7 @@ class HandedOver:
         shows: whether projections are asked for. Compiling in pieces, PyTorch 2.11 can't look whether `show` is None.
         show: called with a mixer's path and projections then.
         with_gradients: whether the pass as a whole is recorded for a backward pass.
-        step: makes a mixer's output `(b, 1, d)` of one token in a captured step.
+        step: makes a mixer's output `(b, 1, d)` of one token in a captured step, of what the mixer is called with.
         generation: of one call of `generate`, in which the model stays as it is.
     """
 
@@ -44,7 +44,7 @@ class HandedOver:
     shows: bool = False
     show: Callable[[str, SSMProjections | BidirectionalProjections], None] | None = None
     with_gradients: bool = False
-    step: "Callable[[MixerAdapter, torch.Tensor], torch.Tensor] | None" = None
+    step: "Callable[[MixerAdapter, torch.Tensor, tuple, dict], torch.Tensor] | None" = None
     generation: object = None
 
 
@@ -96,46 +96,13 @@ def again_with_the_same(checkpointed: Callable) -> Callable:
     return run
 
 
-class MixerCacheLayer(LinearAttentionAndFullAttentionLayer):
-    """A mixer's states in a model's own cache. It counts tokens: models ask it for positions and sizes of masks."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen_tokens = 0
-
-    def get_seq_length(self) -> int:
-        return self.seen_tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen_tokens + query_length, 0
-
-    def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-        self.seen_tokens = 0
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-
-    def activate_past_recording(self) -> None:
-        raise ValueError(_NO_WAY_BACK)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError(_NO_WAY_BACK)
-
-
-_NO_WAY_BACK = (
-    "The cache is to be cropped (assisted decoding), but a mixer's state can't be rolled back. Generate without an "
-    "assistant; a hybrid can't draft for a model either."
-)
-
-
 class MixerAdapter(nn.Module):
     """A mixer that is called, and answers, as the attention module in whose place it stands.
 
     Args:
         config: of the whole model.
         path: of the attention module inside the body.
-        attention: that module; parents may read its plain attributes.
+        attention: that module; parents may read its plain attributes. With a window it stays, beside the mixer.
     """
 
     def __init__(self, config: CABHybridConfig, path: str, attention: nn.Module):
@@ -153,6 +120,8 @@ class MixerAdapter(nn.Module):
             self.mixer.out_proj = nn.Identity()  # the parent has it, and keeps it
         elif width != sizes.hidden_size:
             self.mixer.out_proj = nn.Linear(sizes.mixer_width, width, bias=sizes.use_bias)
+        window = settings.get("attention_window", 0)
+        self.window = WindowAttention(attention, window, settings.get("attention_sinks", 0)) if window else None
         for name, value in vars(attention).items():  # is_sliding, layer_idx, ...
             if not name.startswith("_") and name not in vars(self):
                 setattr(self, name, value)
@@ -166,19 +135,20 @@ class MixerAdapter(nn.Module):
         hidden_states = args[0] if args and self.argument is None else kwargs[self.argument or "hidden_states"]
         given, length = current.given, hidden_states.shape[1]
         if given.step is not None:
-            return self._answer(given.step(self, hidden_states))
-        rows = {"attention_mask": self._fitting(current.mask, hidden_states)}
-        rows["seq_idx"] = self._fitting(given.seq_idx, hidden_states)
-        cache = None
+            return self._answer(given.step(self, hidden_states, args, kwargs))
+        mask, seq_idx = (self._fitting(rows, hidden_states) for rows in (current.mask, given.seq_idx))
+        rows, layer, cache = {"attention_mask": mask, "seq_idx": seq_idx}, None, None
         if self.causal:
             cache = next((value for value in (*args[1:], *kwargs.values()) if isinstance(value, Cache)), None)
             cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
             rows["cache"] = cache
         if cache is not None:
-            self._claim_layer(cache)
+            layer = self._claim_layer(cache)
         output, projections = self.mixer(hidden_states, output_projections=given.shows, **rows)
-        if cache is not None:
-            cache.layers[self.cache_layer].seen_tokens += length
+        if self.window is not None:
+            output = output + self.window(hidden_states, args, kwargs, layer, mask, seq_idx)
+        if layer is not None:
+            layer.seen_tokens += length
         if given.shows:
             if given.with_gradients and not torch.is_grad_enabled():
                 raise ValueError(
@@ -198,19 +168,21 @@ class MixerAdapter(nn.Module):
             return None
         return rows[:, -hidden_states.shape[1] :]
 
-    def _claim_layer(self, cache: Cache) -> None:
+    def _claim_layer(self, cache: Cache) -> MixerCacheLayer:
         """Puts a layer for the mixer's states into the cache. `layer_types`, which models index, can't say so."""
         layers, index = cache.layers, self.cache_layer
         while len(layers) <= index:
             layers.append(DynamicLayer())
         if isinstance(layers[index], MixerCacheLayer):
-            return
+            return layers[index]
         if getattr(cache, "offloading", False) or isinstance(layers[index], StaticLayer | QuantizedLayer):
             raise ValueError(
                 f"The {type(cache).__name__} has a {type(layers[index]).__name__} for {self.path}, but a hybrid needs "
                 "a DynamicCache that stays in place: leave `cache_implementation` out."
             )
-        layers[index] = MixerCacheLayer()
+        window = self.window
+        layers[index] = MixerCacheLayer() if window is None else WindowCacheLayer(window.window, window.sinks)
+        return layers[index]
 
 
 _PARAMETERS: dict[type[PreTrainedModel], tuple[str, ...]] = {}

@@ -77,6 +77,8 @@ def build_student(
         copy_weights=model.copy_weights,
         copy_attention=model.copy_attention,
         keep_attention=parse_kept(model.keep_attention) if model.num_chosen is None else 0,
+        attention_window=model.attention_window,
+        attention_sinks=model.attention_sinks,
         accept_inexact=model.accept_inexact,
         calibration_inputs=batches[0] if batches else None,
         **config,

@@ -4,6 +4,8 @@ Shapes: `h` head, `p` features of a head, `d` width.
 """
 
 import copy
+import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,9 +37,11 @@ def hybrid_from_teacher(
     accept_inexact: float = 0.0,
     start: str = "linear",
     copy_attention: bool = True,
+    attention_window: int = 0,
+    attention_sinks: int = 4,
     **overrides: Any,
 ) -> CABHybridPreTrainedModel:
-    """A copy of a teacher with mixers in place of its attention.
+    """A copy of a teacher with mixers in place of its attention, or beside a window of it.
 
     Args:
         teacher: any model of transformers, whole; neither changed nor shared.
@@ -48,12 +52,21 @@ def hybrid_from_teacher(
             else. The config notes those that were accepted.
         start: of the mixers, as in `student_config`; with "served" their gates are still to be fitted.
         copy_attention: start the mixers from attention's projections.
+        attention_window: tokens that attention beside each mixer sees, the token itself among them; 0: none stays.
+            Mixers say nothing at first then, so that the student starts as the teacher with a window.
+        attention_sinks: first tokens of a row that it sees, too.
         **overrides: fields of `MixerConfig` that all mixers share, but for sizes.
 
     Raises:
-        ValueError: a teacher that is none of transformers' own classes, or that attends in a way that can't be read.
+        ValueError: a teacher that is none of transformers' own classes, or whose attention can't be read, or works in
+            no window.
     """
     check_fields(MixerConfig, overrides)
+    if attention_window < 0 or attention_sinks < 0:
+        raise ValueError(
+            f"`attention_window` is {attention_window} and `attention_sinks` {attention_sinks}, which count tokens. "
+            "Try 256 and 4, or leave both out."
+        )
     if (
         not type(teacher).__module__.startswith("transformers.models.")
         or vars(teacher).get("hf_quantizer") is not None
@@ -77,6 +90,10 @@ def hybrid_from_teacher(
     fields = begin | {"layer_norm_epsilon": norm_epsilon(teacher)} | overrides
     tolerance = exactness(teacher)
     settings = {path: _settings(one, tolerance, fields) for path, one in readings.items()}
+    if attention_window:
+        modules = {path: body_of(teacher).get_submodule(path) for path in settings}
+        for path, one in settings.items():
+            one |= _window_of(modules[path], attention_window, attention_sinks)
     shared = {
         name: value
         for name, value in next(iter(settings.values())).items()
@@ -95,6 +112,9 @@ def hybrid_from_teacher(
     cast(student, torch.float32)
     with evaluating(student):
         _measure(student)
+        if attention_window:
+            _silence(student)
+            _check_windows(student, teacher)
     return student.eval()
 
 
@@ -234,12 +254,88 @@ def _settings(reading: Reading, tolerance: float, fields: Mapping[str, Any]) -> 
     return settings | ({"inexact": inexact} if inexact else {})
 
 
+def _window_of(attention: nn.Module, window: int, sinks: int) -> dict[str, int]:
+    """Settings of a window beside a mixer, no wider than one that the attention has itself, which sees no sinks."""
+    if not hasattr(attention, "config") or "attention_mask" not in inspect.signature(attention.forward).parameters:
+        raise ValueError(
+            f"`attention_window` is {window}, but a {type(attention).__name__} does not attend through transformers' "
+            "attention interface. Leave it out."
+        )
+    own = _own_window(attention)
+    return {"attention_window": min(window, own), "attention_sinks": sinks if own == sys.maxsize else 0}
+
+
+def _own_window(attention: nn.Module) -> int:
+    """Tokens that an attention sees by itself, without sinks."""
+    own, config = getattr(attention, "sliding_window", None), attention.config
+    if not hasattr(attention, "sliding_window") and not getattr(config, "layer_types", None):
+        own = getattr(config, "sliding_window", None)
+    return own if isinstance(own, int) and own > 0 else sys.maxsize
+
+
+@torch.no_grad()
+def _silence(student: CABHybridPreTrainedModel) -> None:
+    """Lets mixers beside a window say nothing."""
+    for adapter in student.mixers.values():
+        last = adapter.mixer.out_proj
+        if adapter.window is not None:
+            for weight in (adapter.mixer.norm if isinstance(last, nn.Identity) else last).parameters():
+                weight.zero_()
+
+
+def _check_windows(student: CABHybridPreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Lets windows see five tokens: all of them as the teacher does, and fewer, all at once or one by one.
+
+    Raises:
+        ValueError: either differs.
+    """
+    tokens = tiny_batch(student, student.body).get("input_ids")
+    windows = [adapter.window for adapter in student.mixers.values() if adapter.window is not None]
+    if tokens is None or not student.can_generate():
+        raise ValueError(
+            f"`attention_window` is given, but a {type(student).__name__} of a {type(teacher).__name__} generates no "
+            "text. Leave it out."
+        )
+    sizes = [(window.window, window.sinks) for window in windows]
+    tokens = tokens[:1].repeat(1, 5)[:, :9]
+
+    def logits(window: int, pieces: tuple[int, ...]) -> Tensor:
+        for one in windows:
+            one.window, one.sinks = min(window, _own_window(one.attention)), min(one.sinks, 2)
+        cache, said = None, []
+        for piece in tokens.split(pieces, dim=1):
+            output = student(piece, cache=cache, use_cache=True)
+            cache = output.cache
+            said.append(output.logits)
+        return torch.cat(said, dim=1)
+
+    try:
+        with evaluating(teacher), torch.enable_grad():  # under which no token is captured
+            wanted = teacher(tokens.to(teacher.device)).logits.to(tokens.device, torch.float32)
+            pairs = [(logits(9, (9,)), wanted), (logits(3, (1, 1, 4, 1, 1, 1)), logits(3, (9,)))]
+        errors = [float((one - other).norm() / other.norm()) for one, other in pairs]
+        reason = f"a whole window gives an error of {errors[0]:.2g}, one that moves {errors[1]:.2g}"
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        errors, reason = [float("inf")], f"{type(error).__name__}: {error}"
+    finally:
+        for one, (window, sinks) in zip(windows, sizes):
+            one.window, one.sinks = window, sinks
+    rounded = 1e-3 if student.device.type == "cpu" else 1e-2  # products in tf32
+    if not (errors[-1] < rounded and errors[0] < (rounded if teacher.dtype == torch.float32 else 0.1)):
+        raise ValueError(
+            f"`attention_window` is given, but the attention of a {type(teacher).__name__} does not work within one "
+            f"({reason}). Leave it out."
+        )
+
+
 def _copied(
     teacher: PreTrainedModel, student_class: type[CABHybridPreTrainedModel], config: CABHybridConfig
 ) -> CABHybridPreTrainedModel:
     """A copy of all but the attention that mixers stand for, and mixers that hold nothing yet."""
     body, memo = body_of(teacher), {}
-    for path in config.mixers:
+    for path, window in zip(config.mixers, config.windows):
+        if window:
+            continue
         attention = body.get_submodule(path)
         for part in (*attention.children(), *attention.parameters(recurse=False), *attention.buffers(recurse=False)):
             memo[id(part)] = part

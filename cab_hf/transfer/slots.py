@@ -4,17 +4,19 @@ Shapes: `b` batch, `t` token, `h` head, `p` head_dim, `d` width.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from cab_hf.models import CABVisionMambaPreTrainedModel
 from cab_hf.models.mixers import S6Mixer, SSDMixer
 from cab_hf.models.students import MixerPreTrainedModel, body_of
+from cab_hf.models.window import WindowAttention
 from cab_hf.teachers.alignment import align_with_student, taught_layers
 from cab_hf.teachers.teacher import Teacher
-from cab_hf.transfer.reading import Reading, called, first
+from cab_hf.transfer.reading import Reading, Site, called, first
 
 
 class Slot(NamedTuple):
@@ -23,7 +25,8 @@ class Slot(NamedTuple):
         mixer: of the student.
         hidden_states: `(b, t, d)`, what the attention reads, behind its norm.
         heads: `(b, t, h, p)`, the attention's output before its output projection.
-        output: `(b, t, d)`, behind it; None where the readings that it needs were not given.
+        output: `(b, t, d)`, behind it; None where the readings that it needs were not given. Of a mixer beside a
+            window, what the window lacks of it.
     """
 
     mixer: SSDMixer | S6Mixer
@@ -57,15 +60,29 @@ def slots(
     with called({path: body.get_submodule(path) for path in paths}) as sites:
         attentions = teacher(inputs, attentions=True).attentions
     place = student.mixer_list[0].in_proj.weight
-    return [
-        Slot(
-            mixer,
-            sites[path].hidden_states.to(place),
-            attentions[layer].output.to(place.device),
-            first(sites[path].output).to(place.device),
-        )
-        for mixer, path, layer in zip(student.mixer_list, paths, layers, strict=True)
-    ]
+    windows = [getattr(one, "window", None) for one in getattr(student, "mixers", {}).values()] or [None] * len(paths)
+    found = []
+    for mixer, window, path, layer in zip(student.mixer_list, windows, paths, layers, strict=True):
+        site, heads = sites[path], attentions[layer].output.to(place.device)
+        hidden, output = site.hidden_states.to(place), first(site.output).to(place.device)
+        if window is not None:
+            output = output - _within(window, site, place, inputs.get("attention_mask"))
+        found.append(Slot(mixer, hidden, heads, output))
+    return found
+
+
+def _within(window: WindowAttention, site: Site, place: Tensor, mask: Tensor | None) -> Tensor:
+    """What a student's window makes of a call `(b, t, d)` of the teacher's attention."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(moved, value))
+        if isinstance(value, Tensor):
+            return value.to(place) if value.is_floating_point() else value.to(place.device)
+        return None if isinstance(value, Cache) else value
+
+    args, kwargs = moved(site.args), {name: moved(value) for name, value in site.kwargs.items()}
+    return window(site.hidden_states.to(place), args, kwargs, mask=None if mask is None else mask.to(place.device))
 
 
 def _image_slots(

@@ -49,6 +49,8 @@ def student_from_teacher(
     copy_attention: bool = True,
     copy_weights: bool = True,
     keep_attention: int | Sequence[int | str] | None = None,
+    attention_window: int = 0,
+    attention_sinks: int = 4,
     accept_inexact: float = 0.0,
     calibration_inputs: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -80,6 +82,9 @@ def student_from_teacher(
         copy_weights: copy anything at all; without, the student is random in the teacher's shape.
         keep_attention: layers to leave as they are: how many, evenly spread, or their indices among the layers that
             attend, or the paths of their attention modules. Anything but None makes a hybrid, 0 too.
+        attention_window: tokens that attention beside each mixer sees; 0: none stays there. It makes a hybrid, whose
+            mixers then start with what the window lacks of the teacher's attention.
+        attention_sinks: first tokens of a row that this attention sees, too.
         accept_inexact: largest relative error of what is read of the teacher's attention; what is no linear map of
             its input, such as MLA, is refused without.
         calibration_inputs: one batch (`input_ids`, and `attention_mask` if padded; or `pixel_values`) on which the
@@ -115,6 +120,8 @@ def student_from_teacher(
             'Pass some text or images to fit them on, such as data="builtin" (and the tokenizer of a teacher that is '
             "not named by its id), or call fit_output_projection."
         )
+    if attention_window and keep_attention is None:
+        keep_attention = ()
     student_class, reason = _student_class(teacher, student_class, keep_attention)
     logger.info(f"The student is a {student_class.__name__}: {reason}.")
     if issubclass(student_class, CABHybridPreTrainedModel):
@@ -128,6 +135,8 @@ def student_from_teacher(
             teacher,
             student_class,
             keep_attention=() if keep_attention is None else keep_attention,
+            attention_window=attention_window,
+            attention_sinks=attention_sinks,
             accept_inexact=accept_inexact,
             start=start,
             copy_attention=copy_attention,

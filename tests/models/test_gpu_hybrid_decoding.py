@@ -36,8 +36,13 @@ def exact_products():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def hybrid(family="llama", kept=(1, 3), dtype=torch.float32):
-    student = hybrid_from_teacher(tiny_model(family), keep_attention=list(kept), accept_inexact=1.0)
+def hybrid(family="llama", kept=(1, 3), dtype=torch.float32, window=0):
+    options = {"accept_inexact": 1.0, "attention_window": window, "attention_sinks": 2}
+    student = hybrid_from_teacher(tiny_model(family), keep_attention=list(kept), **options)
+    for adapter in student.mixers.values() if window else ():
+        torch.nn.init.normal_(adapter.mixer.norm.weight)  # else mixers say nothing
+        for weight in adapter.mixer.out_proj.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
     return student.eval().to("cuda", dtype)
 
 
@@ -141,3 +146,29 @@ def test_inference_mode_changes_nothing():
     options = SETTINGS | {"do_sample": False}
     got = student.generate(tokens, **options)
     assert steps_of(student) and torch.equal(got, eagerly(student.generate, tokens, **options))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi3", "qwen3"])
+def test_a_window_beside_each_mixer_is_captured_with_it(family):
+    student, tokens = hybrid(family, (1,), window=5), tiny_tokens().cuda()
+    left = torch.ones_like(tokens)
+    left[0, :4] = 0
+    for mask in (torch.ones_like(tokens), left):
+        options = SETTINGS | {"do_sample": False, "attention_mask": mask}
+        assert torch.equal(student.generate(tokens, **options), eagerly(student.generate, tokens, **options))
+    assert steps_of(student) == [(2, 256)], decoding._steps[student.inner].obstacle
+    options = SETTINGS | {"do_sample": False, "num_beams": 3}
+    assert torch.equal(student.generate(tokens, **options), eagerly(student.generate, tokens, **options))
+
+
+def test_caches_with_windows_take_turns():
+    student, tokens = hybrid(window=5), tiny_tokens().cuda().repeat(1, 4)
+    rows = (tokens, tokens.flip(1))
+    caches = [student(row[:, :6]).cache for row in rows]
+    got = [[], []]
+    for t in range(6, 30):
+        for row, cache, logits in zip(rows, caches, got):
+            logits.append(student(row[:, t : t + 1], cache=cache).logits)
+    assert steps_of(student)
+    for row, logits in zip(rows, got):
+        assert largest_difference(torch.cat(logits, 1), read_eagerly(student, row[:, :30], 6)) < 1e-3

@@ -71,8 +71,9 @@ def quick(monkeypatch):
     monkeypatch.setattr(hybrid_decoding._SpreadAttention, "_fits", lambda *given, **options: False)
 
 
-def hybrid(family="llama", kept=(1, 3)):
-    return hybrid_from_teacher(tiny_model(family), keep_attention=list(kept), accept_inexact=1.0).eval()
+def hybrid(family="llama", kept=(1, 3), window=0):
+    options = {"accept_inexact": 1.0, "attention_window": window, "attention_sinks": 2}
+    return hybrid_from_teacher(tiny_model(family), keep_attention=list(kept), **options).eval()
 
 
 def eagerly(function, *given, **options):
@@ -101,10 +102,10 @@ def test_the_kernels_give_the_modules_tokens(family, monkeypatch):
     assert torch.equal(got, eagerly(student.generate, tokens, **GREEDY | {"max_new_tokens": 3}))
 
 
-@pytest.mark.parametrize("kept", [(), (1, 3)])
+@pytest.mark.parametrize(("kept", "window"), [((), 0), ((1, 3), 0), ((1,), 5)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generation_goes_through_the_step_and_gives_the_same(family, kept, quick):
-    student, tokens = hybrid(family, kept), tiny_tokens()
+def test_generation_goes_through_the_step_and_gives_the_same(family, kept, window, quick):
+    student, tokens = hybrid(family, kept, window), tiny_tokens()
     left = torch.ones_like(tokens)
     left[0, :4] = 0
     for ways in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
