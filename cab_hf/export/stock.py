@@ -62,10 +62,7 @@ _MAMBA = (
 )
 _STOCK_FIELDS: dict[str, dict[str, str]] = {
     "mamba": {name: name for name in (*_SHARED, *_MAMBA, "time_step_rank")},
-    "mamba2": {
-        name: name
-        for name in (*_SHARED, *_MAMBA, "num_heads", "head_dim", "n_groups", "chunk_size", "time_step_limit")
-    },
+    "mamba2": {name: name for name in (*_SHARED, *_MAMBA, "num_heads", "head_dim", "n_groups", "time_step_limit")},
     "granite": {name: name for name in (*_SHARED, "embedding_multiplier", "time_step_limit")}
     | {
         "intermediate_size": "shared_intermediate_size",
@@ -76,7 +73,6 @@ _STOCK_FIELDS: dict[str, dict[str, str]] = {
         "state_size": "mamba_d_state",
         "conv_kernel": "mamba_d_conv",
         "expand": "mamba_expand",
-        "chunk_size": "mamba_chunk_size",
         "use_conv_bias": "mamba_conv_bias",
         "use_bias": "mamba_proj_bias",
     },

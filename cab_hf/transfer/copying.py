@@ -36,6 +36,11 @@ VALUE_TAPS = 1 / 8
 """Taps of the values in front of a SiLU, which is half its argument near zero: a tenth of a value is 2.5 % off."""
 
 
+OWN_GROUPS = {"chunk_size": 64}
+"""Of scans whose heads have a B and C each: mamba_ssm's backward pass works on chunk x chunk for each of them, and a
+training step of SmolLM2's shape is 9 % faster than in chunks of 256 (`benchmarks/speed/results/scale_h200.json`)."""
+
+
 def start_fields(start: str, mixer_type: str = "mamba2", readings: Iterable[Reading] = ()) -> dict[str, Any]:
     """Fields of a mixer's config that `start` asks for, with a bias behind it where the readings have one.
 

@@ -22,6 +22,7 @@ from cab_hf.models.modeling_cab_mamba import (
     CABMambaPreTrainedModel,
 )
 from cab_hf.transfer.copying import (
+    OWN_GROUPS,
     check_fields,
     copy_bias,
     copy_block,
@@ -93,6 +94,7 @@ def student_config(
     family, values = family_of(text), {**teacher_config.to_dict(), **text.to_dict()}
     fields = {
         **mixer_fields(text, num_hidden_layers, mixer_type, start, readings),
+        **(OWN_GROUPS if mixer_type == "mamba2" else {}),
         "vocab_size": text.vocab_size,
         "tie_word_embeddings": teacher_config.tie_word_embeddings,
         **{name: values.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},

@@ -22,7 +22,7 @@ from cab_hf.models.modeling_cab_hybrid import CABHybridForCausalLM, CABHybridPre
 from cab_hf.models.students import body_of, cast
 from cab_hf.teachers.attention_interface import base_of
 from cab_hf.teachers.examination import named, tiny_batch
-from cab_hf.transfer.copying import check_fields, fill_the_rest, start_fields
+from cab_hf.transfer.copying import OWN_GROUPS, check_fields, fill_the_rest, start_fields
 from cab_hf.transfer.reading import Reading, check_readings, exactness, read_attention
 
 
@@ -242,6 +242,7 @@ def _settings(reading: Reading, tolerance: float, fields: Mapping[str, Any]) -> 
         "mixer_type": "mamba2",
         "num_heads": reading.heads,
         "n_groups": reading.heads,
+        **OWN_GROUPS,
         "head_dim": reading.head_dim,
         "state_size": reading.key_dim,
         "expand": width / reading.hidden_size,
