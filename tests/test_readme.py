@@ -276,7 +276,7 @@ def test_the_language_default(start, text):
     ratios = [f"{ratio:.2f}" for ratio in over_tokens(f"{text}: ppl ratio")]
     kls = [f"{kl:.2f}" for kl in over_tokens(f"{text}: KL")]
     assert row(RESULTS, f"{start} |") == [f"{kl} / {ratio}" for kl, ratio in zip(kls, ratios)]
-    hybrid = result("quality/hybrids/four/report.json")["after"][text]["perplexity_ratio"]
+    hybrid = result("quality/windows/four/report.json")["after"][text]["perplexity_ratio"]
     assert row(README, f"perplexity ratio: {start}") == [*ratios, f"**{hybrid:.2f}**"]
 
 
@@ -286,7 +286,7 @@ def test_copying(gap):
     shown = [f"{recall:.2f}" for recall in over_tokens(f"copying, gap {gap}")]
     assert row(RESULTS, f"random tokens copied over a gap of {gap}, teacher {teacher:.2f}") == shown
     if gap == 64:
-        found = result("quality/hybrids/four/report.json")["after"][TEXTS[0]]["recall"]["64"]
+        found = result("quality/windows/four/report.json")["after"][TEXTS[0]]["recall"]["64"]
         assert row(README, "repeated after 64 tokens") == [*shown, f"**{found['student']['recall']:.2f}**"]
         assert f"The teacher's share is {teacher:.2f}." in README.read_text()
 
@@ -385,7 +385,7 @@ def test_windows_that_nobody_trained(window, length):
 
 
 def test_the_hybrid_repeats_after_1024_tokens():
-    found = long_run("four")["speeches"]["recall"]["1024"]
+    found = result("quality/windows/four/evaluation.json")["recall"]["copying"]["1024"]
     shares = [f"{found[who]['recall']:.2f}" for who in ("student", "teacher")]
     assert "the hybrid {}, its teacher {}.".format(*shares) in README.read_text()
 
@@ -400,19 +400,27 @@ def of_pure_students(measure: str) -> float:
 
 def test_long_runs_of_hybrids():
     gaps = ("16", "64", "256", "1024")
-    for start, after in (("evenly", long_run("four")), ("as `auto`", long_run("auto", "report_long"))):
+    for start, after in (
+        ("four layers, evenly", long_run("four")),
+        ("four layers, as `auto`", long_run("auto", "report_long")),
+        ("pure, its last", result("quality/pure_long/report.json")["after"]),
+    ):
         shown = [f"{after[text]['kl']:.3f} / {after[text]['perplexity_ratio']:.2f}" for text in TEXTS]
         copied = after["speeches"]["recall"]
-        for who in ("student", "teacher")[: 1 + (start == "evenly")]:
+        for who in ("student", "teacher")[: 1 + start.endswith("evenly")]:
             recalls = [f"{copied[gap][who]['recall']:.2f}" for gap in gaps]
             if who == "student":
-                assert row(RESULTS, f"long run: four layers, {start}") == [*shown, *recalls]
+                assert row(RESULTS, f"long run: {start}") == [*shown, *recalls]
             else:
                 assert row(RESULTS, "long run: the teacher's own copying") == ["", "", "", *recalls]
     kls, ratios = ([of_pure_students(f"{text}: {measure}") for text in TEXTS] for measure in ("KL", "ppl ratio"))
     recalls = [f"{of_pure_students(f'copying, gap {gap}'):.2f}" for gap in gaps]
     shown = [f"{kl:.3f} / {ratio:.2f}" for kl, ratio in zip(kls, ratios)]
-    assert row(RESULTS, "long run: pure") == [*shown, *recalls]
+    assert row(RESULTS, "long run: pure |") == [*shown, *recalls]
+    found = result("quality/pure_long/evaluation.json")["tasks"]["above_chance"]
+    low, high = found["share_ci95"]
+    margin = f"keeps [{found['share']:.2f}](../benchmarks/quality/pure_long/evaluation.json) ({low:.2f} to {high:.2f})"
+    assert margin in RESULTS.read_text()
     english = long_run("four")["english"]
     assert f"the hybrid has {english['kl']:.3f} / {english['perplexity_ratio']:.2f};" in RESULTS.read_text()
 
@@ -440,6 +448,54 @@ def test_tasks_and_lengths_of_the_hybrid():
     shown = " and ".join(f"{copied[who]['recall']:.2f}" for who in ("student", "teacher"))
     assert f"Over 4,096 neither copies: {shown}." in text
     assert f"It took {result('quality/hybrids/four/report.json')['seconds'] / 60:.1f} minutes" in text
+
+
+WINDOWS = {
+    "windows alone, not trained": "none_untrained",
+    "windows alone, trained": "none",
+    "windows and four layers, not trained": "four_untrained",
+    "windows and four layers, trained": "four",
+}
+
+
+@pytest.mark.parametrize("start", [*WINDOWS, "windows and four layers, trained, its mixers zeroed"])
+def test_windows_beside_mixers(start):
+    folder = WINDOWS.get(start)
+    found = result(f"quality/windows/{f'{folder}/rows_2048' if folder else 'four/zeroed/evaluation'}.json")
+    texts = [f"{found['texts'][text]['kl']:.3f} / {found['texts'][text]['perplexity_ratio']:.2f}" for text in TEXTS]
+    assert row(RESULTS, start + (": `lm_hybrid` |" if folder == "four" else " |")) == texts
+
+
+@pytest.mark.parametrize("start", [*WINDOWS, "the teacher"])
+def test_what_windows_and_layers_find(start):
+    who = "teacher" if start == "the teacher" else "student"
+    found = result(f"quality/windows/{WINDOWS.get(start, 'four')}/evaluation.json")
+    retrieval, copying = found["length"]["retrieval"], found["recall"]["copying"]
+    shares = [copying[gap][who]["recall"] if gap in copying else None for gap in ("64", "256", "1024")]
+    places = (("needle", "1024"), ("needle", "4096"), ("needles", "4096"), ("key-value", "4096"))
+    shares += [retrieval[test][length][who]["recall"] for test, length in places]
+    shares.append(1.0 if who == "teacher" else found["tasks"]["above_chance"]["share"])
+    assert row(RESULTS, f"recall: {start} |") == ["" if share is None else f"{share:.2f}" for share in shares]
+
+
+def test_what_is_said_of_windows():
+    text, report = RESULTS.read_text(), result("quality/windows/four/report.json")
+    assert f"It took {report['seconds'] / 60:.1f} minutes on one H200, beside another run" in text
+    layers = report["kept_attention"]["layers"]
+    assert layers == result("quality/windows/four/keep_attention.json")["layers"] == [17, 18, 20, 23]
+    found = result("quality/windows/four/evaluation.json")
+    low, high = found["tasks"]["above_chance"]["share_ci95"]
+    assert f"0.95 ({low:.2f} to {high:.2f})" in text and f"{found['tasks']['above_chance']['share']:.2f}" == "0.95"
+    needles = [found["length"]["retrieval"][test]["4096"] for test in ("needle", "needles")]
+    shares = [one["student"]["recall"] / one["teacher"]["recall"] for one in needles]
+    assert f"it finds {shares[0]:.2f} of single needles there, {shares[1]:.2f} of four" in text
+    copied = found["recall"]["copying"].values()
+    assert all(one["student"]["recall"] > one["teacher"]["recall"] for one in copied)
+    trained, zeroed = (result(f"quality/windows/four/{name}.json") for name in ("rows_2048", "zeroed/evaluation"))
+    falls = [1 - trained["texts"][text]["kl"] / zeroed["texts"][text]["kl"] for text in TEXTS[:2]]
+    assert 0.35 < falls[0] < 0.45 and 0.2 < falls[1] < 0.3
+    size, teacher = (report[f"{who}_parameters"] / 1e6 for who in ("student", "teacher"))
+    assert f"`lm_default`'s has 178M for {teacher:.0f}M, `lm_hybrid`'s {size:.0f}M." in README.read_text()
 
 
 @pytest.mark.parametrize(
@@ -569,11 +625,15 @@ def test_decoding():
         ("one row: student |", "student", "generate()", 1),
         ("one row: student without", "student", "eager", 1),
         ("one row: teacher with", "teacher", "static", 1),
+        ("one row: teacher as", "teacher", "generate()", 1),
         ("16 rows: student", "student", "generate()", 16),
         ("16 rows: teacher with", "teacher", "static", 16),
         ("64 rows: student", "student", "generate()", 64),
         ("64 rows: teacher with", "teacher", "static", 64),
+        ("64 rows: teacher as", "teacher", "generate()", 64),
         ("one row: hybrid", "hybrid", "generate()", 1),
+        ("one row: windows of 256 tokens, and", "hybrid, windows", "generate()", 1),
+        ("one row: windows of 256 tokens alone", "windows", "generate()", 1),
     ],
 )
 def test_tokens_of_generate(start, model, way, rows):
@@ -596,10 +656,12 @@ def test_decoding_and_serving_in_the_readme():
     near, far = (f"{ms('student', 'generate()', context):.1f}" for context in (512, 32000))
     assert f"takes {near} ms a token after 512 tokens, {far} after 32,000" in text
     hybrid = ms("hybrid", "generate()", 32000)
-    assert f"Hybrids take {hybrid:.1f} ms a token on an H200" in text
+    windows = ms("hybrid, windows", "generate()", 32000)
+    assert f"Hybrids take {hybrid:.1f} ms a token on an H200, with windows {windows:.1f}," in text
     near, far = (f"{ms('teacher', 'static', context):.1f}" for context in (512, 32000))
     assert f"takes {near} and {far} ms with a static cache" in text
-    times = ms("teacher", "static", 32000, 64) / ms("student", "generate()", 32000, 64)
+    teachers = min(ms("teacher", way, 32000, 64) for way in ("static", "generate()"))
+    times = teachers / ms("student", "generate()", 32000, 64)
     assert f"With 64 texts of 32,000 tokens the student is {times:.0f} times as fast" in text
     engine = result("serving/results/engine_cpu.json")
     teacher, student = (
@@ -648,18 +710,22 @@ def test_projections_of_few_rows(start, name):
 
 
 def test_a_step_again_and_tests_of_decoding():
-    (cell,) = result("speed/results/scale_h200.json")["cells"]
-    low, high = (round(one / 1e3) for one in cell["range"])
-    text, kernels = RESULTS.read_text(), cell["kernels"]
-    assert f"{cell['tokens_per_second'] / 1e3:.0f} k tokens/s ({low} to {high} k), {cell['peak_gib']:.1f} GiB" in text
-    assert f"the first step after {cell['first_step_s']:.0f} s" in text
+    cells = {(one["way"], one["bridge"]): one for one in result("speed/results/scale_h200.json")["cells"]}
+    small, large = cells["compile+graph, chunks of 64", False], cells["compile+graph", False]
+    bridge = cells["compile+graph, chunks of 64", True]
+    speeds = [f"{cell['tokens_per_second'] / 1e3:.0f} k" for cell in (small, large, bridge)]
+    text, (profile,) = RESULTS.read_text(), result("speed/results/scale_h200_profile.json")["cells"]
+    assert "{} tokens/s, in chunks of 256 {}, with the bridge {} (".format(*speeds) in text
+    more = [bridge[key] - small[key] for key in ("ms", "peak_gib")]
+    assert "The bridge then adds {:.1f} ms and {:.1f} GiB.".format(*more) in text
+    kernels = profile["kernels"]
 
     def ms(*names: str) -> float:
         return sum(one["ms"] for one in kernels if one["kernel"].startswith(names))
 
     products, sums = ms("nvjet"), ms("void at::native::reduce_kernel")
-    assert f"Of its {ms(''):.0f} ms on the device, {products:.0f} are the library's matrix products" in text
-    assert f"and {sums:.0f} are sums" in text
+    of_all = f"{products:.0f} of {ms(''):.0f} ms on the device were the library's matrix products"
+    assert f"{of_all}, and {sums:.0f} sums" in text
     outcomes = result("speed/results/gpu_tests_decoding_h200.json")["outcomes"]
     assert set(outcomes.values()) == {"passed"} and f"[{len(outcomes)} tests]" in text
 

@@ -25,11 +25,12 @@ from cab_hf.recipes import load_recipe
 
 HERE = Path(__file__).parent
 
-# Whose runs they are. A folder is one long run: report*.json of its parts in order, and evaluation*.json,
-# of its controls, too.
+# Whose runs they are. A folder is one long run: report*.json of its parts in order, and evaluation*.json, of its
+# controls, too. What was not trained has no report.
 STUDENTS = (
     ("pure", "smollm2_long/runs/*.json"),
     ("pure", "distinct_text/runs/*.json"),
+    ("pure", "pure_long"),
     ("pure", "hybrids/runs/pure__*.json"),
     ("hybrid-0", "hybrids/runs/hybrid-0-kept__*.json"),
     ("hybrid-2", "hybrids/runs/hybrid-2-kept__*.json"),
@@ -37,6 +38,9 @@ STUDENTS = (
     ("hybrid-4", "hybrids/runs/auto-*.json"),
     ("hybrid-4", "hybrids/auto"),
     ("hybrid-4", "hybrids/four"),
+    ("hybrid-4, windows", "windows/four"),
+    ("hybrid-4, windows, not trained", "windows/four_untrained"),
+    ("windows, not trained", "windows/none_untrained"),
     ("half as deep", "smollm2/runs/half-as-deep-*.json"),
     ("half as deep", "half_depth/runs/*.json"),
     ("the teacher on the same tokens", "smollm2/runs/the-teacher-itself-*.json"),
@@ -107,7 +111,7 @@ def _long_run(student: str, folder: Path, root: Path) -> list[Row]:
     parts = sorted(folder.glob("report*.json"))
     reports = [json.loads(path.read_text()) for path in parts]
     if not reports:
-        return []
+        return [_untrained(student, folder, root)] if folder.is_dir() else []
     seed = load_recipe(folder / "recipe.yaml").get("seed", default_of("seed"))
     name = folder.relative_to(root).as_posix()
     row = _row(student, name, [reports[-1]["after"]])
@@ -126,17 +130,29 @@ def _long_run(student: str, folder: Path, root: Path) -> list[Row]:
             facts = {key: row[key] for key in ("teacher", "tokens", "seeds", "bridge")} | {"run_files": []}
             facts |= {} if is_student else {"tokens": 0, "seeds": []}
             rows.append(_row(who, name, [texts]) | facts)
-        own = row if control is None else rows[-1]
-        own["run_files"].append(path.relative_to(root).as_posix())
-        copying, teacher_copying = _recall(found.get("recall", {}).get("copying", {}))
-        own["copying"] = copying | own["copying"]  # the report's where it has a gap, as the grids' rows
-        own["teacher_copying"] = teacher_copying | own["teacher_copying"]
-        for test in NEEDLES:
-            both = _recall(found.get("length", {}).get("retrieval", {}).get(test, {}))
-            own["needles"][test], own["teacher_needles"][test] = both
-        if "tasks" in found:
-            own["tasks_above_chance"] = found["tasks"]["above_chance"] | {"limit": found["tasks"]["limit"]}
+        _add_evaluation(row if control is None else rows[-1], found, path.relative_to(root).as_posix())
     return rows
+
+
+def _untrained(student: str, folder: Path, root: Path) -> Row:
+    path = folder / "evaluation.json"
+    found = json.loads(path.read_text())
+    row = _row(student, folder.relative_to(root).as_posix(), [found["texts"]])
+    row |= {"teacher": found["teacher"], "tokens": 0, "seeds": [], "bridge": False, "run_files": []}
+    _add_evaluation(row, found, path.relative_to(root).as_posix())
+    return row
+
+
+def _add_evaluation(row: Row, found: Mapping[str, Any], file: str) -> None:
+    row["run_files"].append(file)
+    copying, teacher_copying = _recall(found.get("recall", {}).get("copying", {}))
+    row["copying"] = copying | row["copying"]  # the report's where it has a gap, as the grids' rows
+    row["teacher_copying"] = teacher_copying | row["teacher_copying"]
+    for test in NEEDLES:
+        both = _recall(found.get("length", {}).get("retrieval", {}).get(test, {}))
+        row["needles"][test], row["teacher_needles"][test] = both
+    if "tasks" in found:
+        row["tasks_above_chance"] = found["tasks"]["above_chance"] | {"limit": found["tasks"]["limit"]}
 
 
 def _row(student: str, method: str, reports: Sequence[Mapping[str, Any]]) -> Row:
@@ -216,7 +232,8 @@ def _tasks(row: Row) -> Figures:
     return {"share": found and found["share"], "upper end of its interval": found and found["share_ci95"][1]}
 
 
-PURE, HYBRIDS, HALF = ("pure",), tuple(f"hybrid-{n}" for n in range(1, 5)), ("half as deep",)
+PURE, HALF = ("pure",), ("half as deep",)
+HYBRIDS = (*(f"hybrid-{n}" for n in range(1, 5)), "hybrid-4, windows")
 BRIDGE = "lead of the bridge's worst seed"
 BARS = (
     Bar(

@@ -156,8 +156,8 @@ def eager(rows: int, context: int) -> list[float]:
         del os.environ[DECODE_VARIABLE]
 
 
-def hybrid(rows: int, context: int, window: int = 0, kept: int = KEPT) -> list[float]:
-    model, prompt = student(kept, window), tokens(rows, context)
+def hybrid(rows: int, context: int, window: int = 0, kept: int | None = None) -> list[float]:
+    model, prompt = student(KEPT if kept is None else kept, window), tokens(rows, context)
     return generated(model, lambda: model(prompt, use_cache=True, logits_to_keep=1).cache, rows, context)
 
 

@@ -144,17 +144,18 @@ def test_tokens_of_generate(run):
         "NEAR": 8,
         "FAR": 24,
         "KEPT": 1,
+        "WINDOW": 4,
         "TOKENS": 6,
         "WARM_UP": 2,
     }
     small |= {"PREFILLS": (16, 64), "PIECE": 16}
     options = ("speed/generate.py", "--output", "a.json", "--only")
-    run(*options, "student", "prefill", "hybrid", "teacher", "first", **small)
+    run(*options, "student", "prefill", "hybrid", "windowed", "teacher", "first", **small)
     module = sys.modules["script_generate"]
     assert {module.teacher().dtype, module.student().dtype, module.student(1).dtype} == {torch.bfloat16}
     report = json.loads(Path("a.json").read_text())
     measured = [*report["cells"], *report["prefill"]]
-    assert len(report["cells"]) == 19 and len(report["prefill"]) == 5
+    assert len(report["cells"]) == 23 and len(report["prefill"]) == 5
     assert [cell for cell in measured if "error" in cell] == [] and all(cell["ms"] > 0 for cell in measured)
     Path("a.json").write_text(
         json.dumps(report | {"cells": [report["cells"][0], {**report["cells"][1], "error": ""}]})
