@@ -13,8 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from itertools import chain, compress
-from operator import is_
+from itertools import chain
 from typing import Any
 
 import torch
@@ -157,24 +156,37 @@ class Watch:
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
-        self.tables = [part for one in modules for part in (one._parameters, one._buffers, one._modules) if part]
-        held = self._held()
-        self.are_tensors = [isinstance(one, Tensor) for one in held]
-        self.are_others = [not is_tensor for is_tensor in self.are_tensors]
-        self.places = self._places(held)
-        self.others = list(compress(held, self.are_others))
         self.modules = modules[1:]
+        self.parts = [one._modules for one in modules if one._modules]
+        self.inside = self._inside()
+        self.tables = [part for one in modules for part in (one._parameters, one._buffers) if part]
+        named = [(part, name, value) for part in self.tables for name, value in part.items()]
+        # Tables and names apart, and no loop of Python's: the host looks at hundreds of them for each token.
+        self.full = tuple(zip(*((part, name) for part, name, value in named if value is not None))) or ((), ())
+        self.empty = tuple(zip(*((part, name) for part, name, value in named if value is None))) or ((), ())
+        self.size, self.places = self._size(), self._places()
         self.hooked, self.hooks_ever = self.is_hooked(), RemovableHandle.next_id
         self.adapters = [one for one in modules if type(one).__module__.startswith("peft.")]
         configs = (vars(one).get("config") for one in modules)
         self.configs = list({id(one): one for one in configs if isinstance(one, PreTrainedConfig)}.values())
         self.notes, self.attention = self._notes(), self._attention()
 
-    def _held(self) -> list:
-        return list(chain.from_iterable(map(dict.values, self.tables)))
+    def _inside(self) -> list[nn.Module | None]:
+        return list(chain.from_iterable(map(dict.values, self.parts)))
 
-    def _places(self, held: list) -> list[int]:
-        return list(map(Tensor.data_ptr, compress(held, self.are_tensors)))
+    def _size(self) -> int:
+        return sum(map(len, self.tables))
+
+    def _filled(self) -> bool:
+        """Whether something is where nothing was."""
+        return bool(self.empty[0]) and set(map(dict.get, *self.empty)) != {None}
+
+    def _places(self) -> list[int] | None:
+        """Where the tensors lie; None where one is gone."""
+        try:
+            return list(map(Tensor.data_ptr, map(dict.get, *self.full)))
+        except TypeError:
+            return None
 
     def _notes(self) -> list[str]:
         return [repr([getattr(one, name, None) for name in _LORA_NOTES]) for one in self.adapters]
@@ -190,10 +202,9 @@ class Watch:
             if self.is_hooked() != self.hooked:
                 return False
             self.hooks_ever = RemovableHandle.next_id
-        held = self._held()
-        if len(held) != len(self.are_tensors) or not all(map(is_, compress(held, self.are_others), self.others)):
+        if self._inside() != self.inside or self._size() != self.size or self._filled():
             return False
-        return self._attention() == self.attention and self._places(held) == self.places and self.keeps_adapters()
+        return self._attention() == self.attention and self._places() == self.places and self.keeps_adapters()
 
     def keeps_adapters(self) -> bool:
         """Whether the adapters are set as they were."""
