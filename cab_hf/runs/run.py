@@ -206,6 +206,8 @@ def next_commands(recipe: Recipe) -> str:
         f"cab-hf card {folder} --overwrite{unlicensed}": "its model card, with new measurements",
         "the same command with --push_to_hub true": "publish it",
     }
+    if model.attention_window:  # no stock class has windows beside mixers
+        commands = {command: what for command, what in commands.items() if not command.startswith("cab-hf export")}
     if not model.reads_images:
         commands = {f"cab-hf chat {folder}": "talk to it"} | commands
     width = max(map(len, commands))

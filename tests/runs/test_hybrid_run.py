@@ -14,7 +14,7 @@ from cab_hf.cli import main
 from cab_hf.models import CABHybridForCausalLM
 from cab_hf.recipes import parse_recipe
 from cab_hf.runs.plan import plan
-from cab_hf.runs.run import run_recipe
+from cab_hf.runs.run import next_commands, run_recipe
 
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +42,17 @@ def test_a_recipe_that_keeps_attention_ends_in_a_hybrid_with_its_card(tmp_path, 
     assert "mean cosine of attention maps" in capsys.readouterr().out
     main(["export", folder, str(tmp_path / "stock")])
     assert "GraniteMoeHybridForCausalLM" in capsys.readouterr().out
+
+
+def test_a_recipe_with_windows_ends_in_a_hybrid_that_says_so(tmp_path):
+    folder = str(tmp_path / "out")
+    options = ["--attention_window", "8", "--keep_attention", "1", "--license", "mit", "--disable_tqdm", "true"]
+    recipe = parse_recipe([SMOKE, "--output_dir", folder, *options])
+    run_recipe(recipe)
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    assert student.config.layer_numbers == [0, 2, 3] and student.config.windows == [8, 8, 8]
+    assert "mixers beside attention to the last 8 tokens in 3" in (tmp_path / "out/README.md").read_text()
+    assert "cab-hf export" not in next_commands(recipe) and "cab-hf chat" in next_commands(recipe)
 
 
 def test_a_choice_is_saved_with_the_student_and_read_again_by_a_run_that_goes_on(tmp_path, capsys):
