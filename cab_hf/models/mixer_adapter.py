@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 from .configuration_cab_hybrid import CABHybridConfig
 from .mixer_cache import MixerCacheLayer
 from .mixers import BIDIRECTIONAL_MIXERS, MIXERS, BidirectionalProjections, SSMProjections
-from .window import WindowAttention, WindowCacheLayer
+from .window import Sight, WindowAttention, WindowCacheLayer
 
 
 @dataclass
@@ -146,7 +146,8 @@ class MixerAdapter(nn.Module):
             layer = self._claim_layer(cache)
         output, projections = self.mixer(hidden_states, output_projections=given.shows, **rows)
         if self.window is not None:
-            output = output + self.window(hidden_states, args, kwargs, layer, mask, seq_idx)
+            sight = None if layer is None else self._sight(cache, layer, hidden_states, mask)
+            output = output + self.window(hidden_states, args, kwargs, layer, mask, seq_idx, sight)
         if layer is not None:
             layer.seen_tokens += length
         if given.shows:
@@ -167,6 +168,18 @@ class MixerAdapter(nn.Module):
         if rows is None or rows.shape[0] != hidden_states.shape[0] or rows.shape[1] < hidden_states.shape[1]:
             return None
         return rows[:, -hidden_states.shape[1] :]
+
+    @staticmethod
+    def _sight(
+        cache: Cache, layer: WindowCacheLayer, hidden_states: torch.Tensor, mask: torch.Tensor | None
+    ) -> Sight:
+        """What new tokens see, which is found once a pass for all layers whose windows are alike."""
+        of = (layer.window, layer.sinks, layer.seen_tokens, hidden_states.device)
+        masks, found, sight = vars(cache).get("sight", (None, None, None))
+        if masks is None or masks is not current.masks or found != of:  # each pass makes a tuple of its own
+            sight = layer.look(hidden_states, mask)
+            cache.sight = (current.masks, of, sight)
+        return sight
 
     def _claim_layer(self, cache: Cache) -> MixerCacheLayer:
         """Puts a layer for the mixer's states into the cache. `layer_types`, which models index, can't say so."""

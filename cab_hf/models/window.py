@@ -21,12 +21,12 @@ class Sight(NamedTuple):
     """What new tokens see of a window's keys, and where their own keys go.
 
     Attributes:
-        sees: `(b, 1, q, k)`.
+        sees: `(b, 1, q, k)`; None where a row is read in blocks.
         place: `(b, q)`.
         read: `(b,)`, real tokens of each row, the new ones among them.
     """
 
-    sees: Tensor
+    sees: Tensor | None
     place: Tensor
     read: Tensor
 
@@ -54,17 +54,18 @@ class WindowCacheLayer(MixerCacheLayer):
         """The sight of new tokens, by their hidden states `(b, q, d)` and mask `(b, q)`."""
         rows, length, device = *hidden_states.shape[:2], hidden_states.device
         real = torch.ones(rows, length, dtype=torch.bool, device=device) if mask is None else mask != 0
-        if self.num_real is None:
-            self.num_real = torch.zeros(rows, dtype=torch.long, device=device)
-        rank, read = _ranks(real, self.num_real), self.num_real + real.sum(-1)
+        before = torch.zeros(rows, dtype=torch.long, device=device) if self.num_real is None else self.num_real
+        rank, read = _ranks(real, before), before + real.sum(-1)
         if length == 1:  # its key is at its place when it is read
             ranks = self._held(read)
         else:
-            ranks = rank if self.keys is None else torch.cat((self._held(self.num_real), rank), dim=-1)
+            ranks = rank if self.keys is None else torch.cat((self._held(before), rank), dim=-1)
         place = torch.where(rank < self.sinks, rank, self.sinks + (rank - self.sinks) % self.window)
         stays = real & ((rank < self.sinks) | (rank >= read[:, None] - self.window))
         place = torch.where(stays, place, self.sinks + self.window)
-        return Sight(_sees(rank, ranks, self.window, self.sinks, real), place, read)
+        in_blocks = self.keys is None and mask is None and reads_blocks(length, self.window, self.sinks)
+        sees = None if in_blocks else _sees(rank, ranks, self.window, self.sinks, real)
+        return Sight(sees, place, read)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Takes new keys and values `(b, h, q, p)` in; gives those that `sight` tells of."""
@@ -73,6 +74,7 @@ class WindowCacheLayer(MixerCacheLayer):
         if self.keys is None:
             places = self.sinks + self.window + 1
             self.keys, self.values = (x.new_zeros(rows, heads, places, x.shape[-1]) for x in new)
+            self.num_real = torch.zeros_like(self.sight.read)
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         elif length > 1:
             shown = tuple(torch.cat(pair, dim=2) for pair in zip((self.keys, self.values), new))
@@ -152,6 +154,11 @@ def seen_in_rows(
         first = torch.where(begins, at, 0).cummax(-1).values  # (b, q)
     own, other, start = at[..., :, None], at[..., None, :], first[..., :, None]
     return ((other <= own) & (other >= start) & ((other > own - window) | (other < start + sinks)))[:, None]
+
+
+def reads_blocks(length: int, window: int, sinks: int) -> bool:
+    """Whether a row is long enough that blocks of it are read in less time than all of it under a mask."""
+    return length > 2 * window + sinks
 
 
 def seen_in_blocks(length: int, window: int, sinks: int, device: torch.device) -> Tensor:
@@ -242,13 +249,14 @@ class WindowAttention(nn.Module):
             sight: of the tokens, where another layer has looked already.
         """
         length, is_eager = hidden_states.shape[1], self.attention.config._attn_implementation == "eager"
-        begins, sees = cache_layer is None or cache_layer.keys is None, None
+        sees = None
         if cache_layer is not None:
             cache_layer.sight = cache_layer.look(hidden_states, mask) if sight is None else sight
             sees = cache_layer.sight.sees
-        if begins and mask is None and seq_idx is None and length > 2 * self.window + self.sinks and not is_eager:
-            sees = seen_in_blocks(length, self.window, self.sinks, hidden_states.device)
-        elif cache_layer is None:
+        if sees is None and (mask is None and seq_idx is None and not is_eager):
+            if reads_blocks(length, self.window, self.sinks):
+                sees = seen_in_blocks(length, self.window, self.sinks, hidden_states.device)
+        if sees is None:
             sees = seen_in_rows(hidden_states, self.window, self.sinks, mask, seq_idx)
         if is_eager:
             hides = torch.finfo(hidden_states.dtype).min
