@@ -130,7 +130,8 @@ class MixerAdapter(nn.Module):
         """Takes what the attention module takes; reads of it the hidden states `(b, t, d)` and the cache.
 
         Raises:
-            ValueError: a cache that is static or quantised, or projections asked for under reentrant checkpointing.
+            ValueError: a cache that is static or quantised, or that another model filled; or projections asked for
+                under reentrant checkpointing.
         """
         hidden_states = args[0] if args and self.argument is None else kwargs[self.argument or "hidden_states"]
         given, length = current.given, hidden_states.shape[1]
@@ -173,15 +174,21 @@ class MixerAdapter(nn.Module):
         layers, index = cache.layers, self.cache_layer
         while len(layers) <= index:
             layers.append(DynamicLayer())
-        if isinstance(layers[index], MixerCacheLayer):
-            return layers[index]
-        if getattr(cache, "offloading", False) or isinstance(layers[index], StaticLayer | QuantizedLayer):
+        layer, window = layers[index], self.window
+        beside = None if window is None else (window.window, window.sinks)
+        if isinstance(layer, MixerCacheLayer) and layer.beside == beside:
+            return layer
+        if getattr(cache, "offloading", False) or isinstance(layer, StaticLayer | QuantizedLayer):
             raise ValueError(
-                f"The {type(cache).__name__} has a {type(layers[index]).__name__} for {self.path}, but a hybrid needs "
+                f"The {type(cache).__name__} has a {type(layer).__name__} for {self.path}, but a hybrid needs "
                 "a DynamicCache that stays in place: leave `cache_implementation` out."
             )
-        window = self.window
-        layers[index] = MixerCacheLayer() if window is None else WindowCacheLayer(window.window, window.sinks)
+        if isinstance(layer, DynamicLayer) and layer.get_seq_length():
+            raise ValueError(
+                f"`past_key_values` holds a {type(layer).__name__} of {layer.get_seq_length()} tokens for "
+                f"{self.path}, which another model filled. Pass a cache that this model filled, or an empty DynamicCache."
+            )
+        layers[index] = MixerCacheLayer() if window is None else WindowCacheLayer(*beside)
         return layers[index]
 
 
