@@ -219,7 +219,9 @@ def _mixers(config: PreTrainedConfig) -> str:
     counts = Counter(config.layer_mixer_types)
     if isinstance(config, CABHybridConfig):
         family = config.teacher["model_type"]
-        return f"of the family {family}, with {_MIXERS['mamba2']} mixers in place of attention in {len(config.mixers)}"
+        window = max(config.windows, default=0)
+        place = f"beside a window of attention of {window} tokens" if window else "in place of attention"
+        return f"of the family {family}, with {_MIXERS['mamba2']} mixers {place} in {len(config.mixers)}"
     if len(counts) == 1:
         return f"{_MIXERS[next(iter(counts))]} mixers"
     return " and ".join(f"{count} {_MIXERS[kind]}" for kind, count in sorted(counts.items())) + " mixers"
