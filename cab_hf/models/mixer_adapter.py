@@ -186,7 +186,8 @@ class MixerAdapter(nn.Module):
         if isinstance(layer, DynamicLayer) and layer.get_seq_length():
             raise ValueError(
                 f"`past_key_values` holds a {type(layer).__name__} of {layer.get_seq_length()} tokens for "
-                f"{self.path}, which another model filled. Pass a cache that this model filled, or an empty DynamicCache."
+                f"{self.path}, which another model filled. Pass a cache that this model filled, or an empty "
+                "DynamicCache."
             )
         layers[index] = MixerCacheLayer() if window is None else WindowCacheLayer(*beside)
         return layers[index]
