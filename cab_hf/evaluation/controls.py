@@ -82,6 +82,10 @@ def _attend(
 
     query `(b, h, q, p)`, key and value `(b, h_kv, k, p)`, mask None or `(b, 1, q, k)`, true or zero where seen.
     """
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(
+            f"{type(module).__name__} takes no window: its softmax has a term of no token. Leave this control out."
+        )
     rows, columns = query.shape[2], key.shape[2]
     if attention_mask is None:
         seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)[None, None]

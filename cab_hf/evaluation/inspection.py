@@ -326,6 +326,8 @@ def _part(name: str, mixers: set[str]) -> str:
     for end in range(len(parts), 0, -1):
         if ".".join(parts[:end]) in mixers:
             return _MIXER_PARTS[parts[end]]
+    if "window" in parts:
+        return "attention beside mixers"
     if "mlp" in parts:
         return "MLPs"
     if parts[0] in ("lm_head", "classifier"):

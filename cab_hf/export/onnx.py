@@ -49,6 +49,11 @@ def to_program(student: PreTrainedModel, tokens: int = 128) -> torch.export.Expo
         example = torch.zeros(2, tokens, dtype=torch.long)
     elif isinstance(student, CABVisionMambaForImageClassification):
         example = torch.zeros(2, config.num_channels, *config.image_height_and_width, dtype=student.dtype)
+    elif any(getattr(config, "windows", ())):
+        raise ValueError(
+            f"`attention_window` of this {type(student).__name__} is {max(config.windows)}, and no export has "
+            "attention beside mixers. It loads by trust_remote_code=True."
+        )
     else:
         raise ValueError(
             f"student is a {type(student).__name__}; give a pure student with its head. A hybrid's folder is exported "

@@ -201,6 +201,11 @@ def _as_llama(
         ValueError: other modules than Llama's, or mixers of several shapes.
     """
     config, teacher = student.config, student.body.config
+    if any(config.windows):
+        raise ValueError(
+            f"GraniteMoeHybridForCausalLM can't hold this hybrid: `attention_window` is {max(config.windows)}, and it "
+            "has no attention beside mixers. It loads by trust_remote_code=True."
+        )
     renamed = {}
     for name, tensor in weights.items():
         new = re.sub(r"^hybrid\.(model\.)?", "", name)

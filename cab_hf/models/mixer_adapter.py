@@ -130,7 +130,8 @@ class MixerAdapter(nn.Module):
         """Takes what the attention module takes; reads of it the hidden states `(b, t, d)` and the cache.
 
         Raises:
-            ValueError: a cache that is static or quantised, or projections asked for under reentrant checkpointing.
+            ValueError: a cache that is static or quantised, or that another model filled; or projections asked for
+                under reentrant checkpointing.
         """
         hidden_states = args[0] if args and self.argument is None else kwargs[self.argument or "hidden_states"]
         given, length = current.given, hidden_states.shape[1]
@@ -169,16 +170,17 @@ class MixerAdapter(nn.Module):
             return None
         return rows[:, -hidden_states.shape[1] :]
 
-    @staticmethod
     def _sight(
-        cache: Cache, layer: WindowCacheLayer, hidden_states: torch.Tensor, mask: torch.Tensor | None
+        self, cache: Cache, layer: WindowCacheLayer, hidden_states: torch.Tensor, mask: torch.Tensor | None
     ) -> Sight:
         """What new tokens see, which is found once a pass for all layers whose windows are alike."""
-        of = (layer.window, layer.sinks, layer.seen_tokens, hidden_states.device)
+        of = (layer.beside, layer.seen_tokens, hidden_states.device)
         masks, found, sight = vars(cache).get("sight", (None, None, None))
         if masks is None or masks is not current.masks or found != of:  # each pass makes a tuple of its own
-            sight = layer.look(hidden_states, mask)
-            cache.sight = (current.masks, of, sight)
+            in_blocks = self.window.reads_blocks(hidden_states, layer, mask)
+            sight = layer.look(hidden_states, mask, in_blocks)
+            is_small = in_blocks or hidden_states.shape[1] == 1
+            cache.sight = (current.masks, of, sight) if is_small else (None, None, None)
         return sight
 
     def _claim_layer(self, cache: Cache) -> MixerCacheLayer:
@@ -186,15 +188,22 @@ class MixerAdapter(nn.Module):
         layers, index = cache.layers, self.cache_layer
         while len(layers) <= index:
             layers.append(DynamicLayer())
-        if isinstance(layers[index], MixerCacheLayer):
-            return layers[index]
-        if getattr(cache, "offloading", False) or isinstance(layers[index], StaticLayer | QuantizedLayer):
+        layer, window = layers[index], self.window
+        beside = None if window is None else (window.window, window.sinks)
+        if isinstance(layer, MixerCacheLayer) and layer.beside == beside:
+            return layer
+        if getattr(cache, "offloading", False) or isinstance(layer, StaticLayer | QuantizedLayer):
             raise ValueError(
-                f"The {type(cache).__name__} has a {type(layers[index]).__name__} for {self.path}, but a hybrid needs "
+                f"The {type(cache).__name__} has a {type(layer).__name__} for {self.path}, but a hybrid needs "
                 "a DynamicCache that stays in place: leave `cache_implementation` out."
             )
-        window = self.window
-        layers[index] = MixerCacheLayer() if window is None else WindowCacheLayer(window.window, window.sinks)
+        if isinstance(layer, DynamicLayer) and layer.get_seq_length():
+            raise ValueError(
+                f"`past_key_values` holds a {type(layer).__name__} of {layer.get_seq_length()} tokens for "
+                f"{self.path}, which another model filled. Pass a cache that this model filled, or an empty "
+                "DynamicCache."
+            )
+        layers[index] = MixerCacheLayer() if window is None else WindowCacheLayer(*beside)
         return layers[index]
 
 

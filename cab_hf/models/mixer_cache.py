@@ -11,7 +11,13 @@ _NO_WAY_BACK = (
 
 
 class MixerCacheLayer(LinearAttentionAndFullAttentionLayer):
-    """A mixer's states in a model's own cache. It counts tokens: models ask it for positions and sizes of masks."""
+    """A mixer's states in a model's own cache. It counts tokens: models ask it for positions and sizes of masks.
+
+    Attributes:
+        beside: tokens and sinks of the window beside the mixer; None without one.
+    """
+
+    beside: tuple[int, int] | None = None
 
     def __init__(self):
         super().__init__()
@@ -37,6 +43,14 @@ class MixerCacheLayer(LinearAttentionAndFullAttentionLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         LinearAttentionLayer.reorder_cache(self, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.seen_tokens:
+            self.hold(tuple(tensor.repeat_interleave(repeats, dim=0) for tensor in self.tensors()))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.seen_tokens:
+            self.hold(tuple(tensor[indices] for tensor in self.tensors()))
 
     def activate_past_recording(self) -> None:
         raise ValueError(_NO_WAY_BACK)

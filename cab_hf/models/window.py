@@ -21,7 +21,7 @@ class Sight(NamedTuple):
     """What new tokens see of a window's keys, and where their own keys go.
 
     Attributes:
-        sees: `(b, 1, q, k)`; None where a row is read in blocks.
+        sees: `(b, 1, q, k)`, or of `seen_in_blocks`.
         place: `(b, q)`.
         read: `(b,)`, real tokens of each row, the new ones among them.
     """
@@ -41,30 +41,32 @@ class WindowCacheLayer(MixerCacheLayer):
         window, sinks: `w`, `s`.
         keys, values: `(b, h, s + w + 1, p)`.
         num_real: `(b,)`, tokens of each row that were read, without padding.
-        sight: of the tokens that are read next.
+        sight: of the tokens that are read now.
     """
 
     def __init__(self, window: int, sinks: int):
         super().__init__()
-        self.window, self.sinks = window, sinks
+        self.window, self.sinks = self.beside = window, sinks
         self.num_real: Tensor | None = None
         self.sight: Sight | None = None
 
-    def look(self, hidden_states: Tensor, mask: Tensor | None) -> Sight:
-        """The sight of new tokens, by their hidden states `(b, q, d)` and mask `(b, q)`."""
+    def look(self, hidden_states: Tensor, mask: Tensor | None, in_blocks: bool = False) -> Sight:
+        """The sight of new tokens, by their hidden states `(b, q, d)` and mask `(b, q)`; in blocks, of a whole row."""
         rows, length, device = *hidden_states.shape[:2], hidden_states.device
         real = torch.ones(rows, length, dtype=torch.bool, device=device) if mask is None else mask != 0
         before = torch.zeros(rows, dtype=torch.long, device=device) if self.num_real is None else self.num_real
         rank, read = _ranks(real, before), before + real.sum(-1)
-        if length == 1:  # its key is at its place when it is read
-            ranks = self._held(read)
+        if in_blocks:
+            sees = seen_in_blocks(length, self.window, self.sinks, device)
         else:
-            ranks = rank if self.keys is None else torch.cat((self._held(before), rank), dim=-1)
+            if length == 1:  # its key is at its place when it is read
+                ranks = self._held(read)
+            else:
+                ranks = rank if self.keys is None else torch.cat((self._held(before), rank), dim=-1)
+            sees = _sees(rank, ranks, self.window, self.sinks, real)
         place = torch.where(rank < self.sinks, rank, self.sinks + (rank - self.sinks) % self.window)
         stays = real & ((rank < self.sinks) | (rank >= read[:, None] - self.window))
         place = torch.where(stays, place, self.sinks + self.window)
-        in_blocks = self.keys is None and mask is None and reads_blocks(length, self.window, self.sinks)
-        sees = None if in_blocks else _sees(rank, ranks, self.window, self.sinks, real)
         return Sight(sees, place, read)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -127,6 +129,11 @@ def _sees(rank: Tensor, ranks: Tensor, window: int, sinks: int, real: Tensor) ->
     return sees[:, None]
 
 
+def _hides_nothing(mask: Tensor) -> bool:
+    """Whether a mask is all ones, as generation's mostly is. A compiler can't look."""
+    return not torch.compiler.is_compiling() and bool((mask != 0).all())
+
+
 def seen_in_rows(
     hidden_states: Tensor, window: int, sinks: int, mask: Tensor | None, seq_idx: Tensor | None
 ) -> Tensor:
@@ -156,11 +163,6 @@ def seen_in_rows(
     return ((other <= own) & (other >= start) & ((other > own - window) | (other < start + sinks)))[:, None]
 
 
-def reads_blocks(length: int, window: int, sinks: int) -> bool:
-    """Whether a row is long enough that blocks of it are read in less time than all of it under a mask."""
-    return length > 2 * window + sinks
-
-
 def seen_in_blocks(length: int, window: int, sinks: int, device: torch.device) -> Tensor:
     """What tokens of a whole row see, in blocks of `w` tokens: of the block before, of their own, and of the sinks.
 
@@ -181,7 +183,8 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Scaled dot products, under a mask of `seen_in_blocks` a block at a time."""
-    attend = AttentionInterface()["sdpa"]
+    needs_scores = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
+    attend = _attend_by_scores if needs_scores else AttentionInterface()["sdpa"]
     if attention_mask.shape[1] == 1:
         return attend(module, query, key, value, attention_mask, **kwargs)
     rows, _, length, _ = query.shape
@@ -203,6 +206,32 @@ def _attend(
     read = (in_blocks(query).flatten(0, 1), seen_by_blocks(key), seen_by_blocks(value))
     output, _ = attend(module, *read, mask, **kwargs)
     return output.unflatten(0, (rows, blocks)).flatten(1, 2)[:, :length], None
+
+
+def _attend_by_scores(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As `_attend`, with what PyTorch's kernel lacks: capped scores, and a score `s_aux` `(h,)` of no key."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    if s_aux is not None:
+        none = s_aux.to(scores.dtype)[:, None, None].expand(len(scores), -1, scores.shape[2], 1)
+        scores = torch.cat((scores, none), dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32)[..., : key.shape[2]].to(value.dtype)
+    output = nn.functional.dropout(weights, dropout, module.training) @ value
+    return output.transpose(1, 2).contiguous(), None
 
 
 _NAME = "cab_window"
@@ -228,6 +257,20 @@ class WindowAttention(nn.Module):
         self.attention = attention
         self._place = list(inspect.signature(attention.forward).parameters).index("attention_mask")
 
+    def reads_blocks(
+        self,
+        hidden_states: Tensor,
+        cache_layer: WindowCacheLayer | None,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> bool:
+        """Whether a row is whole, and long enough that blocks of it are read sooner than all of it under a mask."""
+        begins = cache_layer is None or cache_layer.keys is None
+        is_long = hidden_states.shape[1] > 2 * self.window + self.sinks
+        if not (begins and is_long and seq_idx is None) or self.attention.config._attn_implementation == "eager":
+            return False
+        return mask is None or _hides_nothing(mask)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -248,17 +291,16 @@ class WindowAttention(nn.Module):
             seq_idx: `(b, q)`, each token's document.
             sight: of the tokens, where another layer has looked already.
         """
-        length, is_eager = hidden_states.shape[1], self.attention.config._attn_implementation == "eager"
-        sees = None
         if cache_layer is not None:
-            cache_layer.sight = cache_layer.look(hidden_states, mask) if sight is None else sight
-            sees = cache_layer.sight.sees
-        if sees is None and (mask is None and seq_idx is None and not is_eager):
-            if reads_blocks(length, self.window, self.sinks):
-                sees = seen_in_blocks(length, self.window, self.sinks, hidden_states.device)
-        if sees is None:
+            if sight is None:
+                in_blocks = self.reads_blocks(hidden_states, cache_layer, mask, seq_idx)
+                sight = cache_layer.look(hidden_states, mask, in_blocks)
+            cache_layer.sight, sees = sight, sight.sees
+        elif self.reads_blocks(hidden_states, None, mask, seq_idx):
+            sees = seen_in_blocks(hidden_states.shape[1], self.window, self.sinks, hidden_states.device)
+        else:
             sees = seen_in_rows(hidden_states, self.window, self.sinks, mask, seq_idx)
-        if is_eager:
+        if self.attention.config._attn_implementation == "eager":
             hides = torch.finfo(hidden_states.dtype).min
             sees = torch.zeros_like(sees, dtype=hidden_states.dtype).masked_fill(~sees, hides)
         if self._place < len(args):
@@ -266,4 +308,6 @@ class WindowAttention(nn.Module):
         else:
             kwargs = kwargs | {"attention_mask": sees}
         output = self.attention(*args, **kwargs)
+        if cache_layer is not None:
+            cache_layer.sight = None  # of a long row it is large
         return output if isinstance(output, Tensor) else output[0]

@@ -62,10 +62,10 @@ def hybrid_from_teacher(
             no window.
     """
     check_fields(MixerConfig, overrides)
-    if attention_window < 0 or attention_sinks < 0:
+    if any(type(count) is not int or count < 0 for count in (attention_window, attention_sinks)):
         raise ValueError(
-            f"`attention_window` is {attention_window} and `attention_sinks` {attention_sinks}, which count tokens. "
-            "Try 256 and 4, or leave both out."
+            f"`attention_window` is {attention_window!r} and `attention_sinks` {attention_sinks!r}, which count "
+            "tokens. Try 256 and 4, or leave both out."
         )
     if (
         not type(teacher).__module__.startswith("transformers.models.")
@@ -93,6 +93,11 @@ def hybrid_from_teacher(
     if attention_window:
         modules = {path: body_of(teacher).get_submodule(path) for path in settings}
         for path, one in settings.items():
+            if not one["causal"]:
+                raise ValueError(
+                    f"`attention_window` is {attention_window}, but {path} of a {type(teacher).__name__} attends both "
+                    "ways: windows are of causal attention. Leave it out."
+                )
             one |= _window_of(modules[path], attention_window, attention_sinks)
     shared = {
         name: value
@@ -111,10 +116,10 @@ def hybrid_from_teacher(
     student.requires_grad_(True)
     cast(student, torch.float32)
     with evaluating(student):
-        _measure(student)
         if attention_window:
-            _silence(student)
             _check_windows(student, teacher)
+        _measure(student)
+    _silence(student)
     return student.eval()
 
 
@@ -269,7 +274,10 @@ def _window_of(attention: nn.Module, window: int, sinks: int) -> dict[str, int]:
 def _own_window(attention: nn.Module) -> int:
     """Tokens that an attention sees by itself, without sinks."""
     own, config = getattr(attention, "sliding_window", None), attention.config
-    if not hasattr(attention, "sliding_window") and not getattr(config, "layer_types", None):
+    types, layer = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
+    if types and isinstance(layer, int) and "sliding" not in types[layer]:
+        return sys.maxsize  # whatever the config says of other layers
+    if not hasattr(attention, "sliding_window") and not types:
         own = getattr(config, "sliding_window", None)
     return own if isinstance(own, int) and own > 0 else sys.maxsize
 
@@ -285,17 +293,17 @@ def _silence(student: CABHybridPreTrainedModel) -> None:
 
 
 def _check_windows(student: CABHybridPreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Lets windows see five tokens: all of them as the teacher does, and fewer, all at once or one by one.
+    """Lets windows see nine tokens: all of them as the teacher does, and fewer, all at once or in pieces.
 
     Raises:
-        ValueError: either differs.
+        ValueError: either differs, where mixers say nothing.
     """
     tokens = tiny_batch(student, student.body).get("input_ids")
     windows = [adapter.window for adapter in student.mixers.values() if adapter.window is not None]
-    if tokens is None or not student.can_generate():
+    if tokens is None or not teacher.can_generate():
         raise ValueError(
-            f"`attention_window` is given, but a {type(student).__name__} of a {type(teacher).__name__} generates no "
-            "text. Leave it out."
+            f"`attention_window` is given, but a {type(teacher).__name__} generates no "
+            "text. Leave it out, or make a student of the causal model: a classifier can be loaded from its folder."
         )
     sizes = [(window.window, window.sinks) for window in windows]
     tokens = tokens[:1].repeat(1, 5)[:, :9]
@@ -310,6 +318,7 @@ def _check_windows(student: CABHybridPreTrainedModel, teacher: PreTrainedModel) 
             said.append(output.logits)
         return torch.cat(said, dim=1)
 
+    handles = [mixer.out_proj.register_forward_hook(_nothing) for mixer in student.mixer_list]
     try:
         with evaluating(teacher), torch.enable_grad():  # under which no token is captured
             wanted = teacher(tokens.to(teacher.device)).logits.to(tokens.device, torch.float32)
@@ -317,8 +326,10 @@ def _check_windows(student: CABHybridPreTrainedModel, teacher: PreTrainedModel) 
         errors = [float((one - other).norm() / other.norm()) for one, other in pairs]
         reason = f"a whole window gives an error of {errors[0]:.2g}, one that moves {errors[1]:.2g}"
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        errors, reason = [float("inf")], f"{type(error).__name__}: {error}"
+        errors, reason = [float("inf")], f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     finally:
+        for handle in handles:
+            handle.remove()
         for one, (window, sinks) in zip(windows, sizes):
             one.window, one.sinks = window, sinks
     rounded = 1e-3 if student.device.type == "cpu" else 1e-2  # products in tf32
@@ -327,6 +338,10 @@ def _check_windows(student: CABHybridPreTrainedModel, teacher: PreTrainedModel) 
             f"`attention_window` is given, but the attention of a {type(teacher).__name__} does not work within one "
             f"({reason}). Leave it out."
         )
+
+
+def _nothing(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
 
 
 def _copied(

@@ -120,9 +120,10 @@ def student_from_teacher(
             'Pass some text or images to fit them on, such as data="builtin" (and the tokenizer of a teacher that is '
             "not named by its id), or call fit_output_projection."
         )
+    asked = f"`keep_attention` is {keep_attention!r}" if keep_attention is not None else None
     if attention_window and keep_attention is None:
-        keep_attention = ()
-    student_class, reason = _student_class(teacher, student_class, keep_attention)
+        asked, keep_attention = f"`attention_window` is {attention_window!r}", ()
+    student_class, reason = _student_class(teacher, student_class, asked)
     logger.info(f"The student is a {student_class.__name__}: {reason}.")
     if issubclass(student_class, CABHybridPreTrainedModel):
         if num_hidden_layers is not None or mixer_type != "mamba2" or not copy_weights:
@@ -168,27 +169,25 @@ def student_from_teacher(
 def _student_class(
     teacher: PreTrainedModel,
     student_class: type[MixerPreTrainedModel] | None,
-    keep_attention: int | Sequence[int | str] | None,
+    asked: str | None,
 ) -> tuple[type[MixerPreTrainedModel], str]:
-    """The class of a student, and why it is that one."""
-    keeps = keep_attention is not None
+    """The class of a student, and why it is that one; `asked` says what only hybrids have, if that is asked for."""
     if student_class is not None:
-        if keeps and not issubclass(student_class, CABHybridPreTrainedModel):
+        if asked and not issubclass(student_class, CABHybridPreTrainedModel):
             raise ValueError(
-                f"`keep_attention` is {keep_attention!r}, but a {student_class.__name__} has no attention. Leave "
+                f"{asked}, but a {student_class.__name__} has no attention. Leave "
                 "`student_class` out, or take a CABHybridForCausalLM."
             )
         return student_class, "it was asked for"
     kind = teacher.config.get_text_config().model_type
     if teacher.main_input_name == "pixel_values":
-        if keeps:
+        if asked:
             raise ValueError(
-                f"`keep_attention` is {keep_attention!r}, but a {type(teacher).__name__} reads images, whose students "
-                "are pure. Leave it out."
+                f"{asked}, but a {type(teacher).__name__} reads images, whose students are pure. Leave it out."
             )
         return CABVisionMambaForImageClassification, "the teacher reads images"
-    if keeps:
-        return CABHybridForCausalLM, f"keep_attention is {keep_attention!r}"
+    if asked:
+        return CABHybridForCausalLM, asked.replace("`", "")
     if kind in FAMILIES:
         return CABMambaForCausalLM, f"a table says what a pure student of {kind!r} is"
     return CABHybridForCausalLM, f"no table says what a pure student of {kind!r} is"

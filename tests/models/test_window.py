@@ -11,6 +11,8 @@ from transformers.cache_utils import DynamicCache
 from cab_hf import DistillationTrainer, DistillationTrainingArguments, student_from_teacher
 from cab_hf.evaluation.controls import with_window, without_mixers
 from cab_hf.evaluation.tiny_families import tiny_model, tiny_tokens
+from cab_hf.export.onnx import to_program
+from cab_hf.export.stock import to_stock
 from cab_hf.models.window import WindowCacheLayer
 from cab_hf.transfer.hybrid import hybrid_from_teacher
 
@@ -147,6 +149,7 @@ def test_training_on_what_a_mixer_beside_a_window_lacks_is_refused(loss, tmp_pat
     [
         ({"attention_window": -1}, "`attention_window` is -1"),
         ({"attention_window": 8, "attention_sinks": -2}, "`attention_sinks` -2"),
+        ({"attention_window": "8"}, "`attention_window` is '8'"),
     ],
 )
 def test_a_window_that_is_none_is_refused(given, message):
@@ -157,3 +160,58 @@ def test_a_window_that_is_none_is_refused(given, message):
 def test_attention_that_has_no_window_is_refused():
     with pytest.raises(ValueError, match="`attention_window` is 8, but a XGLMAttention does not attend through"):
         hybrid_from_teacher(tiny_model("xglm"), attention_window=8, accept_inexact=1.0)
+
+
+def test_a_cache_is_repeated_and_picked_from_row_by_row():
+    student, tokens = windowed(speaks=True), long_tokens()
+    whole, cache = student(tokens).logits[:, 20:], DynamicCache()
+    student(tokens[:, :20], cache=cache, use_cache=True)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([1, 3]))
+    assert largest_difference(student(tokens[:, 20:], cache=cache, use_cache=True).logits, whole) < 1e-5
+
+
+def test_a_cache_that_another_model_filled_is_refused():
+    models = [tiny_model("llama"), hybrid_from_teacher(tiny_model("llama")), windowed()]
+    for reader in models[1:]:
+        for other in models:
+            cache = DynamicCache()
+            other(long_tokens(), cache=cache, use_cache=True)
+            if other is reader:
+                assert reader(long_tokens()[:, :2], cache=cache, use_cache=True).logits.shape[1] == 2
+                continue
+            with pytest.raises(ValueError, match="of 29 tokens for layers.0.self_attn, which another model filled"):
+                reader(long_tokens()[:, :2], cache=cache, use_cache=True)
+
+
+def test_a_mask_of_ones_costs_what_none_does_and_nothing_stays():
+    student, tokens = windowed(speaks=True), long_tokens()
+    output = student(tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
+    assert torch.equal(output.logits, student(tokens).logits)
+    assert all(layer.sight is None for layer in output.cache.layers)
+
+
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
+def test_terms_of_attention_that_one_kernel_lacks_are_kept(family, tmp_path):
+    student, tokens = windowed(family), long_tokens()
+    student.save_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="flex_attention")
+    assert largest_difference(other(tokens).logits, student(tokens).logits) < 1e-4
+
+
+def test_layers_that_slide_do_not_say_how_wide_others_are():
+    windows = hybrid_from_teacher(tiny_model("exaone4"), attention_window=12, attention_sinks=SINKS).mixers.values()
+    assert [(one.window.window, one.window.sinks) for one in windows] == [(8, 0)] * 3 + [(12, SINKS)]
+
+
+@pytest.mark.parametrize("family", ["doge", "bert"])
+def test_attention_that_works_in_no_window_is_refused_in_one_line(family):
+    with pytest.raises(ValueError, match="`attention_window` is .*does not work within one|.* attends both ways"):
+        hybrid_from_teacher(tiny_model(family), attention_window=WINDOW)
+
+
+def test_exports_name_the_window():
+    for export in (to_stock, to_program):
+        with pytest.raises(ValueError, match=f"`attention_window`.* is {WINDOW}"):
+            export(windowed())
