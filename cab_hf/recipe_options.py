@@ -89,7 +89,11 @@ class ModelArguments:
         },
     )
     attention_sinks: int = field(
-        default=4, metadata={"help": "First tokens of a row that it sees, too, with `attention_window`."}
+        default=4,
+        metadata={
+            "help": "First tokens of a row that it sees, too, with `attention_window`; none in layers that attend in "
+            "a window of their own."
+        },
     )
     accept_inexact: float = field(
         default=0.0,

@@ -216,8 +216,6 @@ def _as_llama(
     shapes = {json.dumps(config.mixer_config(path).to_dict(), sort_keys=True) for path in config.mixers}
     if foreign or len(shapes) > 1:
         reason = f"weights such as {foreign[0]!r}" if foreign else f"mixers of {len(shapes)} shapes"
-        if any(config.windows):
-            reason = f"attention to the last {max(config.windows)} tokens beside its mixers (`attention_window`)"
         raise ValueError(
             f"GraniteMoeHybridForCausalLM can't hold this hybrid of a {config.teacher['model_type']!r}: it has "
             f"{reason}. It loads by trust_remote_code=True."

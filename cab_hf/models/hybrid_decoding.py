@@ -394,6 +394,7 @@ class HybridStep:
         """Whether there is a place for each of a cache's layers."""
         return len(cache.layers) == len(self.layers) and all(
             isinstance(layer, MixerCacheLayer) == isinstance(room, MixerCacheLayer)
+            and getattr(layer, "beside", None) == getattr(room, "beside", None)
             and layer.is_sliding == room.is_sliding
             and len(_tensors(layer)) == len(_tensors(room))
             and all(map(_fits, _tensors(layer), _tensors(room), repeat(not isinstance(layer, MixerCacheLayer))))

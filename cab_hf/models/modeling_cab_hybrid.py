@@ -256,6 +256,11 @@ def _hand_mask_over(part: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) 
     names = parameters_of(type(part))[1:]
     place = names.index("attention_mask") if "attention_mask" in names else len(args)
     mask = args[place] if place < len(args) else kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4 and current.masks is None:
+        raise ValueError(
+            f"`attention_mask` has the shape {tuple(mask.shape)}, but mixers read rows: one of (b, t) that is zero at "
+            "padding, or `seq_idx` where documents are packed."
+        )
     is_of_tokens = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
     current.masks = (mask if is_of_tokens else current.mask, current.masks)
 

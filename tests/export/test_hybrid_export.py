@@ -55,12 +55,6 @@ def test_what_is_no_llama_is_refused(family, fields, said):
         to_stock(student)
 
 
-def test_windows_are_refused_by_name():
-    student = student_from_teacher(tiny_model("llama"), attention_window=5, data=())
-    with pytest.raises(ValueError, match=r"attention to the last 5 tokens beside its mixers \(`attention_window`\)"):
-        to_stock(student)
-
-
 def test_llama_cpp_rotates_kept_attention_as_transformers_does(tmp_path):
     pytest.importorskip("xllamacpp")
     tokenizer = tiny_tokenizer()

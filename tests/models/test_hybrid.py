@@ -48,6 +48,12 @@ def test_generation_is_the_same_with_a_cache_without_and_behind_padding(family, 
     assert torch.equal(*beams)
 
 
+def test_a_mask_that_mixers_can_not_read_is_refused():
+    student, tokens = hybrid(), tiny_tokens()
+    with pytest.raises(ValueError, match=r"`attention_mask` has the shape \(2, 1, 12, 12\), but mixers read rows"):
+        student(tokens, attention_mask=torch.ones(2, 1, 12, 12).tril())
+
+
 @torch.no_grad()
 def test_prefill_in_pieces_and_positions_of_kept_attention():
     student, tokens = hybrid(kept=(3,)), tiny_tokens()
