@@ -192,8 +192,35 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     if model.reads_images and data.loss_on != default_of("loss_on"):
         raise ValueError(f"`loss_on` is {data.loss_on!r}, but images are no conversations. Leave it out.")
     stages = _training_runs(whole, values.get("stages") or [{"name": "train"}], "stage")
+    _check_windows(model, stages)
     baselines = _training_runs(whole, values.get("baselines") or [], "baseline")
     return Recipe(model, data, images, augmentation, stages, baselines, values | {"output_dir": whole["output_dir"]})
+
+
+def _check_windows(model: ModelArguments, stages: list[Stage]) -> None:
+    """That a window of attention has a mixer to stand beside, and no stage matches what that mixer lacks.
+
+    Raises:
+        ValueError: it has none, or a stage does.
+    """
+    if not model.attention_window:
+        if model.attention_sinks != default_of("attention_sinks"):
+            raise ValueError(
+                f"`attention_sinks` is {model.attention_sinks}, but `attention_window` is 0: there is no window that "
+                "sees them. Set `attention_window`, or leave it out."
+            )
+        return
+    if model.reads_images or model.student_from == "config":
+        students = "of images" if model.reads_images else "made of a config"
+        raise ValueError(
+            f"`attention_window` is {model.attention_window}, but students {students} have no attention. Leave it out."
+        )
+    for stage in stages:
+        for loss in {"output", "attention"} & set(stage.args.used_losses):
+            raise ValueError(
+                f"`{loss}_weight` is {getattr(stage.args, f'{loss}_weight')} in stage {stage.name!r}, but with "
+                f"`attention_window` no mixer has the teacher's output. Set it to 0.0, or take the recipe `lm_hybrid`."
+            )
 
 
 def _training_runs(whole: dict[str, Any], runs: list[dict[str, Any]], kind: str) -> list[Stage]:

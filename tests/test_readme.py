@@ -488,7 +488,7 @@ def test_what_is_said_of_windows():
     assert f"0.95 ({low:.2f} to {high:.2f})" in text and f"{found['tasks']['above_chance']['share']:.2f}" == "0.95"
     needles = [found["length"]["retrieval"][test]["4096"] for test in ("needle", "needles")]
     shares = [one["student"]["recall"] / one["teacher"]["recall"] for one in needles]
-    assert f"it finds {shares[0]:.2f} of single needles there, {shares[1]:.2f} of four" in text
+    assert f"of single needles it finds {shares[0]:.2f} of the teacher's there, of four {shares[1]:.2f}" in text
     copied = found["recall"]["copying"].values()
     assert all(one["student"]["recall"] > one["teacher"]["recall"] for one in copied)
     trained, zeroed = (result(f"quality/windows/four/{name}.json") for name in ("rows_2048", "zeroed/evaluation"))

@@ -16,6 +16,7 @@ from cab_hf.data.conversations import render
 from cab_hf.data.packing import encode
 from cab_hf.export.loading import load_tokenizer, load_whole, read_config
 from cab_hf.inference import accepted_arguments, check_causal, check_positions, place_and_dtype
+from cab_hf.lora import core_of
 from cab_hf.models.generation import StatefulGenerationMixin
 from cab_hf.teachers.loading import load_teacher
 
@@ -117,7 +118,8 @@ class Chat:
         self.model, self.tokenizer = model.eval(), tokenizer
         # Other recurrent models forget their state where they read several tokens at once.
         self._goes_on = isinstance(model, StatefulGenerationMixin) or not model._is_stateful
-        self._cache_name = next(name for name in _CACHE_NAMES if name in accepted_arguments(model))
+        inner = getattr(core_of(model), "inner", model)  # a hybrid hands on what its teacher's class takes
+        self._cache_name = next(name for name in _CACHE_NAMES if name in accepted_arguments(inner))
         self.system, self.max_new_tokens, self.temperature = system, max_new_tokens, temperature
         ends = model.generation_config.eos_token_id
         self.ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}

@@ -47,9 +47,21 @@ def attention_to_choose_from(
     Raises:
         ValueError: the student is no hybrid, has too few layers, or a stage says which layer teaches which, by number.
     """
+    if recipe.model.num_chosen is None:
+        return {}
+    check_choice(recipe, student)
+    return attention_for(student, teacher)
+
+
+def check_choice(recipe: Recipe, student: PreTrainedModel) -> None:
+    """That a recipe's layers can be chosen in a student, if any are to be.
+
+    Raises:
+        ValueError: as `attention_to_choose_from`.
+    """
     count = recipe.model.num_chosen
     if count is None:
-        return {}
+        return
     if not isinstance(student, CABHybridForCausalLM):
         raise ValueError(
             f"`keep_attention` is 'auto:{count}', but the student is a {type(student).__name__}, which has no place "
@@ -62,7 +74,6 @@ def attention_to_choose_from(
                 f"`layer_map` is {stage.args.layer_map!r}, but with `keep_attention: auto:{count}` the student's "
                 "layers become fewer, and each is taught by the one in whose place it stands. Leave `layer_map` out."
             )
-    return attention_for(student, teacher)
 
 
 def keep_attention(

@@ -18,6 +18,7 @@ from cab_hf.models import CABHybridConfig
 from cab_hf.recipes import Recipe, Stage
 from cab_hf.runs import images as run_images
 from cab_hf.runs import text as run_text
+from cab_hf.runs.keep import check_choice
 from cab_hf.runs.stages import what_of
 from cab_hf.runs.student import build_student
 from cab_hf.teachers.alignment import layer_map, parse_layer_map
@@ -67,11 +68,12 @@ def plan(recipe: Recipe) -> str:
         replace(recipe.model, calibration="none"), teacher, args.layer_map, [], **prepared.student_options
     ).to(args.device)
     sizes = student.config
+    check_choice(recipe, student)
     lines = {
         "teacher": f"{recipe.model.teacher}: {_shape(teacher)}",
         "student": f"{_shape(student)}, {_mixers(sizes)} mixers, state {sizes.state_size}, from "
         + ("the teacher's weights" if recipe.model.student_from == "teacher" else "its config alone"),
-        "layers": _layers(student, teacher, args.layer_map),
+        "layers": _layers(student, teacher, args.layer_map, recipe.model.num_chosen),
         "data": prepared.facts,
     }
     rows = args.per_device_train_batch_size if args.device.type == "cuda" else 1
@@ -124,10 +126,14 @@ def _mixers(config: PreTrainedConfig) -> str:
     return " and ".join(dict.fromkeys(config.layer_mixer_types))
 
 
-def _layers(student: PreTrainedModel, teacher: PreTrainedModel, rule: str) -> str:
+def _layers(student: PreTrainedModel, teacher: PreTrainedModel, rule: str, count: int | None) -> str:
     if isinstance(student.config, CABHybridConfig):
-        numbers = ", ".join(map(str, student.config.layer_numbers))
-        return f"mixers in {len(student.config.mixers)} of {student.config.depth}: {numbers}"
+        config = student.config
+        numbers = ", ".join(map(str, config.layer_numbers))
+        windows = max(config.windows, default=0)
+        beside = f", each beside attention to the last {windows} tokens" if windows else ""
+        chosen = "" if count is None else f"; {count} of them give way to attention, once that is measured"
+        return f"mixers in {len(config.mixers)} of {config.depth}: {numbers}{beside}{chosen}"
     depth = student.config.num_hidden_layers
     layers = layer_map(parse_layer_map(rule), depth, teacher.config.get_text_config().num_hidden_layers)
     if list(layers) == list(range(depth)):

@@ -62,11 +62,9 @@ def hybrid_from_teacher(
             no window.
     """
     check_fields(MixerConfig, overrides)
-    if any(type(count) is not int or count < 0 for count in (attention_window, attention_sinks)):
-        raise ValueError(
-            f"`attention_window` is {attention_window!r} and `attention_sinks` {attention_sinks!r}, which count "
-            "tokens. Try 256 and 4, or leave both out."
-        )
+    for name, count in (("attention_window", attention_window), ("attention_sinks", attention_sinks)):
+        if type(count) is not int or count < 0:
+            raise ValueError(f"`{name}` is {count!r}, but it counts tokens. Leave it out, or try 256 and 4.")
     if (
         not type(teacher).__module__.startswith("transformers.models.")
         or vars(teacher).get("hf_quantizer") is not None

@@ -148,7 +148,7 @@ def test_training_on_what_a_mixer_beside_a_window_lacks_is_refused(loss, tmp_pat
     ("given", "message"),
     [
         ({"attention_window": -1}, "`attention_window` is -1"),
-        ({"attention_window": 8, "attention_sinks": -2}, "`attention_sinks` -2"),
+        ({"attention_window": 8, "attention_sinks": -2}, "`attention_sinks` is -2"),
         ({"attention_window": "8"}, "`attention_window` is '8'"),
     ],
 )

@@ -48,6 +48,9 @@ def test_a_recipe_with_windows_ends_in_a_hybrid_that_says_so(tmp_path):
     folder = str(tmp_path / "out")
     options = ["--attention_window", "8", "--keep_attention", "1", "--license", "mit", "--disable_tqdm", "true"]
     recipe = parse_recipe([SMOKE, "--output_dir", folder, *options])
+    assert "mixers in 3 of 4: 0, 2, 3, each beside attention to the last 8 tokens" in plan(recipe)
+    with pytest.raises(ValueError, match="is to choose 9 of 4 layers"):
+        plan(parse_recipe([SMOKE, "--output_dir", folder, "--keep_attention", "auto:9", "--license", "mit"]))
     run_recipe(recipe)
     student = AutoModelForCausalLM.from_pretrained(folder)
     assert student.config.layer_numbers == [0, 2, 3] and student.config.windows == [8, 8, 8]

@@ -105,6 +105,12 @@ class TestParsing:
             ([SMOKE, "--bridge_wieght=1"], r"'bridge_wieght'.*'bridge_weight'"),
             ([SMOKE, "--learning_rate", "fast"], "learning_rate.*'fast'"),
             ([SMOKE, "--kl_weight", "-1"], "kl_weight.*-1"),
+            ([SMOKE, "--attention_sinks", "8"], "`attention_sinks` is 8, but `attention_window` is 0"),
+            ([SMOKE, "--attention_window", "8", "--student_from", "config"], "`attention_window` is 8, but"),
+            (
+                [SMOKE, "--attention_window", "8", "--output_weight", "1.0"],
+                "`output_weight` is 1.0 in stage 'bridge', but with `attention_window`",
+            ),
             ([SMOKE, "--student_from", "nothing"], "student_from.*'nothing'"),
             ([SMOKE, "--calibration", "guess"], "calibration.*'guess'"),
         ],
