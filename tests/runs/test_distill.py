@@ -25,6 +25,7 @@ from cab_hf.runs.distill import data_options, recipe_values, task_of
 from cab_hf.teachers.demo import random_llama
 
 
+LONG_STAGE = str(Path(__file__).parents[2] / "benchmarks/quality/hybrids/four/recipe.yaml")
 QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--block_size", "64", "--eval_max_tokens", "512"]
 QUICK += ["--student_config", "{head_dim: 8, state_size: 8}", "--verify_reload", "false", "--sample_tokens", "4"]
 
@@ -123,9 +124,9 @@ def test_stages_share_the_steps_as_they_were_measured():
 
 
 def test_the_longest_stage_takes_what_others_leave():
-    """Of `lm_hybrid`, whose last stage is a short one in long rows."""
+    """Of a recipe whose last stage is a short one in long rows."""
     for tokens, steps in ((5_000_000, [45, 215, 45]), (60_000_000, [366, 2808, 488]), (90_000_000, [366, 4639, 488])):
-        made = recipe_values("random-llama", ["builtin"], recipe="lm_hybrid", amount=tokens)
+        made = recipe_values("random-llama", ["builtin"], recipe=LONG_STAGE, amount=tokens)
         assert [stage["max_steps"] for stage in made["stages"]] == steps
 
 
@@ -133,7 +134,7 @@ def test_rows_of_a_stage_end_where_the_teacher_does(here):
     config = random_llama()[0].config
     config.max_position_embeddings, config.architectures = 1024, ["LlamaForCausalLM"]
     config.save_pretrained("llama")
-    made = recipe_values("llama", ["builtin"], recipe="lm_hybrid")
+    made = recipe_values("llama", ["builtin"], recipe=LONG_STAGE)
     assert made["block_size"] == 512 and made["stages"][2]["block_size"] == 1024
 
 
@@ -154,7 +155,7 @@ def test_several_processes_share_the_batch_of_one(monkeypatch):
     made = recipe_values("random-llama", ["builtin"], recipe="lm_default", amount=20_000_000)
     assert made["per_device_train_batch_size"] == 4 and made["cuda_graph"] is False
     assert sum(stage["max_steps"] for stage in made["stages"]) == 1220
-    hybrid = recipe_values("random-llama", ["builtin"], recipe="lm_hybrid")
+    hybrid = recipe_values("random-llama", ["builtin"], recipe=LONG_STAGE)
     assert (hybrid["per_device_train_batch_size"], hybrid["stages"][2]["per_device_train_batch_size"]) == (8, 2)
 
 
