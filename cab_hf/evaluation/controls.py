@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from cab_hf.models.mixers import GatedMixer
+from cab_hf.transfer.hybrid import nothing
 
 
 def without_mixers(student: PreTrainedModel) -> PreTrainedModel:
@@ -25,12 +26,8 @@ def without_mixers(student: PreTrainedModel) -> PreTrainedModel:
     if not mixers:
         raise ValueError(f"{type(student).__name__} has no mixers to leave out. Give a student of this package.")
     for mixer in mixers:  # not by its weights: a hybrid's output projection may stand outside of it
-        mixer.out_proj.register_forward_hook(_nothing)
+        mixer.out_proj.register_forward_hook(nothing)
     return zeroed
-
-
-def _nothing(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    return torch.zeros_like(output)
 
 
 def with_window(teacher: PreTrainedModel, window: int = 64, sinks: int = 4) -> PreTrainedModel:

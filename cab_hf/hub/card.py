@@ -220,8 +220,8 @@ def _mixers(config: PreTrainedConfig) -> str:
     if isinstance(config, CABHybridConfig):
         family = config.teacher["model_type"]
         windows = sorted({window for window in config.windows if window})
-        sees = f"beside attention to the last {' or '.join(map(str, windows))} tokens" if windows else ""
-        place = sees or "in place of attention"
+        beside = f"beside attention to the last {' or '.join(map(str, windows))} tokens"
+        place = beside if windows else "in place of attention"
         return f"of the family {family}, with {_MIXERS['mamba2']} mixers {place} in {len(config.mixers)}"
     if len(counts) == 1:
         return f"{_MIXERS[next(iter(counts))]} mixers"

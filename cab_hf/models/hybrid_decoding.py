@@ -371,10 +371,9 @@ class HybridStep:
         output = self.mix(adapter, hidden_states)
         if adapter.window is not None:
             layer, mask = self.layers[adapter.cache_layer], self.real[:, None]
-            size = layer.window, layer.sinks
-            if size not in self.sights:
-                self.sights[size] = layer.look(hidden_states, mask)
-            output = output + adapter.window(hidden_states, args, kwargs, layer, mask, sight=self.sights[size])
+            if layer.beside not in self.sights:
+                self.sights[layer.beside] = layer.look(hidden_states, mask)
+            output = output + adapter.window(hidden_states, args, kwargs, layer, sight=self.sights[layer.beside])
         return output
 
     def mix(self, adapter: MixerAdapter, hidden_states: Tensor) -> Tensor:
@@ -396,7 +395,6 @@ class HybridStep:
             isinstance(layer, MixerCacheLayer) == isinstance(room, MixerCacheLayer)
             and getattr(layer, "beside", None) == getattr(room, "beside", None)
             and layer.is_sliding == room.is_sliding
-            and len(_tensors(layer)) == len(_tensors(room))
             and all(map(_fits, _tensors(layer), _tensors(room), repeat(not isinstance(layer, MixerCacheLayer))))
             for layer, room in zip(cache.layers, self.layers)
         )

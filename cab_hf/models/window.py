@@ -26,7 +26,7 @@ class Sight(NamedTuple):
         read: `(b,)`, real tokens of each row, the new ones among them.
     """
 
-    sees: Tensor | None
+    sees: Tensor
     place: Tensor
     read: Tensor
 
@@ -289,12 +289,9 @@ class WindowAttention(nn.Module):
             cache_layer: where its keys and values are kept, of the cache that is among them.
             mask: `(b, q)`, zero at padding.
             seq_idx: `(b, q)`, each token's document.
-            sight: of the tokens, where another layer has looked already.
+            sight: of the tokens, of `cache_layer.look`; with a cache alone.
         """
         if cache_layer is not None:
-            if sight is None:
-                in_blocks = self.reads_blocks(hidden_states, cache_layer, mask, seq_idx)
-                sight = cache_layer.look(hidden_states, mask, in_blocks)
             cache_layer.sight, sees = sight, sight.sees
         elif self.reads_blocks(hidden_states, None, mask, seq_idx):
             sees = seen_in_blocks(hidden_states.shape[1], self.window, self.sinks, hidden_states.device)

@@ -47,10 +47,8 @@ def attention_to_choose_from(
     Raises:
         ValueError: the student is no hybrid, has too few layers, or a stage says which layer teaches which, by number.
     """
-    if recipe.model.num_chosen is None:
-        return {}
     check_choice(recipe, student)
-    return attention_for(student, teacher)
+    return {} if recipe.model.num_chosen is None else attention_for(student, teacher)
 
 
 def check_choice(recipe: Recipe, student: PreTrainedModel) -> None:

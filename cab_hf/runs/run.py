@@ -200,14 +200,13 @@ def next_commands(recipe: Recipe) -> str:
     place = f" --data_dir {recipe.images.data_dir}" if model.reads_images and recipe.images.data_dir else ""
     kind, runtime = ("onnx", "onnxruntime") if model.reads_images else ("stock", "vLLM")
     unlicensed = "" if license_of(recipe) else " --license NAME"
+    exports = {f"cab-hf export {folder} {folder}-{kind} --to {kind}": f"for {runtime}"}
     commands = {
         f"cab-hf evaluate {folder} --teacher {model.teacher} --data {' '.join(sources)}{place}": "measure more",
-        f"cab-hf export {folder} {folder}-{kind} --to {kind}": f"for {runtime}",
+        **({} if model.attention_window else exports),  # no stock class has windows beside mixers
         f"cab-hf card {folder} --overwrite{unlicensed}": "its model card, with new measurements",
         "the same command with --push_to_hub true": "publish it",
     }
-    if model.attention_window:  # no stock class has windows beside mixers
-        commands = {command: what for command, what in commands.items() if not command.startswith("cab-hf export")}
     if not model.reads_images:
         commands = {f"cab-hf chat {folder}": "talk to it"} | commands
     width = max(map(len, commands))

@@ -316,7 +316,7 @@ def _check_windows(student: CABHybridPreTrainedModel, teacher: PreTrainedModel) 
             said.append(output.logits)
         return torch.cat(said, dim=1)
 
-    handles = [mixer.out_proj.register_forward_hook(_nothing) for mixer in student.mixer_list]
+    handles = [mixer.out_proj.register_forward_hook(nothing) for mixer in student.mixer_list]
     try:
         with evaluating(teacher), torch.enable_grad():  # under which no token is captured
             wanted = teacher(tokens.to(teacher.device)).logits.to(tokens.device, torch.float32)
@@ -338,7 +338,8 @@ def _check_windows(student: CABHybridPreTrainedModel, teacher: PreTrainedModel) 
         )
 
 
-def _nothing(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+def nothing(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """A forward hook by which a module gives zero."""
     return torch.zeros_like(output)
 
 
