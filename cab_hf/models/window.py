@@ -8,6 +8,8 @@ Shape legend: `b` batch, `h` head, `q` new token, `k` place of a key, `p` head_d
 
 import copy
 import inspect
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -183,8 +185,9 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Scaled dot products, under a mask of `seen_in_blocks` a block at a time."""
-    needs_scores = any(kwargs.get(name) is not None for name in ("softcap", "s_aux"))
-    attend = _attend_by_scores if needs_scores else AttentionInterface()["sdpa"]
+    attend = AttentionInterface()["sdpa"]
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):  # which PyTorch's kernel lacks
+        attend, attention_mask = own_eager_function(module), _additive(attention_mask, query.dtype)
     if attention_mask.shape[1] == 1:
         return attend(module, query, key, value, attention_mask, **kwargs)
     rows, _, length, _ = query.shape
@@ -208,30 +211,25 @@ def _attend(
     return output.unflatten(0, (rows, blocks)).flatten(1, 2)[:, :length], None
 
 
-def _attend_by_scores(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """As `_attend`, with what PyTorch's kernel lacks: capped scores, and a score `s_aux` `(h,)` of no key."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    if s_aux is not None:
-        none = s_aux.to(scores.dtype)[:, None, None].expand(len(scores), -1, scores.shape[2], 1)
-        scores = torch.cat((scores, none), dim=-1)
-    weights = scores.softmax(-1, dtype=torch.float32)[..., : key.shape[2]].to(value.dtype)
-    output = nn.functional.dropout(weights, dropout, module.training) @ value
-    return output.transpose(1, 2).contiguous(), None
+def own_eager_function(module: nn.Module) -> Callable:
+    """The eager attention of the file that defines an attention module: it differs between families.
+
+    Raises:
+        ValueError: that file has none.
+    """
+    for owner in type(module).__mro__:
+        function = vars(sys.modules[owner.__module__]).get("eager_attention_forward")
+        if function is not None:
+            return function
+    raise ValueError(
+        f"The eager attention of {type(module).__name__} can't be found in {type(module).__module__}. Load the "
+        "teacher with attn_implementation='sdpa'."
+    )
+
+
+def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zero where something is seen, as eager attention takes it."""
+    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
 
 
 _NAME = "cab_window"
@@ -298,8 +296,7 @@ class WindowAttention(nn.Module):
         else:
             sees = seen_in_rows(hidden_states, self.window, self.sinks, mask, seq_idx)
         if self.attention.config._attn_implementation == "eager":
-            hides = torch.finfo(hidden_states.dtype).min
-            sees = torch.zeros_like(sees, dtype=hidden_states.dtype).masked_fill(~sees, hides)
+            sees = _additive(sees, hidden_states.dtype)
         if self._place < len(args):
             args = (*args[: self._place], sees, *args[self._place + 1 :])
         else:

@@ -6,7 +6,6 @@ of size tokens x tokens is kept and no modelling file is edited.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from cab_hf.models.window import own_eager_function
 
 
 _PREFIX = "cab_"
@@ -65,21 +66,9 @@ class _View:
         return getattr(self._target, name)
 
 
-def _own_eager_function(module: nn.Module) -> Callable:
-    """The eager attention of the file that defines an attention module: it differs between families."""
-    for owner in type(module).__mro__:
-        function = vars(sys.modules[owner.__module__]).get("eager_attention_forward")
-        if function is not None:
-            return function
-    raise ValueError(
-        f"The eager attention of {type(module).__name__} can't be found in {type(module).__module__}. Load the "
-        "teacher with attn_implementation='sdpa'."
-    )
-
-
 def recorded_function(base: str, module: nn.Module) -> Callable:
     """The attention function of implementation `base` for one module."""
-    return _own_eager_function(module) if base == "eager" else AttentionInterface()[base]
+    return own_eager_function(module) if base == "eager" else AttentionInterface()[base]
 
 
 @contextmanager
