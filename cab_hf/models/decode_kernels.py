@@ -2,8 +2,13 @@
 
 A cache's states are reached through a table of their addresses, so that one CUDA graph serves any cache.
 
+Each kernel may begin while the one before still runs, from compute capability 9.0 on (programmatic dependent launch):
+it reads weights and its own states first, then waits, and only then reads or writes what others use.
+
 Shape legend: `b` batch, `d` width, `k` convolution taps, `h` head, `p` head_dim, `g` group, `n` state.
 """
+
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +26,36 @@ WIDEST_NORM = 2048
 NORMS = {nn.RMSNorm: 1, nn.LayerNorm: 2}
 PROGRAMS = 132  # an H100's multiprocessors; a smaller GPU runs two rounds
 _ELEMENTS = 16384  # weights that a program holds in registers
-_ROW_FEATURES, _ROW_WARPS = 32, 4  # of a program that multiplies 16 rows: `benchmarks/speed/projections.py`
+_ROWS, _ROW_FEATURES, _ROW_WARPS = 16, 32, 4  # of a program that multiplies 16 rows: `benchmarks/speed/projections.py`
 _ROW_COLUMNS = 512  # that it reads at once; with a norm fewer, where more than two such programs share weights
 _ROW_COLUMNS_OF_MANY = 128
 
 
 if triton is not None:
+
+    @triton.jit
+    def _let_the_next_begin(OVERLAP: tl.constexpr):
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def _wait(OVERLAP: tl.constexpr):
+        """Until all that earlier kernels wrote is there."""
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
+
+    @triton.jit
+    def _fetch(weight, first, last, LINES: tl.constexpr):
+        """Asks for the memory from one element of 16 bits to another, in lines of 64, without waiting for it."""
+        place = tl.minimum(first + tl.arange(0, LINES) * 64, last)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [(weight + place).to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
     @triton.jit
     def _silu(x):
@@ -66,9 +95,15 @@ if triton is not None:
         NORM: tl.constexpr,
         FEATURES: tl.constexpr,
         COLUMNS: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
+        _let_the_next_begin(OVERLAP)
         feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
         is_feature = feature < OUT
+        shift = tl.zeros((FEATURES,), dtype=tl.float32)
+        if bias is not None:
+            shift += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)
+        added = tl.zeros((FEATURES,), dtype=tl.float32)
         total = tl.zeros((FEATURES,), dtype=tl.float32)
         gate_total = tl.zeros((FEATURES,), dtype=tl.float32)
         for start in tl.static_range(0, WIDTH, COLUMNS):
@@ -79,6 +114,10 @@ if triton is not None:
             part = tl.load(weight + place, mask=is_weight, other=0.0)
             if gate_weight is not None:
                 gate_part = tl.load(gate_weight + place, mask=is_weight, other=0.0)
+            if start == 0:
+                _wait(OVERLAP)
+                if residual is not None:
+                    added += tl.load(residual + feature, mask=is_feature, other=0.0).to(tl.float32)
             read = tl.load(x + column, mask=is_column, other=0.0)
             if NORM:
                 read = _normed(read, norm, norm_bias, column, is_column, eps, WIDTH, NORM)
@@ -86,16 +125,12 @@ if triton is not None:
             total += tl.sum(part.to(tl.float32) * read[None, :], axis=1)
             if gate_weight is not None:
                 gate_total += tl.sum(gate_part.to(tl.float32) * read[None, :], axis=1)
-        if bias is not None:
-            total += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)
         # rounded where the modules round
-        total = total.to(weight.dtype.element_ty).to(tl.float32)
+        total = (total + shift).to(weight.dtype.element_ty).to(tl.float32)
         if gate_weight is not None:
             gate_total = gate_total.to(weight.dtype.element_ty).to(tl.float32)
             total *= _silu(gate_total).to(weight.dtype.element_ty).to(tl.float32)
-        if residual is not None:
-            total += tl.load(residual + feature, mask=is_feature, other=0.0).to(tl.float32)
-        tl.store(out + feature, total, mask=is_feature)
+        tl.store(out + feature, total + added, mask=is_feature)
 
     @triton.jit
     def _rows_kernel(
@@ -116,11 +151,29 @@ if triton is not None:
         ROWS: tl.constexpr,
         FEATURES: tl.constexpr,
         COLUMNS: tl.constexpr,
+        LINES: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
+        _let_the_next_begin(OVERLAP)
         feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
         row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         is_feature, is_row = feature < OUT, row < rows
         of_rows = row[:, None].to(tl.int64) * of_row
+        to = row[:, None].to(tl.int64) * OUT + feature[None, :]
+        is_out = is_row[:, None] & is_feature[None, :]
+        shift = tl.zeros((FEATURES,), dtype=tl.float32)
+        if bias is not None:
+            shift += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)
+        if OVERLAP and tl.program_id(1) == 0:
+            first = tl.program_id(0).to(tl.int64) * FEATURES * WIDTH
+            last = tl.minimum(first + FEATURES * WIDTH, OUT * WIDTH) - 1
+            _fetch(weight, first, last, LINES)
+            if gate_weight is not None:
+                _fetch(gate_weight, first, last, LINES)
+        _wait(OVERLAP)
+        added = tl.zeros((ROWS, FEATURES), dtype=tl.float32)
+        if residual is not None:
+            added += tl.load(residual + to, mask=is_out, other=0.0).to(tl.float32)
         if NORM:
             mean = tl.zeros((ROWS,), dtype=tl.float32)
             if NORM == 2:
@@ -160,18 +213,12 @@ if triton is not None:
             total = tl.dot(read, tl.trans(part), total)
             if gate_weight is not None:
                 gate_total = tl.dot(read, tl.trans(gate_part), gate_total)
-        if bias is not None:
-            total += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[None, :]
         # rounded where the modules round
-        total = total.to(weight.dtype.element_ty).to(tl.float32)
+        total = (total + shift[None, :]).to(weight.dtype.element_ty).to(tl.float32)
         if gate_weight is not None:
             gate_total = gate_total.to(weight.dtype.element_ty).to(tl.float32)
             total *= _silu(gate_total).to(weight.dtype.element_ty).to(tl.float32)
-        to = row[:, None].to(tl.int64) * OUT + feature[None, :]
-        is_out = is_row[:, None] & is_feature[None, :]
-        if residual is not None:
-            total += tl.load(residual + to, mask=is_out, other=0.0).to(tl.float32)
-        tl.store(out + to, total, mask=is_out)
+        tl.store(out + to, total + added, mask=is_out)
 
     @triton.jit
     def _norm_kernel(
@@ -183,7 +230,10 @@ if triton is not None:
         WIDTH: tl.constexpr,
         NORM: tl.constexpr,
         COLUMNS: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
+        _let_the_next_begin(OVERLAP)
+        _wait(OVERLAP)
         column = tl.arange(0, COLUMNS)
         is_column = column < WIDTH
         start = tl.program_id(0).to(tl.int64) * WIDTH
@@ -192,31 +242,33 @@ if triton is not None:
         tl.store(out + start + column, read, mask=is_column)
 
     @triton.jit
-    def _window(stream, state, channel, is_channel, real, TAPS: tl.constexpr, K: tl.constexpr):
-        """The last inputs (channels, K) of channels of one row, this token's last; zeros behind TAPS of them."""
+    def _before(state, weight, bias, channel, is_channel, TAPS: tl.constexpr, K: tl.constexpr):
+        """What a convolution of channels of one row has before its token: earlier inputs (channels, K), taps, bias."""
         tap = tl.arange(0, K)
-        is_past = is_channel[:, None] & (tap < TAPS - 1)[None, :]
-        past = tl.load(state + channel[:, None] * TAPS + tap[None, :] + 1, mask=is_past, other=0.0)
-        is_taken = is_channel & (tl.load(real + 0 * channel) > 0)
-        new = tl.load(stream + channel, mask=is_taken, other=0.0)
-        return tl.where((tap == TAPS - 1)[None, :], new[:, None], past)
+        place = channel[:, None] * TAPS + tap[None, :]
+        past = tl.load(state + place + 1, mask=is_channel[:, None] & (tap < TAPS - 1)[None, :], other=0.0)
+        taps = tl.load(weight + place, mask=is_channel[:, None] & (tap < TAPS)[None, :], other=0.0)
+        shift = 0.0 * channel
+        if bias is not None:
+            shift = tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)
+        return past, taps, shift
 
     @triton.jit
-    def _take(window, state, channel, is_channel, real, TAPS: tl.constexpr, K: tl.constexpr):
+    def _window(stream, past, channel, is_taken, TAPS: tl.constexpr, K: tl.constexpr):
+        """The last inputs (channels, K) of channels of one row, this token's last; zeros behind TAPS of them."""
+        new = tl.load(stream + channel, mask=is_taken, other=0.0)
+        return tl.where((tl.arange(0, K) == TAPS - 1)[None, :], new[:, None], past)
+
+    @triton.jit
+    def _take(window, state, channel, is_taken, TAPS: tl.constexpr, K: tl.constexpr):
         """Makes a window a row's new state; every thread must have read the old one."""
         tap = tl.arange(0, K)
-        is_taken = is_channel & (tl.load(real + 0 * channel) > 0)
         place = state + channel[:, None] * TAPS + tap[None, :]
         tl.store(place, window, mask=is_taken[:, None] & (tap < TAPS)[None, :])
 
     @triton.jit
-    def _convolved(window, weight, bias, channel, is_channel, TAPS: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr):
-        tap = tl.arange(0, K)
-        is_weight = is_channel[:, None] & (tap < TAPS)[None, :]
-        taps = tl.load(weight + channel[:, None] * TAPS + tap[None, :], mask=is_weight, other=0.0)
-        y = tl.sum(window.to(tl.float32) * taps.to(tl.float32), axis=1)
-        if bias is not None:
-            y += tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)
+    def _convolved(window, taps, shift, SILU: tl.constexpr):
+        y = tl.sum(window.to(tl.float32) * taps.to(tl.float32), axis=1) + shift
         if SILU:
             y = _silu(y)
         return y.to(window.dtype).to(tl.float32)
@@ -236,16 +288,20 @@ if triton is not None:
         SILU: tl.constexpr,
         K: tl.constexpr,
         BLOCK: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
+        _let_the_next_begin(OVERLAP)
         row = tl.program_id(0).to(tl.int64)
         channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         is_channel = channel < CHANNELS
         state = tl.load(addresses + 2 * layer).to(tl.pointer_type(stream.dtype.element_ty)) + row * CHANNELS * TAPS
-        real += row
-        window = _window(stream + row * of_row, state, channel, is_channel, real, TAPS, K)
+        is_taken = is_channel & (tl.load(real + row + 0 * channel) > 0)
+        past, taps, shift = _before(state, weight, bias, channel, is_channel, TAPS, K)
+        _wait(OVERLAP)
+        window = _window(stream + row * of_row, past, channel, is_taken, TAPS, K)
         tl.debug_barrier()
-        _take(window, state, channel, is_channel, real, TAPS, K)
-        y = _convolved(window, weight, bias, channel, is_channel, TAPS, SILU, K)
+        _take(window, state, channel, is_taken, TAPS, K)
+        y = _convolved(window, taps, shift, SILU)
         tl.store(out + row * CHANNELS + channel, y, mask=is_channel)
 
     @triton.jit
@@ -275,54 +331,65 @@ if triton is not None:
         K: tl.constexpr,
         P: tl.constexpr,
         N: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
+        _let_the_next_begin(OVERLAP)
         row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
         p, n = tl.arange(0, P), tl.arange(0, N)
         is_p, is_n = p < HEAD_DIM, n < STATE
         WIDTH: tl.constexpr = HEADS * HEAD_DIM
         CHANNELS: tl.constexpr = WIDTH + 2 * GROUPS * STATE
-        real += row
         stream += row * of_row
         at_x = head * HEAD_DIM + p
         at_B = WIDTH + head // (HEADS // GROUPS) * STATE + n
         at_C = at_B + GROUPS * STATE
+        is_real = tl.load(real + row) > 0
         states = tl.load(addresses + 2 * layer + 1).to(tl.pointer_type(tl.float32))
         states += (row * HEADS + head) * HEAD_DIM * STATE
         place = states + p[:, None] * STATE + n[None, :]
         is_state = is_p[:, None] & is_n[None, :]
         state = tl.load(place, mask=is_state, other=0.0)
+        dt_shift = tl.load(dt_bias + head).to(tl.float32)
+        rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
+        skip = tl.load(D + head).to(tl.float32)
         if convolved is None:
             past = tl.load(addresses + 2 * layer).to(tl.pointer_type(stream.dtype.element_ty))
             past += row * CHANNELS * TAPS
+            x_past, x_taps, x_shift = _before(past, conv_weight, conv_bias, at_x, is_p, TAPS, K)
+            B_past, B_taps, B_shift = _before(past, conv_weight, conv_bias, at_B, is_n, TAPS, K)
+            C_past, C_taps, C_shift = _before(past, conv_weight, conv_bias, at_C, is_n, TAPS, K)
+            is_x = is_p & (tl.load(real + row + 0 * p) > 0)
+            is_BC = is_n & (tl.load(real + row + 0 * n) > 0)
+            norm_scale = tl.load(norm + at_x, mask=is_p, other=0.0).to(tl.float32)
+            _wait(OVERLAP)
+            gate = tl.load(stream + at_x, mask=is_p, other=0.0).to(tl.float32)
             xBC = stream + WIDTH
-            x_window = _window(xBC, past, at_x, is_p, real, TAPS, K)
-            B_window = _window(xBC, past, at_B, is_n, real, TAPS, K)
-            C_window = _window(xBC, past, at_C, is_n, real, TAPS, K)
+            x_window = _window(xBC, x_past, at_x, is_x, TAPS, K)
+            B_window = _window(xBC, B_past, at_B, is_BC, TAPS, K)
+            C_window = _window(xBC, C_past, at_C, is_BC, TAPS, K)
             tl.debug_barrier()
-            _take(x_window, past, at_x, is_p, real, TAPS, K)
-            _take(B_window, past, at_B, is_n, real, TAPS, K)
-            _take(C_window, past, at_C, is_n, real, TAPS, K)
-            x = _convolved(x_window, conv_weight, conv_bias, at_x, is_p, TAPS, SILU, K)
-            B = _convolved(B_window, conv_weight, conv_bias, at_B, is_n, TAPS, SILU, K)
-            C = _convolved(C_window, conv_weight, conv_bias, at_C, is_n, TAPS, SILU, K)
+            _take(x_window, past, at_x, is_x, TAPS, K)
+            _take(B_window, past, at_B, is_BC, TAPS, K)
+            _take(C_window, past, at_C, is_BC, TAPS, K)
+            x = _convolved(x_window, x_taps, x_shift, SILU)
+            B = _convolved(B_window, B_taps, B_shift, SILU)
+            C = _convolved(C_window, C_taps, C_shift, SILU)
         else:
+            _wait(OVERLAP)
             convolved += row * CHANNELS
             x = tl.load(convolved + at_x, mask=is_p, other=0.0).to(tl.float32)
             B = tl.load(convolved + at_B, mask=is_n, other=0.0).to(tl.float32)
             C = tl.load(convolved + at_C, mask=is_n, other=0.0).to(tl.float32)
-        dt = tl.load(stream + WIDTH + CHANNELS + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
+        dt = tl.load(stream + WIDTH + CHANNELS + head).to(tl.float32) + dt_shift
         dt = tl.minimum(tl.maximum(_softplus(dt), least), most)
-        dt = tl.where(tl.load(real) > 0, dt, 0.0)
-        decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * dt)
-        state = state * decay + (dt * x)[:, None] * B[None, :]
+        dt = tl.where(is_real, dt, 0.0)
+        state = state * tl.exp(rate * dt) + (dt * x)[:, None] * B[None, :]
         tl.store(place, state, mask=is_state)
-        y = tl.sum(state * C[None, :], axis=1) + tl.load(D + head).to(tl.float32) * x
+        y = tl.sum(state * C[None, :], axis=1) + skip * x
         if convolved is None:
-            gate = tl.load(stream + at_x, mask=is_p, other=0.0).to(tl.float32)
             gated = y.to(stream.dtype.element_ty).to(tl.float32) * _silu(gate)
             scale = tl.rsqrt(tl.sum(gated * gated) / HEAD_DIM + eps)
-            y = (gated * scale).to(stream.dtype.element_ty).to(tl.float32)
-            y *= tl.load(norm + at_x, mask=is_p, other=0.0).to(tl.float32)
+            y = (gated * scale).to(stream.dtype.element_ty).to(tl.float32) * norm_scale
         tl.store(out + row * WIDTH + at_x, y, mask=is_p)
 
     @triton.jit
@@ -343,25 +410,30 @@ if triton is not None:
         STATE: tl.constexpr,
         P: tl.constexpr,
         N: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
+        _let_the_next_begin(OVERLAP)
         row = tl.program_id(0).to(tl.int64)
         p, n = tl.program_id(1) * P + tl.arange(0, P), tl.arange(0, N)
         is_p, is_n = p < WIDTH, n < STATE
         is_state = is_p[:, None] & is_n[None, :]
         states = tl.load(addresses + 2 * layer + 1).to(tl.pointer_type(tl.float32)) + row * WIDTH * STATE
         place = p[:, None] * STATE + n[None, :]
+        A = -tl.exp(tl.load(A_log + place, mask=is_state, other=0.0).to(tl.float32))
+        state = tl.load(states + place, mask=is_state, other=0.0)
+        skip = tl.load(D + p, mask=is_p, other=0.0).to(tl.float32)
+        is_real = tl.load(real + row) > 0
+        _wait(OVERLAP)
         x = tl.load(convolved + row * WIDTH + p, mask=is_p, other=0.0).to(tl.float32)
         dt = _softplus(tl.load(steps + row * WIDTH + p, mask=is_p, other=0.0).to(tl.float32))
-        dt = tl.where(tl.load(real + row) > 0, dt, 0.0)
+        dt = tl.where(is_real, dt, 0.0)
         projected += row * (RANK + 2 * STATE) + RANK
         B = tl.load(projected + n, mask=is_n, other=0.0).to(tl.float32)
         C = tl.load(projected + STATE + n, mask=is_n, other=0.0).to(tl.float32)
-        A = -tl.exp(tl.load(A_log + place, mask=is_state, other=0.0).to(tl.float32))
-        state = tl.load(states + place, mask=is_state, other=0.0)
+        gate = tl.load(stream + row * of_row + WIDTH + p, mask=is_p, other=0.0).to(tl.float32)
         state = state * tl.exp(A * dt[:, None]) + (dt * x)[:, None] * B[None, :]
         tl.store(states + place, state, mask=is_state)
-        y = tl.sum(state * C[None, :], axis=1) + tl.load(D + p, mask=is_p, other=0.0).to(tl.float32) * x
-        gate = tl.load(stream + row * of_row + WIDTH + p, mask=is_p, other=0.0).to(tl.float32)
+        y = tl.sum(state * C[None, :], axis=1) + skip * x
         y = y.to(stream.dtype.element_ty).to(tl.float32) * _silu(gate).to(stream.dtype.element_ty).to(tl.float32)
         tl.store(out + row * WIDTH + p, y, mask=is_p)
 
@@ -369,6 +441,17 @@ if triton is not None:
 def power_of_two(number: int) -> int:
     """The least power of two that is not below a number."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+@functools.cache
+def _overlapping(device: torch.device) -> dict[str, bool]:
+    """Options of a launch on a device: whether a kernel may begin while the one before still runs."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    is_known = "launch_pdl" in CUDAOptions.__dataclass_fields__
+    if is_known and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9:
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
 
 
 def linear(
@@ -405,15 +488,16 @@ def linear(
     if rows > 1:
         most = _ROW_COLUMNS if norm is None or rows <= 32 else _ROW_COLUMNS_OF_MANY
         columns, block = min(power_of_two(width), most), _ROW_FEATURES
-        grid = (triton.cdiv(features, block), triton.cdiv(rows, 16))
-        sizes = {"WIDTH": width, "OUT": features, "NORM": kind, "ROWS": 16, "FEATURES": block, "COLUMNS": columns}
+        grid = (triton.cdiv(features, block), triton.cdiv(rows, _ROWS))
+        sizes = {"WIDTH": width, "OUT": features, "NORM": kind, "ROWS": _ROWS, "FEATURES": block, "COLUMNS": columns}
+        sizes |= {"LINES": power_of_two(triton.cdiv(block * width, 64)), **_overlapping(x.device)}
         _rows_kernel[grid](*given, rows, x.stride(0), eps, **sizes, num_warps=_ROW_WARPS)
         return out
     columns = min(power_of_two(width), WIDEST_NORM)
     most = max(_ELEMENTS // columns // (1 if gate is None else 2), 1)
     block = max(min(power_of_two(features // PROGRAMS + 1) // 2, most), 1)
     sizes = {"WIDTH": width, "OUT": features, "NORM": kind, "FEATURES": block, "COLUMNS": columns}
-    _linear_kernel[(triton.cdiv(features, block),)](*given, eps, **sizes)
+    _linear_kernel[(triton.cdiv(features, block),)](*given, eps, **sizes, **_overlapping(x.device))
     return out
 
 
@@ -431,7 +515,7 @@ def _normed_rows(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kin
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=weight.dtype, device=x.device)
     sizes = {"WIDTH": width, "NORM": kind, "COLUMNS": power_of_two(width)}
-    _norm_kernel[(rows,)](x.contiguous(), weight, bias, out, eps, **sizes)
+    _norm_kernel[(rows,)](x.contiguous(), weight, bias, out, eps, **sizes, **_overlapping(x.device))
     return out
 
 
@@ -454,6 +538,7 @@ def convolve(stream: Tensor, mixer: nn.Module, addresses: Tensor, real: Tensor, 
         SILU=mixer.config.conv_activation == "silu",
         K=power_of_two(taps),
         BLOCK=256,
+        **_overlapping(stream.device),
     )
     return out
 
@@ -498,6 +583,7 @@ def ssd_step(stream: Tensor, mixer: nn.Module, addresses: Tensor, real: Tensor, 
         K=power_of_two(config.conv_kernel),
         P=power_of_two(config.head_dim),
         N=power_of_two(config.state_size),
+        **_overlapping(stream.device),
     )
     return out if convolved is None else mixer.norm(out, stream[:, : config.mixer_width])
 
@@ -542,5 +628,6 @@ def s6_step(
         STATE=config.state_size,
         P=block,
         N=states,
+        **_overlapping(stream.device),
     )
     return out
