@@ -711,8 +711,8 @@ def test_projections_of_few_rows(start, name):
 
 def test_a_step_again_and_tests_of_decoding():
     cells = {(one["way"], one["bridge"]): one for one in result("speed/results/scale_h200.json")["cells"]}
-    small, large = cells["compile+graph, chunks of 64", False], cells["compile+graph", False]
-    bridge = cells["compile+graph, chunks of 64", True]
+    small, large = cells["compile+graph", False], cells["compile+graph, chunks of 256", False]
+    bridge = cells["compile+graph", True]
     speeds = [f"{cell['tokens_per_second'] / 1e3:.0f} k" for cell in (small, large, bridge)]
     text, (profile,) = RESULTS.read_text(), result("speed/results/scale_h200_profile.json")["cells"]
     assert "{} tokens/s, in chunks of 256 {}, with the bridge {} (".format(*speeds) in text

@@ -50,8 +50,8 @@ BOTH = COMPILED | GRAPH
 OPERATORS = {"CAB_COMPILE_TRAINING": "operators"}
 UNSPLIT = "compile, not split for DDP"
 WHOLE_TEACHER = "compile+graph, teacher as one graph"
-# Where each head has its own B and C, the scan's workspaces of tokens x tokens grow with its chunk: 256 by default.
-CHUNKS = {f"compile+graph, chunks of {size}": size for size in (32, 64, 128)}
+# Where each head has its own B and C, the scan's workspaces of tokens x tokens grow with its chunk: 64 by default.
+CHUNKS = {f"compile+graph, chunks of {size}": size for size in (32, 128, 256)}
 # arguments of the Trainer, variables of the environment
 WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "eager": ({}, {}),
@@ -130,7 +130,7 @@ def measure(shape: str, way: str, bridge: bool, profiled: bool, file: Path) -> N
     torch.manual_seed(0)
     with args.device:
         model = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
-    student, teacher = student_from_teacher(model, data=(), chunk_size=CHUNKS.get(way, 256)), Teacher(model)
+    student, teacher = student_from_teacher(model, data=(), chunk_size=CHUNKS.get(way, 64)), Teacher(model)
     if way == WHOLE_TEACHER:
         teacher._compiled_base = torch.compile(teacher._body)
     timer, first = StepTimer(WARM_UP, SPAN), FirstStep()

@@ -29,6 +29,7 @@ _ELEMENTS = 16384  # weights that a program holds in registers
 _ROWS, _ROW_FEATURES, _ROW_WARPS = 16, 32, 4  # of a program that multiplies 16 rows: `benchmarks/speed/projections.py`
 _ROW_COLUMNS = 512  # that it reads at once; with a norm fewer, where more than two such programs share weights
 _ROW_COLUMNS_OF_MANY = 128
+_STATE_WARPS = 4  # of a program that moves one head's state
 
 
 if triton is not None:
@@ -448,7 +449,7 @@ def _overlapping(device: torch.device) -> dict[str, bool]:
     """Options of a launch on a device: whether a kernel may begin while the one before still runs."""
     from triton.backends.nvidia.compiler import CUDAOptions
 
-    is_known = "launch_pdl" in CUDAOptions.__dataclass_fields__
+    is_known = device.type == "cuda" and "launch_pdl" in CUDAOptions.__dataclass_fields__
     if is_known and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9:
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
@@ -583,6 +584,7 @@ def ssd_step(stream: Tensor, mixer: nn.Module, addresses: Tensor, real: Tensor, 
         K=power_of_two(config.conv_kernel),
         P=power_of_two(config.head_dim),
         N=power_of_two(config.state_size),
+        num_warps=_STATE_WARPS,
         **_overlapping(stream.device),
     )
     return out if convolved is None else mixer.norm(out, stream[:, : config.mixer_width])

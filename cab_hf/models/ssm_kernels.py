@@ -9,10 +9,12 @@ import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
 from .kernel_operators import kernel_operator
@@ -353,22 +355,41 @@ def _selective_scan_gradient(
     return found
 
 
+class _SumsOfOne(TorchFunctionMode):
+    """Leaves out sums over a dimension of size one, which mamba-ssm makes where each head has its own B and C."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = kwargs or {}
+        if function is Tensor.sum:
+            summed, *dims = args
+            dims = dims or [given.get("dim")]
+            if (
+                len(dims) == 1
+                and isinstance(dims[0], int)
+                and not given.keys() - {"dim"}
+                and summed.shape[dims[0]] == 1
+            ):
+                return summed.squeeze(dims[0])
+        return function(*args, **given)
+
+
 def _ssd_gradient(
     grads: list[Tensor | None], tensors: list[Tensor | None], y: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     backward = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")._mamba_chunk_scan_combined_bwd
     (x, dt, A, B, C, D, state, runs), (grad, grad_state) = tensors, grads
-    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, _, _, grad_initial = backward(
-        torch.zeros_like(y) if grad is None else grad,
-        *_ssd_inputs(x, dt, A, B, C),
-        y,
-        _ssd_chunk(chunk_size),
-        D=None if D is None else D.float(),
-        initial_states=None if state is None else state.float(),
-        dfinal_states=grad_state,
-        seq_idx=runs,
-        dt_softplus=False,
-    )
+    with _SumsOfOne():
+        grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, _, _, grad_initial = backward(
+            torch.zeros_like(y) if grad is None else grad,
+            *_ssd_inputs(x, dt, A, B, C),
+            y,
+            _ssd_chunk(chunk_size),
+            D=None if D is None else D.float(),
+            initial_states=None if state is None else state.float(),
+            dfinal_states=grad_state,
+            seq_idx=runs,
+            dt_softplus=False,
+        )
     found = [grad_x, grad_dt, grad_A, grad_B, grad_C]
     return found + [one for given, one in ((D, grad_D), (state, grad_initial)) if given is not None]
 
