@@ -221,6 +221,10 @@ class DataArguments:
         default=0.0,
         metadata={"help": "Share of the training rows in which spans come again after a gap, to learn copying from."},
     )
+    fact_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Share of the training rows in which facts are told and later asked for, to learn finding."},
+    )
     recall_gaps: list[int] = field(
         default_factory=list,
         metadata={"help": "Also test copying over these gaps, in tokens: perplexity does not show it."},

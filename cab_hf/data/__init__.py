@@ -1,6 +1,7 @@
 """Texts and images, from where they are to what a model reads."""
 
 from cab_hf.data.documents import load_documents, split_documents
+from cab_hf.data.facts import insert_facts
 from cab_hf.data.image_sources import class_balanced_fraction, load_images, split_validation
 from cab_hf.data.images import ImageDataset, collate_images, make_image_processor
 from cab_hf.data.packing import (
@@ -23,6 +24,7 @@ __all__ = [
     "LanguageCollator",
     "class_balanced_fraction",
     "collate_images",
+    "insert_facts",
     "insert_repeats",
     "load_documents",
     "load_images",

@@ -60,13 +60,14 @@ def insert_repeats(blocks: Dataset, fraction: float, tokens: Sequence[int], *, s
 
 def _repeat(row: dict[str, list[int]], index: int, fraction: float, pool: np.ndarray, seed: int) -> dict[str, Any]:
     generator = np.random.default_rng([seed, index])
+    # `insert_facts` takes the rows at the high end of the same draw.
     if generator.random() >= fraction:
         return row
     ids = np.array(row["input_ids"])
     start = 0
     while (room := len(ids) - start) > 2 * SHORTEST:
-        length = _log_uniform(generator, SHORTEST, min(LONGEST, (room - 1) // 2))
-        gap = _log_uniform(generator, 1, room - 2 * length)
+        length = log_uniform(generator, SHORTEST, min(LONGEST, (room - 1) // 2))
+        gap = log_uniform(generator, 1, room - 2 * length)
         if generator.random() < 0.5:
             ids[start : start + length] = generator.choice(pool, length)
         end = start + 2 * length + gap
@@ -78,5 +79,6 @@ def _repeat(row: dict[str, list[int]], index: int, fraction: float, pool: np.nda
     return {name: repeated[name] for name in row}
 
 
-def _log_uniform(generator: np.random.Generator, low: int, high: int) -> int:
+def log_uniform(generator: np.random.Generator, low: int, high: int) -> int:
+    """From `low` to `high`, both included."""
     return min(high, math.floor(low * ((high + 1) / low) ** generator.random()))

@@ -11,16 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cab_hf.data.facts import NEEDLE_WORDS
 from cab_hf.evaluation.language import batches_of
 from cab_hf.evaluation.metrics import recall_of_counts
 from cab_hf.evaluation.recall import likeliest_after
 from cab_hf.inference import evaluating
-
-
-_WORDS = (
-    "apple bridge candle desert engine forest garden hammer island jacket kitchen lantern mirror needle orange pencil "
-    "queen river saddle table umbrella valley window yellow anchor bottle castle doctor eagle flower glove harbour"
-).split()
 
 
 class _Form(NamedTuple):
@@ -144,13 +139,13 @@ def _rows(
     if not len(text):
         raise ValueError("text has no tokens. Give some in which the needles can be hidden.")
     n, count = depths.shape
-    if count > len(_WORDS):
-        raise ValueError(f"There are {count} numbers to find, and {len(_WORDS)} words for them. Ask for fewer.")
+    if count > len(NEEDLE_WORDS):
+        raise ValueError(f"There are {count} numbers to find, and {len(NEEDLE_WORDS)} words for them. Ask for fewer.")
     generator = np.random.default_rng(seed)
     begins = [tokenizer.bos_token_id] if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else []
     sequences, asked = [], []
     for index in range(n):
-        words = generator.choice(_WORDS, count, replace=False)
+        words = generator.choice(NEEDLE_WORDS, count, replace=False)
         numbers = dict(zip(words, generator.integers(10 ** (form.digits - 1), 10**form.digits, count)))
         hidden = [_tokens(tokenizer, f"{form.told.format(word)} {numbers[word]}{form.end}") for word in words]
         tail, spans = [], []

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from cab_hf.data.documents import load_documents, split_documents, tell_copies
+from cab_hf.data.facts import insert_facts
 from cab_hf.data.packing import IGNORE_INDEX, LanguageCollator, LossOn, pack_documents, save_tokens
 from cab_hf.data.repeats import insert_repeats
 from cab_hf.distillation.trainer import make_teacher
@@ -330,11 +331,7 @@ def load_blocks(
     """
     for size in (data.block_size, *sizes):
         _check_teacher_text(replace(data, block_size=size), teacher)
-    if data.repeat_fraction and data.loss_on != "all":
-        raise ValueError(
-            f"`repeat_fraction` is {data.repeat_fraction}, but `loss_on` is {data.loss_on!r}: spans that come again "
-            "are nobody's answers. Set `repeat_fraction: 0`, or `loss_on: all`."
-        )
+    _check_changed_rows(data)
 
     def load(sources: list[str]) -> Dataset:
         return load_documents(
@@ -376,6 +373,7 @@ def load_blocks(
         if size > (num_positions(teacher) or size):
             for row in blocks.with_format("torch"):
                 check_positions(teacher, {name: value[None] for name, value in row.items()})
+        blocks = insert_facts(blocks, data.fact_fraction, tokenizer, seed=args.seed)
         return insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed)
 
     # pairs of plain text are conversations, too, which no template is for
@@ -453,6 +451,21 @@ def _check_teacher_text(data: DataArguments, teacher: PreTrainedModel) -> None:
         raise ValueError(
             f"`teacher_prompt_length` is {prompt}, but a document of the teacher's has {length} tokens (`block_size`, "
             f"or its positions) and goes on from 2 to {length - 1} of them. Give so many."
+        )
+
+
+def _check_changed_rows(data: DataArguments) -> None:
+    """Raises for shares of rows with repeats and facts that do not fit together, or not to the labels."""
+    for option, what in (("repeat_fraction", "spans that come again"), ("fact_fraction", "facts and their questions")):
+        if getattr(data, option) and data.loss_on != "all":
+            raise ValueError(
+                f"`{option}` is {getattr(data, option)}, but `loss_on` is {data.loss_on!r}: {what} are nobody's "
+                f"answers. Set `{option}: 0`, or `loss_on: all`."
+            )
+    if data.repeat_fraction + data.fact_fraction > 1 and max(data.repeat_fraction, data.fact_fraction) <= 1:
+        raise ValueError(
+            f"`repeat_fraction` is {data.repeat_fraction} and `fact_fraction` is {data.fact_fraction}, but a row is "
+            "given one of them. Let them add up to at most 1."
         )
 
 

@@ -123,6 +123,7 @@ def test_what_does_not_fit_together_is_said_in_one_line(teacher, chats):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
     for options, said in (
         (["--loss_on", "assistant", "--repeat_fraction", "0.5"], "`repeat_fraction` is 0.5, but `loss_on`"),
+        (["--loss_on", "assistant", "--fact_fraction", "0.5"], "`fact_fraction` is 0.5, but `loss_on`"),
         (["--loss_on", "assistant", "--dataset", "builtin"], "loss_on is 'assistant', but documents have the columns"),
     ):
         recipe = recipe_of(teacher, chats, *options)

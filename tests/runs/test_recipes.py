@@ -65,7 +65,8 @@ def test_the_recipe_of_hybrids_is_the_one_that_was_measured():
     own, measured = (parse_recipe([str(path), *ON_CPU]) for path in paths)
     for name in ("keep_attention", "attention_window", "attention_sinks", "student_config"):
         assert getattr(own.model, name) == getattr(measured.model, name)
-    for name in ("block_size", "repeat_fraction", "recall_gaps", "teacher_tokens", "teacher_continuation_tokens"):
+    rows = ("block_size", "repeat_fraction", "fact_fraction")
+    for name in (*rows, "recall_gaps", "teacher_tokens", "teacher_continuation_tokens"):
         assert getattr(own.data, name) == getattr(measured.data, name)
     places = {"output_dir", "logging_dir", "run_name"}
     for (_, args, block_size), (_, theirs, their_size) in zip(own.stages, measured.stages, strict=True):
