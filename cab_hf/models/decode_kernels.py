@@ -26,8 +26,9 @@ WIDEST_NORM = 2048
 NORMS = {nn.RMSNorm: 1, nn.LayerNorm: 2}
 PROGRAMS = 132  # an H100's multiprocessors; a smaller GPU runs two rounds
 _ELEMENTS = 16384  # weights that a program holds in registers
+_LINEAR_PROGRAMS = 4 * PROGRAMS  # of one row's projection
 _ROWS, _ROW_FEATURES, _ROW_WARPS = 16, 32, 4  # of a program that multiplies 16 rows: `benchmarks/speed/projections.py`
-_ROW_COLUMNS = 512  # that it reads at once; with a norm fewer, where more than two such programs share weights
+_ROW_COLUMNS = 256  # that it reads at once; with a norm fewer, where more than two such programs share weights
 _ROW_COLUMNS_OF_MANY = 128
 _STATE_WARPS = 4  # of a program that moves one head's state
 
@@ -496,7 +497,7 @@ def linear(
         return out
     columns = min(power_of_two(width), WIDEST_NORM)
     most = max(_ELEMENTS // columns // (1 if gate is None else 2), 1)
-    block = max(min(power_of_two(features // PROGRAMS + 1) // 2, most), 1)
+    block = max(min(power_of_two(features // _LINEAR_PROGRAMS + 1) // 2, most), 1)
     sizes = {"WIDTH": width, "OUT": features, "NORM": kind, "FEATURES": block, "COLUMNS": columns}
     _linear_kernel[(triton.cdiv(features, block),)](*given, eps, **sizes, **_overlapping(x.device))
     return out

@@ -22,8 +22,9 @@ def kernel_operator(
     tensors: int,
     results: int,
     kernel: Callable[[Tensors, int], tuple[Tensor, ...]],
-    gradient: Callable[[Tensors, Tensors, Tensor, int], Tensors],
+    gradient: Callable[[Tensors, Tensors, list[Tensor], int], Tensors],
     fake: Callable[[Tensors, int], tuple[Tensor, ...]],
+    kept: tuple[int, ...] = (),
 ) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """Registers `NAMESPACE::NAME` and `NAMESPACE::NAME_backward`.
 
@@ -31,9 +32,10 @@ def kernel_operator(
         name: of the operator.
         tensors, results: how many the kernel takes and returns.
         kernel: of tensors (or nothing in their place) and one number.
-        gradient: of the results' gradients (or nothing in their place), the tensors, the first result and the number;
+        gradient: of the results' gradients (or nothing in their place), the tensors, the kept results and the number;
             one gradient for each floating tensor, None for zeros.
         fake: makes empty tensors of the shapes and dtypes that the kernel returns, contiguous.
+        kept: indices of the results that the gradient needs.
 
     Returns:
         The operator, of the tensors one by one and the number.
@@ -43,7 +45,7 @@ def kernel_operator(
         >>> from cab_hf.models.kernel_operators import kernel_operator
         >>> def scaled(tensors, number):
         ...     return (tensors[0] * number,)
-        >>> def gradient(grads, tensors, result, number):
+        >>> def gradient(grads, tensors, kept, number):
         ...     return [grads[0] * number]
         >>> scale = kernel_operator("example", 1, 1, scaled, gradient, lambda given, _: (torch.empty_like(given[0]),))
         >>> x = torch.ones(2, requires_grad=True)
@@ -68,29 +70,29 @@ def kernel_operator(
 
     @torch.library.custom_op(f"{NAMESPACE}::{name}_backward", mutates_args=())
     def backward(
-        grads: list[Tensor | None], tensors: list[Tensor | None], result: Tensor, number: int
+        grads: list[Tensor | None], tensors: list[Tensor | None], results: list[Tensor], number: int
     ) -> list[Tensor]:
-        found = gradient(grads, tensors, result, number)
+        found = gradient(grads, tensors, results, number)
         pairs = zip(_floating(tensors), found, strict=True)
         found = [torch.zeros_like(one) if grad is None else grad.to(one.dtype) for one, grad in pairs]
         # what an operator returns is no argument of it
         return [grad.clone() if any(grad is one for one in grads) else grad.contiguous() for grad in found]
 
     @backward.register_fake
-    def _(grads, tensors, result, number):
+    def _(grads, tensors, results, number):
         return [torch.empty_like(one, memory_format=torch.contiguous_format) for one in _floating(tensors)]
 
     def keep(ctx, inputs, output):
         *given, ctx.number = inputs
         ctx.are_given = [one is not None for one in given]
-        first = output if isinstance(output, Tensor) else output[0]
-        ctx.save_for_backward(first, *(one for one in given if one is not None))
+        output = (output,) if isinstance(output, Tensor) else output
+        ctx.save_for_backward(*(output[index] for index in kept), *(one for one in given if one is not None))
 
     def differentiate(ctx, *grads):
-        result, *saved = ctx.saved_tensors
-        saved = iter(saved)
+        saved = iter(ctx.saved_tensors)
+        results = [next(saved) for _ in kept]
         given = [next(saved) if is_given else None for is_given in ctx.are_given]
-        found = iter(backward(list(grads), given, result, ctx.number))
+        found = iter(backward(list(grads), given, results, ctx.number))
         return *(next(found) if one is not None and one.is_floating_point() else None for one in given), None
 
     forward.register_autograd(differentiate, setup_context=keep)

@@ -547,11 +547,11 @@ def fitted(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
 
 
 def aligned(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """`projected(x, module)`; a compiler is given zeros behind it, up to a multiple of 8 columns.
+    """`projected(x, module)`; a compiler is given zeros behind it, up to a multiple of 64 columns.
 
-    A kernel reads columns of such rows in place, where it needs a copy of others.
+    A kernel reads columns of such rows in place, where it needs a copy of others, and the compiler keeps their places.
     """
-    missing = -getattr(module, "out_features", 0) % 8
+    missing = -getattr(module, "out_features", 0) % 64
     if not (missing and torch.compiler.is_compiling()) or type(module) is not nn.Linear or _is_hooked(module):
         return projected(x, module)
     bias = None if module.bias is None else F.pad(module.bias, (0, missing))

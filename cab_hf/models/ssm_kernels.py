@@ -23,12 +23,12 @@ from .s6_scan import chunked_scan, chunked_scan_backward
 
 logger = logging.get_logger(__name__)
 
-# Their backward passes are tested on an H200 (tests/models/test_gpu.py); whether they are faster is not measured yet.
-_TRAINS_BY_OPERATORS = os.environ.get("CAB_COMPILE_TRAINING") == "operators"
-
 BACKEND_VARIABLE = "CAB_SSM_BACKEND"
 BACKENDS = ("auto", "torch", "mamba_ssm", "fla")
 OPERATIONS = ("causal_conv1d", "selective_scan", "ssd_scan")
+
+SELECTIVE_SCAN_CHUNK = 2048
+"""Tokens from one state that mamba-ssm's selective scan keeps to the next."""
 
 _STATE_UPDATE = {"selective_state_update": "mamba_ssm.ops.triton.selective_state_update"}
 _KERNEL_MODULES = {
@@ -133,16 +133,6 @@ def conv_kernel_lacks(k: int) -> str:
     return "" if 2 <= k <= 4 else f"its convolution has 2 to 4 taps, weight has {k}"
 
 
-def _is_operator() -> bool:
-    """Whether a compiler sees a kernel as an operator: without gradients, or where `CAB_COMPILE_TRAINING` says so.
-
-    Otherwise it leaves its graph around a kernel, whose own backward pass then runs.
-    """
-    if not torch.compiler.is_compiling():
-        return False
-    return _TRAINS_BY_OPERATORS or not torch.is_grad_enabled()
-
-
 def conv_by_kernel(
     x: Tensor,
     weight: Tensor,
@@ -152,12 +142,11 @@ def conv_by_kernel(
     runs: Tensor | None,
 ) -> Tensor:
     """`causal_conv1d` of `ssm_ops`, by causal-conv1d; `runs` `(b, t)` number the packed sequences."""
-    if _is_operator():
+    if torch.compiler.is_compiling():
         return _conv_operator(x, weight, bias, initial_states, runs, int(activation == "silu"))
     return _conv_kernel(x, weight, bias, activation, initial_states, runs)
 
 
-@torch.compiler.disable
 def _conv_kernel(
     x: Tensor,
     weight: Tensor,
@@ -224,10 +213,11 @@ def _final_state_gradient(
 
 def selective_scan_by_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """`selective_scan` of `ssm_ops` without D, by mamba-ssm: output and final state, all in float32."""
-    return _selective_scan_operator(x, dt, A, B, C, 0) if _is_operator() else _selective_scan_kernel(x, dt, A, B, C)
+    if torch.compiler.is_compiling():
+        return _selective_scan_operator(x, dt, A, B, C, 0)[:2]
+    return _selective_scan_kernel(x, dt, A, B, C)
 
 
-@torch.compiler.disable
 def _selective_scan_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     # The kernel takes one dtype for x, dt, B and C. They come in float32: a common bfloat16 would round dt.
     columns = [tensor.transpose(1, 2).contiguous() for tensor in (x, dt, B, C)]
@@ -255,12 +245,11 @@ def ssd_by_kernel(
     runs: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`ssd_scan` of `ssm_ops`, by mamba-ssm; `runs` `(b, t)` number the packed sequences."""
-    if _is_operator():
+    if torch.compiler.is_compiling():
         return _ssd_operator(x, dt, A, B, C, D, initial_state, runs, chunk_size)
     return _ssd_kernel(x, dt, A, B, C, D, chunk_size, initial_state, runs)
 
 
-@torch.compiler.disable
 def _ssd_kernel(
     x: Tensor,
     dt: Tensor,
@@ -319,7 +308,7 @@ def _conv(tensors: list[Tensor | None], is_silu: int) -> tuple[Tensor]:
 
 
 def _conv_gradient(
-    grads: list[Tensor | None], tensors: list[Tensor | None], y: Tensor, is_silu: int
+    grads: list[Tensor | None], tensors: list[Tensor | None], _: list[Tensor], is_silu: int
 ) -> list[Tensor | None]:
     x, weight, bias, states, runs = tensors
     x, kernel_bias, past = _conv_inputs(x, weight, bias, states)
@@ -334,19 +323,28 @@ def _conv_gradient(
     return found if states is None else [*found, F.pad(grad_past, (1, 0))]
 
 
-def _selective_scan_gradient(
-    grads: list[Tensor | None], tensors: list[Tensor | None], y: Tensor, number: int
-) -> list[Tensor | None]:
-    kernels = importlib.import_module("selective_scan_cuda")
+def _selective_scan(tensors: list[Tensor | None], number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, final state, and the states `(b, d, chunks, 2 n)` that the gradient starts from."""
+    y, states, *_ = importlib.import_module("selective_scan_cuda").fwd(*_columns(tensors), None, None, None, False)
+    return y.transpose(1, 2), states[:, :, -1, 1::2], states
+
+
+def _columns(tensors: list[Tensor | None]) -> list[Tensor]:
+    """x, dt `(b, d, t)`, A `(d, n)`, B and C `(b, 1, n, t)` as the kernel takes them."""
     x, dt, A, B, C = tensors
     columns = [one.transpose(1, 2).contiguous() for one in (x, dt)]
-    columns += [A.contiguous(), *(one.transpose(1, 2).contiguous().unsqueeze(1) for one in (B, C))]
+    return columns + [A.contiguous(), *(one.transpose(1, 2).contiguous().unsqueeze(1) for one in (B, C))]
+
+
+def _selective_scan_gradient(
+    grads: list[Tensor | None], tensors: list[Tensor | None], results: list[Tensor], number: int
+) -> list[Tensor | None]:
+    (x, dt, A, B, _), (states,) = tensors, results
     found = [None] * 5
     if grads[0] is not None:
-        _, states, *_ = kernels.fwd(*columns, None, None, None, False)
         grad = grads[0].transpose(1, 2).contiguous()
-        given = (*columns, None, None, None, grad, states, None, None, False, False)
-        grad_x, grad_dt, grad_A, grad_B, grad_C, *_ = kernels.bwd(*given)
+        given = (*_columns(tensors), None, None, None, grad, states, None, None, False, False)
+        grad_x, grad_dt, grad_A, grad_B, grad_C, *_ = importlib.import_module("selective_scan_cuda").bwd(*given)
         found = [grad_x.transpose(1, 2), grad_dt.transpose(1, 2), grad_A]
         found += [one.squeeze(1).transpose(1, 2) for one in (grad_B, grad_C)]
     if grads[1] is not None:
@@ -374,10 +372,10 @@ class _SumsOfOne(TorchFunctionMode):
 
 
 def _ssd_gradient(
-    grads: list[Tensor | None], tensors: list[Tensor | None], y: Tensor, chunk_size: int
+    grads: list[Tensor | None], tensors: list[Tensor | None], results: list[Tensor], chunk_size: int
 ) -> list[Tensor | None]:
     backward = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")._mamba_chunk_scan_combined_bwd
-    (x, dt, A, B, C, D, state, runs), (grad, grad_state) = tensors, grads
+    (x, dt, A, B, C, D, state, runs), (grad, grad_state), (y,) = tensors, grads, results
     with _SumsOfOne():
         grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, _, _, grad_initial = backward(
             torch.zeros_like(y) if grad is None else grad,
@@ -401,6 +399,12 @@ def _empty_scan(tensors: list[Tensor | None], number: int) -> tuple[Tensor, Tens
     return x.new_empty(x.shape), x.new_empty(state, dtype=torch.float32)
 
 
+def _empty_selective_scan(tensors: list[Tensor | None], number: int) -> tuple[Tensor, Tensor, Tensor]:
+    y, state = _empty_scan(tensors, number)
+    rows, width, states = state.shape
+    return y, state, state.new_empty(rows, width, -(-y.shape[1] // SELECTIVE_SCAN_CHUNK), 2 * states)
+
+
 _conv_operator = kernel_operator(
     "causal_conv1d",
     5,
@@ -412,10 +416,11 @@ _conv_operator = kernel_operator(
 _selective_scan_operator = kernel_operator(
     "selective_scan",
     5,
-    2,
-    lambda tensors, _: _selective_scan_kernel(*tensors),
+    3,
+    lambda *given: _selective_scan(*given),
     lambda *given: _selective_scan_gradient(*given),
-    _empty_scan,
+    _empty_selective_scan,
+    kept=(2,),
 )
 _ssd_operator = kernel_operator(
     "ssd_scan",
@@ -424,4 +429,5 @@ _ssd_operator = kernel_operator(
     lambda tensors, chunk_size: _ssd_kernel(*tensors[:6], chunk_size, *tensors[6:]),
     lambda *given: _ssd_gradient(*given),
     _empty_scan,
+    kept=(0,),
 )
