@@ -1,10 +1,14 @@
 """A training step that the host starts with one call: teacher, student and backward pass as a CUDA graph."""
 
+import gc
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 WARM_UP_STEPS = 3
 BUCKET_BYTES = 2**28
@@ -47,6 +51,7 @@ class GraphedStep:
     """Captures forward and backward passes of batches of one shape, and replays them.
 
     A small model's step is bound by the host, which launches thousands of kernels; a graph launches them all at once.
+    A step that can't be captured runs without a graph, with a warning.
 
     Args:
         model: the trained module, without DDP around it.
@@ -85,7 +90,10 @@ class GraphedStep:
             self.inputs[name].copy_(value, non_blocking=True)
         self.weights.copy_(weights, non_blocking=True)
         self.counts.copy_(counts, non_blocking=True)
-        self.graph.replay()
+        if self.graph is None:
+            self._run_again()
+        else:
+            self.graph.replay()
         self._hand_over_gradients()
         if reduces:
             sum_over_processes([one.grad for one in self.parameters if one.grad is not None])
@@ -95,6 +103,8 @@ class GraphedStep:
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         self.weights, self.counts = weights.clone(), counts.clone()
         earlier = [parameter.grad for parameter in self.parameters]
+        # What is left of an earlier forward pass ties parameters to its stream, where nothing can be captured.
+        gc.collect()
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
@@ -105,10 +115,26 @@ class GraphedStep:
         self._clear_gradients()
         self.graph = torch.cuda.CUDAGraph()
         # Other threads, such as one that pins batches, may talk to the device meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.loss, self.parts = self._run()
+        try:
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.loss, self.parts = self._run()
+        except RuntimeError as error:
+            reason = next(iter(str(error).splitlines()), "")
+            logger.warning(f"`cuda_graph` is True, but the step can't be captured ({reason}). It runs without a graph.")
+            self.graph = None
         self.gradients = [parameter.grad for parameter in self.parameters]
-        for parameter, gradient in zip(self.parameters, earlier):
+        self._put_back(earlier)
+
+    def _run_again(self) -> None:
+        """What a replay does, kernel by kernel."""
+        earlier = [parameter.grad for parameter in self.parameters]
+        self._clear_gradients()
+        self.loss, self.parts = self._run()
+        self.gradients = [parameter.grad for parameter in self.parameters]
+        self._put_back(earlier)
+
+    def _put_back(self, gradients: list[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients):
             parameter.grad = gradient
 
     def _run(self) -> tuple[Tensor, Tensor]:

@@ -311,8 +311,7 @@ class SSDMixer(GatedMixer, SSDBranch):
     def stream_and_gate(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a branch scans and the gate `(b, t, d)`, of hidden states `(b, t, hidden_size)`."""
         gate_width, *stream_widths = self.split_sizes
-        columns = aligned(hidden_states, self.in_proj)
-        gate, stream, _ = columns.tensor_split([gate_width, gate_width + sum(stream_widths)], dim=-1)
+        gate, stream = projected(hidden_states, self.in_proj).split([gate_width, sum(stream_widths)], dim=-1)
         return stream, gate
 
     def gated(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -546,18 +545,6 @@ def fitted(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
     return x.to(weight.dtype) if weight.is_floating_point() and weight.element_size() > 1 else x
 
 
-def aligned(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """`projected(x, module)`; a compiler is given zeros behind it, up to a multiple of 64 columns.
-
-    A kernel reads columns of such rows in place, where it needs a copy of others, and the compiler keeps their places.
-    """
-    missing = -getattr(module, "out_features", 0) % 64
-    if not (missing and torch.compiler.is_compiling()) or type(module) is not nn.Linear or _is_hooked(module):
-        return projected(x, module)
-    bias = None if module.bias is None else F.pad(module.bias, (0, missing))
-    return F.linear(x, F.pad(module.weight, (0, 0, 0, missing)), bias)
-
-
 def projected(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
     """`module(x)`. A single row, as a decoded token is, meets a large matrix on a CPU in parts, one a thread.
 
@@ -582,15 +569,11 @@ def _has_parts(module: nn.Module, dtype: torch.dtype) -> bool:
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    if _is_hooked(module):
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return False
     weight = module.weight
     is_plain = type(weight) is nn.Parameter and weight.is_contiguous() and weight.dtype == dtype == torch.float32
     return is_plain and weight.numel() >= SMALLEST_IN_PARTS
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
 def recurrent_state(cache: Cache | None, layer_idx: int) -> torch.Tensor | None:

@@ -317,8 +317,9 @@ def _check_windows(student: CABHybridPreTrainedModel, teacher: PreTrainedModel) 
         return torch.cat(said, dim=1)
 
     handles = [mixer.out_proj.register_forward_hook(nothing) for mixer in student.mixer_list]
+    student._decodes = False  # by captured tokens
     try:
-        with evaluating(teacher), torch.enable_grad():  # under which no token is captured
+        with evaluating(teacher), torch.no_grad():
             wanted = teacher(tokens.to(teacher.device)).logits.to(tokens.device, torch.float32)
             pairs = [(logits(9, (9,)), wanted), (logits(3, (1, 1, 4, 1, 1, 1)), logits(3, (9,)))]
         errors = [float((one - other).norm() / other.norm()) for one, other in pairs]
@@ -326,6 +327,7 @@ def _check_windows(student: CABHybridPreTrainedModel, teacher: PreTrainedModel) 
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         errors, reason = [float("inf")], f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     finally:
+        del student._decodes
         for handle in handles:
             handle.remove()
         for one, (window, sinks) in zip(windows, sizes):

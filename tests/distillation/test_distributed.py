@@ -96,19 +96,11 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 class RunAgain(GraphedStep):
-    """Stands for a CUDA graph where there is no GPU: replays a step by running it."""
+    """Where there is no GPU, a step runs as one that can't be captured."""
 
     def _capture(self, inputs: dict[str, Tensor], weights: Tensor, counts: Tensor) -> None:
         self.inputs = {name: value.clone() for name, value in inputs.items()}
-        self.weights, self.counts, self.graph = weights.clone(), counts.clone(), self
-
-    def replay(self) -> None:
-        earlier = [parameter.grad for parameter in self.parameters]
-        self._clear_gradients()
-        self.loss, self.parts = self._run()
-        self.gradients = [parameter.grad for parameter in self.parameters]
-        for parameter, gradient in zip(self.parameters, earlier):
-            parameter.grad = gradient
+        self.weights, self.counts, self.graph = weights.clone(), counts.clone(), None
 
 
 def train(folder: Path, processes: int, options: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cab_hf import CABMambaConfig, CABMambaForCausalLM, CABVisionMambaConfig, CABVisionMambaForImageClassification
+from cab_hf.models import ssm_kernels
 from cab_hf.models.mixers import S6Mixer, SSDMixer
 from cab_hf.teachers.demo import random_llama
 from cab_hf.teachers.sampling import sample_documents
@@ -143,7 +144,8 @@ def test_compiled_samples_are_the_models_own():
 
 
 @pytest.mark.parametrize("mixer_type", ["mamba", "mamba2"])
-def test_a_whole_graph_holds_the_kernels(mixer_type):
+def test_a_whole_graph_holds_the_kernels(mixer_type, monkeypatch):
+    monkeypatch.setattr(ssm_kernels, "_TRAINS_BY_OPERATORS", True)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.compiler.reset()
     model = scattered(CABMambaForCausalLM(config(mixer_type))).train()

@@ -30,6 +30,7 @@ def disguised(monkeypatch):
         return y, state, torch.zeros_like(ssm_kernels._empty_selective_scan(tensors, number)[2])
 
     monkeypatch.setattr(ssm_ops, "backend_for", lambda *given, **options: chosen[0])
+    monkeypatch.setattr(ssm_kernels, "_TRAINS_BY_OPERATORS", True)
     monkeypatch.setattr(ssm_kernels, "_conv_kernel", on_torch(ssm_ops.causal_conv1d))
     monkeypatch.setattr(ssm_kernels, "_selective_scan_kernel", on_torch(ssm_ops.selective_scan))
     monkeypatch.setattr(ssm_kernels, "_selective_scan", scan_with_states)
