@@ -120,7 +120,9 @@ class GraphedStep:
                 self.loss, self.parts = self._run()
         except RuntimeError as error:
             reason = next(iter(str(error).splitlines()), "")
-            logger.warning(f"`cuda_graph` is True, but the step can't be captured ({reason}). It runs without a graph.")
+            logger.warning(
+                f"`cuda_graph` is True, but the step can't be captured ({reason}). It runs without a graph."
+            )
             self.graph = None
         self.gradients = [parameter.grad for parameter in self.parameters]
         self._put_back(earlier)
