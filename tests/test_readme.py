@@ -773,6 +773,29 @@ def test_toy(text):
     assert row(RESULTS, f"toy: {text}") == [f"{recall:.2f}" for recall in recalls]
 
 
+@pytest.mark.parametrize(
+    ("start", "mixer"),
+    [
+        ("SSD |", "SSD"),
+        ("gated delta rule", "gated delta rule"),
+        ("SSD, keys and queries", "SSD, unit length"),
+    ],
+)
+def test_recurrences(start, mixer):
+    report = result("quality/recurrences/recurrences_cpu.json")
+    language, copying = report["small_lm"], report["toy"]
+    for name, kind in (("recurrence", "means"), ("longer", "longer")):
+        shown = [f"{language[kind][mixer][f'{text}: KL']:.3f}" for text in (TEXTS[0], TEXTS[2])]
+        shown += [f"{copying[kind][mixer][f'gap {gap}']:.2f}" for gap in (1, 8, 24)]
+        assert row(RESULTS, f"{name}: {start}") == shown
+    for part, times in ((language, 4), (copying, 5)):
+        seeds = f"{part['chosen'][mixer]['rate']:g}, {part['steps']} steps, seed"
+        assert sum(seeds in key for key in part["runs"][mixer]) >= 2
+        assert part["longer"][mixer]["steps"] == times * part["steps"]
+    took = [f"{language['step_ms'][name]:.0f}" for name in ("SSD", "gated delta rule")]
+    assert "takes {} ms of one core with SSD, {} with the delta rule".format(*took) in RESULTS.read_text()
+
+
 def test_sizes_of_a_student_and_its_teacher():
     report = result("quality/smollm2_transfer/report_h200.json")
     by_default = result("speed/results/two_gpus_h200.json")
