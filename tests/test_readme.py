@@ -500,7 +500,12 @@ def test_what_is_said_of_windows():
 
 @pytest.mark.parametrize(
     ("start", "method"),
-    [("outputs", "outputs, then KL, 1.2e-3"), ("KL alone", "KL, 1.2e-3"), ("CAB", "CAB, 1.2e-3")],
+    [
+        ("at 2.4e-3", "outputs, then KL, 2.4e-3"),
+        ("outputs", "outputs, then KL, 1.2e-3"),
+        ("KL alone", "KL, 1.2e-3"),
+        ("CAB", "CAB, 1.2e-3"),
+    ],
 )
 def test_half_as_deep(start, method):
     found = {name: cells[method]["20M tokens"]["mean"] for name, cells in measures("half_depth").items()}
@@ -697,7 +702,7 @@ def test_captured_tokens(model):
     [("input", "in_proj"), ("output", "out_proj"), ("gate and up", "gate and up"), ("down", "down")],
 )
 def test_projections_of_few_rows(start, name):
-    """Beside the library the program that `decode_kernels.linear` takes."""
+    """Beside the library the program that `decode_kernels.linear` took, with 512 columns."""
     cells = [one for one in result("speed/results/projections_h200.json")["cells"] if one["projection"] == name]
     shown = []
     for rows in (2, 16, 64):
