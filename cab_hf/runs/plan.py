@@ -31,24 +31,31 @@ EXTRAS = {
     "kornia": ("kornia, augmentation of images", "vision"),
     "PIL": ("pillow, reading images", "vision"),
 }
-STEPS = 3  # the first of which warms up
+STEPS = 3  # on a GPU, where the first one warms up
 
 
 class _Clock(TrainerCallback):
-    """When steps end."""
+    """How long the last step took."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.started = self.seconds = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = self._now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds = self._now() - self.started
+
+    @staticmethod
+    def _now() -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+        return time.perf_counter()
 
 
 def plan(recipe: Recipe) -> str:
-    """Reads teacher and data, makes the student, trains three steps of one row (on a GPU: of the batch) elsewhere,
-    and says what the run would do. Nothing is written into its folder.
+    """Reads teacher and data, makes the student, trains a step of one row (on a GPU: three of the batch) of each
+    stage elsewhere, and says what the run would do. Nothing is written into its folder.
 
     Raises:
         ValueError: what the run itself would raise before its first step; or a recipe that makes a teacher.
@@ -158,7 +165,7 @@ def _measure(
         args = replace(
             stage.args,
             output_dir=folder,
-            max_steps=STEPS,
+            max_steps=STEPS if stage.args.device.type == "cuda" else 1,
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=1,
             save_strategy="no",
@@ -181,10 +188,9 @@ def _measure(
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         trainer.train()
-    seconds = (clock.ends[-1] - clock.ends[0]) / (len(clock.ends) - 1)
     if args.device.type == "cuda":
-        return seconds, torch.cuda.max_memory_allocated() / 2**30
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return clock.seconds, torch.cuda.max_memory_allocated() / 2**30
+    return clock.seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _missing(recipe: Recipe) -> list[tuple[str, str]]:
