@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from cab_hf.models.decoding import capturing
+
 
 logger = logging.get_logger(__name__)
 
@@ -114,12 +116,11 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(side_stream)
         self._clear_gradients()
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that pins batches, may talk to the device meanwhile.
         try:
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with capturing(self.graph):
                 self.loss, self.parts = self._run()
-        except RuntimeError as error:
-            reason = next(iter(str(error).splitlines()), "")
+        except Exception as error:  # what could run has just run
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             logger.warning(
                 f"`cuda_graph` is True, but the step can't be captured ({reason}). It runs without a graph."
             )
@@ -130,6 +131,7 @@ class GraphedStep:
     def _run_again(self) -> None:
         """What a replay does, kernel by kernel."""
         earlier = [parameter.grad for parameter in self.parameters]
+        self.gradients = []  # those of the last step, which would lie beside the new ones
         self._clear_gradients()
         self.loss, self.parts = self._run()
         self.gradients = [parameter.grad for parameter in self.parameters]

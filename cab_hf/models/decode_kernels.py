@@ -448,11 +448,11 @@ def power_of_two(number: int) -> int:
 @functools.cache
 def _overlapping(device: torch.device) -> dict[str, bool]:
     """Options of a launch on a device: whether a kernel may begin while the one before still runs."""
-    from triton.backends.nvidia.compiler import CUDAOptions
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9:
+        from triton.backends.nvidia.compiler import CUDAOptions  # a build for other GPUs may have none
 
-    is_known = device.type == "cuda" and "launch_pdl" in CUDAOptions.__dataclass_fields__
-    if is_known and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9:
-        return {"OVERLAP": True, "launch_pdl": True}
+        if "launch_pdl" in CUDAOptions.__dataclass_fields__:
+            return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
 
 

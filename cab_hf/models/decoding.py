@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any
 
@@ -46,6 +46,7 @@ KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations.", "peft.tuners.
 _KNOWN_HOOKS = (_OWN_MODULES, "transformers.utils.output_capturing")
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 _LORA_NOTES = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling", "training")
+_failed: list[torch.cuda.CUDAGraph] = []  # PyTorch's allocators may ask them, still, which memory is theirs
 _steps: "weakref.WeakKeyDictionary[nn.Module, ModelSteps]" = weakref.WeakKeyDictionary()
 
 
@@ -258,6 +259,34 @@ class ModelSteps:
         logger.warning(f"Tokens are decoded eagerly: {why}.")
 
 
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Captures what the block starts, while other threads may talk to the device.
+
+    Where that fails, the block's own error comes out, and not one that says that there was an earlier one. The current
+    stream is then what it was. PyTorch's own context would leave the capture's stream behind, and up to version 2.12
+    an allocator that takes the capture to go on: `empty_cache`, and so the next capture, would fail.
+    """
+    pool, device, first = torch.cuda.graph_pool_handle(), torch.cuda.current_device(), None
+    try:
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
+            try:
+                yield
+            except Exception as error:
+                first = error
+                raise
+    except Exception:
+        _failed.append(graph)
+        with suppress(RuntimeError):  # newer versions have done it
+            torch._C._cuda_endAllocateToPool(device, pool)
+        if first is None:
+            raise
+        raise first from first.__cause__
+
+
 class Graph:
     """What a function does on a device, and the tensor that it returns, to be replayed on any stream."""
 
@@ -269,8 +298,7 @@ class Graph:
                 run()
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that reads the next prompt, may talk to the device meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with capturing(self.graph):
             self.result = run()
         self.stream = torch.cuda.current_stream(device)
 

@@ -32,8 +32,8 @@ def kernel_operator(
         name: of the operator.
         tensors, results: how many the kernel takes and returns.
         kernel: of tensors (or nothing in their place) and one number.
-        gradient: of the results' gradients (or nothing in their place), the tensors, the kept results and the number;
-            one gradient for each floating tensor, None for zeros.
+        gradient: of the results' gradients (nothing in place of one that nobody used), the tensors, the kept results
+            and the number; one gradient for each floating tensor, None for zeros.
         fake: makes empty tensors of the shapes and dtypes that the kernel returns, contiguous.
         kept: indices of the results that the gradient needs.
 
@@ -83,6 +83,7 @@ def kernel_operator(
         return [torch.empty_like(one, memory_format=torch.contiguous_format) for one in _floating(tensors)]
 
     def keep(ctx, inputs, output):
+        ctx.set_materialize_grads(False)  # a gradient of zeros would be one to compute
         *given, ctx.number = inputs
         ctx.are_given = [one is not None for one in given]
         output = (output,) if isinstance(output, Tensor) else output

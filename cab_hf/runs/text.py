@@ -370,11 +370,12 @@ def load_blocks(
         blocks = concatenate_datasets(
             [pack(training, data.loss_on, size), *(pack(one, "all", size) for one in written)]
         )
-        if size > (num_positions(teacher) or size):
+        blocks = insert_facts(blocks, data.fact_fraction, tokenizer, seed=args.seed)
+        blocks = insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed)
+        if size > (num_positions(teacher) or size):  # a row with facts or repeats has become one document
             for row in blocks.with_format("torch"):
                 check_positions(teacher, {name: value[None] for name, value in row.items()})
-        blocks = insert_facts(blocks, data.fact_fraction, tokenizer, seed=args.seed)
-        return insert_repeats(blocks, data.repeat_fraction, _plain_tokens(tokenizer), seed=args.seed)
+        return blocks
 
     # pairs of plain text are conversations, too, which no template is for
     is_chat = _are_conversations(training) and "messages" in json.loads(training[0]["conversation"])

@@ -1,5 +1,6 @@
 """Rows with facts and questions: what is told, asked, and left alone, and that no evaluation asks for the same."""
 
+import json
 import re
 from itertools import product
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from cab_hf.data.facts import FORMS, MOST, NEEDLE_WORDS, fact_words, insert_facts
 from cab_hf.data.packing import IGNORE_INDEX
@@ -222,3 +223,19 @@ def test_a_recipe_tells_facts_in_training_rows_alone(tmp_path):
         blocks_of("0.7", "0.4")
     with pytest.raises(ValueError, match="fraction is 1.5, outside"):
         blocks_of("0", "1.5")
+
+
+@pytest.mark.parametrize("option", ["fact_fraction", "repeat_fraction"])
+def test_a_row_that_becomes_one_document_needs_a_position_for_each_token(option, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"Text {index} is a short one."}) + "\n" for index in range(200)))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(BYTES), n_embd=16, n_layer=1, n_head=2, n_positions=128))
+
+    def blocks_of(share: str):
+        options = ["--dataset", str(texts), "--holdout", "0.1", "--block_size", "200", f"--{option}", share]
+        recipe = parse_recipe([str(SMOKE), *options])
+        return load_blocks(recipe.data, BYTES, model, recipe.args, tmp_path)[0]
+
+    assert max(blocks_of("0")[0]["position_ids"]) < 128
+    with pytest.raises(ValueError, match="A row has 200 tokens, but GPT2LMHeadModel has positions for 128"):
+        blocks_of("0.5")

@@ -3,7 +3,9 @@
 import copy
 import logging
 import math
+import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -437,6 +439,29 @@ def test_a_graph_refuses_another_shape():
     with pytest.raises(ValueError) as error:
         step({"input_ids": torch.zeros(1, 8)}, torch.zeros(6), frozenset({"kl"}), torch.zeros(2))
     assert all(word in str(error.value) for word in ("[2, 8]", "[1, 8]", "cuda_graph=False"))
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_without_a_graph_gradients_of_the_last_step_do_not_lie_beside_the_next(accumulates):
+    model, kept, alive = nn.Linear(2, 1), [], []
+
+    def distil(model, inputs, *_):
+        alive.append([one() is not None for one in kept])
+        loss = model(inputs["x"]).sum()
+        return SimpleNamespace(loss=loss, parts=loss.detach()[None])
+
+    step = GraphedStep(model, distil, accumulates)
+    step._capture = lambda inputs, weights, counts: vars(step).update(
+        inputs={name: value.clone() for name, value in inputs.items()}, weights=weights, counts=counts, graph=None
+    )
+    for scale in (1.0, 2.0):
+        model.zero_grad()
+        for _ in range(2 if accumulates else 1):
+            step({"x": torch.full((1, 2), scale)}, torch.zeros(6), frozenset({"kl"}), torch.zeros(2))
+            kept[:] = [weakref.ref(one.grad) for one in model.parameters()] if not accumulates else []
+            kept += [weakref.ref(one) for one in step.gradients] if accumulates else []
+        torch.testing.assert_close(model.weight.grad, torch.full((1, 2), scale * (2 if accumulates else 1)))
+    assert not any(map(any, alive))
 
 
 def test_layer_maps_and_labels_are_read():

@@ -1,5 +1,9 @@
 """The kernels of one token, interpreted on a CPU: what the modules give. `test_gpu_decoding` runs them on a GPU."""
 
+import functools
+import inspect
+import sys
+
 import pytest
 import torch
 from tiny_models import VARIANTS, largest_difference, random_ids, tiny_model
@@ -7,6 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from cab_hf.models import decode_kernels, decoding
+
+
+OTHERS_WRITE = {
+    "_linear_kernel": ("x", "residual"),
+    "_rows_kernel": ("x", "residual"),
+    "_norm_kernel": ("x",),
+    "_conv_kernel": ("stream",),
+    "_ssd_kernel": ("stream", "convolved"),
+    "_s6_kernel": ("stream", "convolved", "projected", "steps"),
+}
 
 
 pytestmark = [
@@ -48,3 +62,75 @@ def test_a_projection_with_what_is_around_it(norm, rows):
     assert largest_difference(added, residual + linear(read)) < 1e-4
     gated = decode_kernels.linear(x, linear, norm, gate=gate)
     assert largest_difference(gated, F.silu(gate(read)) * linear(read)) < 1e-4
+
+
+class Launches:
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __getitem__(self, grid):
+        return functools.partial(self.launch, grid)
+
+
+class Overlap:
+    """What other kernels write is nothing but NaN until a program has waited, as if they still ran."""
+
+    def __init__(self, monkeypatch):
+        self.launched, self.begun, self.waited, self.states = set(), 0, 0, []
+        cuda = decode_kernels.tl.extra.cuda
+        monkeypatch.setattr(cuda, "gdc_launch_dependents", self.begin)
+        monkeypatch.setattr(cuda, "gdc_wait", self.wait)
+        monkeypatch.setattr(decode_kernels, "_fetch", lambda *given, **sizes: None)
+        monkeypatch.setattr(decode_kernels, "_overlapping", lambda device: {"OVERLAP": True})
+        for name in OTHERS_WRITE:
+            launch = functools.partial(self.launch, name, getattr(decode_kernels, name))
+            monkeypatch.setattr(decode_kernels, name, Launches(launch))
+
+    def begin(self, **_):
+        self.begun += 1
+        self.theirs = [one.clone() for one in self.read]
+        self.before = [one.clone() for one in self.written]
+        for one in self.read:
+            one.fill_(float("nan"))
+
+    def wait(self, **_):
+        self.waited += 1
+        for one, value in zip(self.written, self.before):
+            torch.testing.assert_close(one, value, rtol=0, atol=0, equal_nan=True)
+        for one, value in zip(self.read, self.theirs):
+            one.copy_(value)
+
+    def launch(self, name, kernel, grid, *args, **sizes):
+        given = dict(zip(inspect.signature(kernel.fn).parameters, args))
+        self.read = [given[one] for one in OTHERS_WRITE[name] if given[one] is not None]
+        self.written, begun = [given["out"], *self.states], self.begun
+        kernel[grid](*args, **sizes)
+        assert self.begun == self.waited > begun  # every program waits, once
+        self.launched.add(name)
+
+
+def test_nothing_of_other_kernels_is_read_or_written_before_the_wait(monkeypatch):
+    overlap = Overlap(monkeypatch)
+    several = [VARIANTS[name] for name in ("s6", "ssd 2 groups, gated mlp", "ssd post norms, scaled embeddings")]
+    for options in (*several, {"mixer_type": "mamba2", "n_groups": 8}):  # whose heads have their own B and C
+        model, tokens = tiny_model(**options).eval(), random_ids(2, 9)
+        states = decoding.states_of(model(tokens[:, :8], use_cache=True).cache, len(model.backbone.layers))
+        overlap.states, table = states, torch.tensor([state.data_ptr() for state in states])
+        got = step(model, tokens, 8, table, torch.ones(2, dtype=torch.int8))
+        assert largest_difference(got, model(tokens).logits[:, 8]) < 1e-5
+    overlap.states = []
+    linear, gate = nn.Linear(600, 70), nn.Linear(600, 70, bias=False)
+    for rows, norm in ((1, nn.RMSNorm(600, eps=1e-5)), (1, None), (3, nn.LayerNorm(600)), (3, None)):
+        x, residual = torch.randn(rows, 600), torch.randn(rows, 70)
+        read = x if norm is None else norm(x)
+        added = decode_kernels.linear(x, linear, norm, residual=residual)
+        assert largest_difference(added, residual + linear(read)) < 1e-4
+        gated = decode_kernels.linear(x, linear, norm, gate=gate)
+        assert largest_difference(gated, F.silu(gate(read)) * linear(read)) < 1e-4
+    assert overlap.launched == OTHERS_WRITE.keys()
+
+
+def test_a_build_for_other_gpus_launches_one_kernel_after_another(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setitem(sys.modules, "triton.backends.nvidia.compiler", None)  # which it need not have
+    assert decode_kernels._overlapping.__wrapped__(torch.device("cuda", 0)) == {"OVERLAP": False}

@@ -1,6 +1,7 @@
 """The captured step of one token: its kernels, by Triton's interpreter where there is no GPU, and when it is used."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -205,6 +206,58 @@ def test_adapters_that_are_switched_are_told():
     assert watch.holds()
     adapted.merge_adapter()
     assert not watch.holds()
+
+
+def test_a_failed_capture_leaves_the_stream_and_says_what_failed_first(monkeypatch):
+    stream, ended = ["before"], []
+
+    class Stays:
+        """As `torch.cuda.graph` does where what it captured failed."""
+
+        def __init__(self, graph, pool, capture_error_mode):
+            self.pool = pool
+
+        def __enter__(self):
+            stream[0] = "capture"
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    @contextmanager
+    def on(wanted):
+        before, stream[0] = stream[0], wanted
+        try:
+            yield
+        finally:
+            stream[0] = before
+
+    monkeypatch.setattr(torch.cuda, "graph", Stays)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream[0])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: ended.append(given), raising=False)
+    monkeypatch.setattr(decoding, "_failed", [])
+    with pytest.raises(ValueError, match="the first"), decoding.capturing("graph"):
+        raise ValueError("the first")
+    with pytest.raises(RuntimeError, match="previous error"), decoding.capturing("graph"):
+        pass
+    assert stream == ["before"] and ended == [(3, (0, 7))] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_after_a_failed_capture_another_one_succeeds():
+    stream, x = torch.cuda.current_stream(), torch.ones(8, device=DEVICE)
+    with pytest.raises(RuntimeError, match="captur"), decoding.capturing(torch.cuda.CUDAGraph()):
+        x.sum().item()
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    with decoding.capturing(graph):
+        y = x + torch.ones_like(x)
+    graph.replay()
+    assert y.tolist() == [2.0] * 8 and torch.rand(8, device=DEVICE).sum() > 0
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from tiny_models import MIXER_TYPES, largest_difference, random_ids, tiny_model
 from tiny_ssm import conv_arguments, default_backend, s6_arguments, ssd_arguments  # noqa: F401
 
 from cab_hf.models import ssm_kernels, ssm_ops
+from cab_hf.models.kernel_operators import kernel_operator
 
 
 @pytest.fixture
@@ -99,3 +100,30 @@ def test_a_whole_graph_decodes(mixer_type, disguised):
     cache = model(ids[:, :6], use_cache=True).cache
     got = [step(ids[:, t : t + 1], cache=cache).logits for t in range(6, 9)]
     assert largest_difference(torch.cat(got, dim=1), model(ids).logits[:, 6:]) < 1e-4
+
+
+def test_a_result_that_nobody_used_has_no_gradient_to_compute():
+    found = []
+
+    def gradient(grads, tensors, kept, number):
+        found.append([grad is not None for grad in grads])
+        return [2 * kept[0] * grads[0]]
+
+    operator = kernel_operator(
+        "for_a_test",
+        1,
+        3,
+        lambda tensors, _: (tensors[0] ** 2, tensors[0].exp(), tensors[0].clone()),
+        gradient,
+        lambda tensors, _: tuple(torch.empty_like(tensors[0]) for _ in range(3)),
+        kept=(2,),
+    )
+
+    def first(x):
+        return operator(x, 0)[0]
+
+    x = torch.tensor([1.0, 3.0], requires_grad=True)
+    torch.compiler.reset()
+    for call in (first, torch.compile(first, fullgraph=True, backend="aot_eager")):
+        assert torch.autograd.grad(call(x).sum(), x)[0].tolist() == [2.0, 6.0]
+    assert found == [[True, False, False]] * 2
