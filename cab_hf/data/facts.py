@@ -57,7 +57,8 @@ def insert_facts(blocks: Dataset, fraction: float, tokenizer: PreTrainedTokenize
     but fewer where they would take more than half of it. All are of one form of eight, with different keys. Keys are
     words of the vocabulary. Values are numbers of 3 to 8 digits, or such words. In half of the rows the facts lie at
     random places and all questions stand at the end, in an order of their own. In the others, gaps between a fact and
-    its question are log-uniform. The row becomes one document, since no state crosses a document's border.
+    its question are uniform, as what is near is found soonest. The row becomes one document, since no state crosses a
+    document's border.
 
     `needle_recall` and `key_value_recall` ask for what was not trained on: no form here is one of theirs, and no key
     or value has one of their 32 words in it. The rows' own text is not searched for these.
@@ -205,7 +206,7 @@ def _write(ids: np.ndarray, pairs: Sequence[tuple[list[int], list[int]]], genera
     placed = []
     at_the_end = generator.random() < 0.5
     for rank, (told, asked) in zip(generator.permutation(len(pairs)), pairs):
-        gap = 0 if at_the_end else log_uniform(generator, 1, room + 1) - 1
+        gap = 0 if at_the_end else int(generator.integers(0, room, endpoint=True))
         place = int(generator.integers(0, room - gap, endpoint=True))
         placed += [(place, -1, told), (room if at_the_end else place + gap, int(rank), asked)]
     begin = passed = 0
