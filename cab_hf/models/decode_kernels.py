@@ -9,6 +9,7 @@ Shape legend: `b` batch, `d` width, `k` convolution taps, `h` head, `p` head_dim
 """
 
 import functools
+import importlib
 
 import torch
 from torch import Tensor, nn
@@ -449,9 +450,9 @@ def power_of_two(number: int) -> int:
 def _overlapping(device: torch.device) -> dict[str, bool]:
     """Options of a launch on a device: whether a kernel may begin while the one before still runs."""
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9:
-        from triton.backends.nvidia.compiler import CUDAOptions  # a build for other GPUs may have none
-
-        if "launch_pdl" in CUDAOptions.__dataclass_fields__:
+        # A build for other GPUs may have none; and an import statement would make a checkpoint's code ask for Triton.
+        compiler = importlib.import_module("triton.backends.nvidia.compiler")
+        if "launch_pdl" in compiler.CUDAOptions.__dataclass_fields__:
             return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
 

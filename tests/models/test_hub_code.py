@@ -12,6 +12,7 @@ from processes import BLOCKED, run_apart
 from safetensors.torch import load_file, save_file
 from tiny_models import MIXER_TYPES, random_ids, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_imports
 
 from cab_hf import models
 from cab_hf.models import CABMambaConfig, CABMambaForCausalLM, CABMambaModel
@@ -124,6 +125,8 @@ def test_travelling_files_import_only_what_travels(tmp_path):
     assert travelling == models | decoding | {"mixers", "ssm_ops", "ssm_kernels", "s6_scan", "ssd_scan"}
     allowed = {"torch", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
     for stem in sorted(travelling):
+        asked = set(get_imports(CODE / f"{stem}.py"))  # what transformers wants to be installed
+        assert asked <= allowed, f"{stem}: {asked - allowed}"
         for node in ast.walk(ast.parse((CODE / f"{stem}.py").read_text())):
             if isinstance(node, ast.Import):
                 found = {alias.name.partition(".")[0] for alias in node.names}
