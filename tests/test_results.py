@@ -612,6 +612,41 @@ def test_recurrences(start, mixer):
     assert "takes {} ms of one core with SSD, {} with the delta rule".format(*took) in RESULTS.read_text()
 
 
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        ("default", "default"),
+        ("memories of the teacher's distances", "decays"),
+        ("a norm on B and C", "norm"),
+        ("rotary positions in B and C", "rotary"),
+        ("frozen taps", "frozen taps"),
+        ("random taps", "random taps"),
+        ("the rest at a tenth", "tenth"),
+        ("the rest at a third", "third"),
+    ],
+)
+def test_questions(start, kind):
+    report, shown = result("quality/questions/questions_cpu.json"), []
+    places = [("small_lm", [f"{text}: KL" for text in (TEXTS[0], TEXTS[2])])]
+    places += [("toy", [f"gap {gap}" for gap in (1, 8, 24)])]
+    for name, titles in places:
+        part = report[name]
+        runs = part["runs"].get(kind)
+        if runs is None:
+            shown += [""] * len(titles)
+            continue
+        rates = {rate: runs[f"{rate:g}, seed 0"]["training_kl"][-1] for rate in part["rates"]}
+        best = min(rates, key=rates.get)
+        assert part["chosen"][kind] == best
+        seeds = [runs[key]["after"] for key in (f"{best:g}, seed {seed}" for seed in (0, 1)) if key in runs]
+        for title in titles:
+            values = [one[title] for one in seeds]
+            digits = 4 if name == "small_lm" else 2
+            spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+            shown.append(f"{sum(values) / len(values):.{digits}f}{spread}")
+    assert row(RESULTS, f"question: {start}") == shown
+
+
 def test_sizes_of_a_student_and_its_teacher():
     report = result("quality/smollm2_transfer/report_h200.json")
     by_default = result("speed/results/two_gpus_h200.json")
