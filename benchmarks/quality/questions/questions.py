@@ -100,7 +100,7 @@ class RotaryMixer(ChangedMixer):
         self.angles = [rotary]  # the teacher's, no part of the student
 
     def change(self, BC: torch.Tensor) -> torch.Tensor:
-        cos, sin = self.angles[0](BC, torch.arange(BC.shape[1])[None])
+        cos, sin = self.angles[0](BC, torch.arange(BC.shape[1], device=BC.device)[None])
         B, C = apply_rotary_pos_emb(*BC.chunk(2, dim=2), cos, sin, unsqueeze_dim=2)
         return torch.cat((B, C), dim=2)
 
