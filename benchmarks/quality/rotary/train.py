@@ -8,6 +8,7 @@ the sample is of another model, and so is what the saved folder loads as.
 
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -41,6 +42,10 @@ def rotated(
     return student
 
 
+def main() -> None:
+    with patch.object(text, "build_student", rotated):
+        train_cab.main()
+
+
 if __name__ == "__main__":
-    text.build_student = rotated
-    train_cab.main()
+    main()
