@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 
@@ -14,6 +15,8 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the bridge's kernel is imported
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell leaves it in the background, for children, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests that start a process need the helpers beside this file there, too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
 
