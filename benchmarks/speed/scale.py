@@ -48,7 +48,6 @@ MODELS = {
 COMPILED, GRAPH = {"torch_compile": True}, {"cuda_graph": True}
 BOTH = COMPILED | GRAPH
 OPERATORS = {"CAB_COMPILE_TRAINING": "operators"}
-BY_LAYERS = OPERATORS | {"ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "true"}
 UNSPLIT = "compile, not split for DDP"
 WHOLE_TEACHER = "compile+graph, teacher as one graph"
 # Where each head has its own B and C, the scan's workspaces of tokens x tokens grow with its chunk: 64 by default.
@@ -61,7 +60,6 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "compile+graph": (BOTH, {}),
     "compile, operators": (COMPILED, OPERATORS),
     "compile+graph, operators": (BOTH, OPERATORS),
-    "compile+graph, operators, by layers": (BOTH, BY_LAYERS),
     UNSPLIT: (COMPILED, {}),
     WHOLE_TEACHER: (BOTH, {}),
     "compile+graph, 4096 logits": (BOTH | {"logits_chunk_size": 4096}, {}),
