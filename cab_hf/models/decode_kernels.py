@@ -31,7 +31,6 @@ _LINEAR_PROGRAMS = 4 * PROGRAMS  # of one row's projection
 _ROWS, _ROW_FEATURES, _ROW_WARPS = 16, 32, 4  # of a program that multiplies 16 rows: `benchmarks/speed/projections.py`
 _ROW_COLUMNS = 256  # that it reads at once; with a norm fewer, where more than two such programs share weights
 _ROW_COLUMNS_OF_MANY = 128
-_STATE_WARPS = 4  # of a program that moves one head's state
 
 
 if triton is not None:
@@ -586,7 +585,6 @@ def ssd_step(stream: Tensor, mixer: nn.Module, addresses: Tensor, real: Tensor, 
         K=power_of_two(config.conv_kernel),
         P=power_of_two(config.head_dim),
         N=power_of_two(config.state_size),
-        num_warps=_STATE_WARPS,
         **_overlapping(stream.device),
     )
     return out if convolved is None else mixer.norm(out, stream[:, : config.mixer_width])
