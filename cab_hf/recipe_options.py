@@ -60,6 +60,13 @@ class ModelArguments:
             "llama.cpp hold (student_from: teacher)."
         },
     )
+    keep_rotary: bool = field(
+        default=False,
+        metadata={
+            "help": "States turn from token to token as the teacher's rotary positions turn queries and keys "
+            "(student_from: teacher)."
+        },
+    )
     copy_weights: bool = field(
         default=True, metadata={"help": "Copy what does not depend on the mixer (student_from: teacher)."}
     )

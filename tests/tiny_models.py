@@ -41,6 +41,7 @@ VARIANTS = {
         "time_step_limit": (0.3, 1.2),
         "residual_in_fp32": False,
     },
+    "ssd turning states": {"mixer_type": "mamba2", "n_groups": 2, "rotary_frequencies": [0.9, 0.2]},
     "ssd parallel, own norms": {"mixer_type": "mamba2", **MLP, "mlp_bias": True, "parallel_residual": True},
     "ssd parallel, shared norm": {
         "mixer_type": "mamba2",

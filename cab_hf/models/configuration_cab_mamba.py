@@ -36,6 +36,11 @@ class MixerConfig(PreTrainedConfig):
         n_groups (`int`, defaults to 1): groups of SSD heads that share B and C, and the groups of the output norm.
         conv_kernel (`int`, defaults to 4): taps of the causal convolution.
         conv_activation (`"silu"` or `None`, defaults to `"silu"`): activation after the convolution.
+        rotary_frequencies (`list[float]`, *optional*): radians a token by which pairs of an SSD state turn, as rotary
+            positions turn queries and keys; of all layers, or a list of lists, one a layer. States do not turn if not
+            given.
+        rotary_interleaved (`bool`, defaults to `False`): pairs are features 2 i and 2 i + 1 of the state, in place of
+            i and i + the number of pairs.
         use_bias (`bool`, defaults to `False`): biases of the mixer's input and output projection.
         use_conv_bias (`bool`, defaults to `True`): bias of the convolution.
         time_step_rank (`int`, *optional*): rank of S6's time-step projection; `ceil(hidden_size / 16)` when not given.
@@ -78,6 +83,8 @@ class MixerConfig(PreTrainedConfig):
     n_groups: int = 1
     conv_kernel: int = 4
     conv_activation: Literal["silu"] | None = "silu"
+    rotary_frequencies: list | None = None
+    rotary_interleaved: bool = False
     use_bias: bool = False
     use_conv_bias: bool = True
     time_step_rank: int | None = None
@@ -111,6 +118,11 @@ class MixerConfig(PreTrainedConfig):
         if self.time_step_rank is None:
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
+
+    def frequencies_of(self, layer: int) -> list[float]:
+        """Radians a token by which a layer's state turns, one a pair of features."""
+        shared = self.rotary_frequencies or []
+        return shared[layer] if shared and isinstance(shared[0], list) else shared
 
     @property
     def layer_mixer_types(self) -> list[str]:
@@ -169,6 +181,7 @@ class MixerConfig(PreTrainedConfig):
                     f"`num_heads` ({self.num_heads}) must be a multiple of `n_groups` ({self.n_groups}); "
                     f"`n_groups={_largest_divisor(self.num_heads, self.n_groups)}` works."
                 )
+        self._check_rotation()
         if self.gate_init == "transparent" and not self.use_bias:
             raise ValueError(
                 "`gate_init='transparent'` needs `use_bias=True`: the constant gate is the gate's bias "
@@ -187,6 +200,27 @@ class MixerConfig(PreTrainedConfig):
             raise ValueError(
                 "`time_step_min` and `time_step_max` must be 0 < min <= max, got "
                 f"({self.time_step_min}, {self.time_step_max}); Mamba's are (0.001, 0.1)."
+            )
+
+    def _check_rotation(self) -> None:
+        given = self.rotary_frequencies
+        if not given:
+            return
+        if "mamba" in self.layer_mixer_types:
+            raise ValueError(
+                "`rotary_frequencies` is given, but S6's states do not turn: leave it out, or set `mixer_type='mamba2'`."
+            )
+        one_each = isinstance(given[0], list)
+        if one_each and len(given) != self.num_hidden_layers:
+            raise ValueError(
+                f"`rotary_frequencies` has lists for {len(given)} layers, `num_hidden_layers` is "
+                f"{self.num_hidden_layers}. Give one a layer, or one list of numbers for all."
+            )
+        pairs = max(map(len, given)) if one_each else len(given)
+        if 2 * pairs > self.state_size:
+            raise ValueError(
+                f"`rotary_frequencies` turns {pairs} pairs, but `state_size` is {self.state_size}: give at most "
+                f"{self.state_size // 2} numbers, or set `state_size={2 * pairs}`."
             )
 
     def _check_positive(self, *names: str) -> None:

@@ -318,12 +318,15 @@ if triton is not None:
         A_log,  # (h,)
         D,  # (h,)
         norm,  # (d,)
+        frequencies,  # (PAIRS,) or nothing
         out,  # (b, d), made
         layer,
         of_row,
         eps,
         least,
         most,
+        PAIRS: tl.constexpr,
+        INTERLEAVED: tl.constexpr,
         HEADS: tl.constexpr,
         HEAD_DIM: tl.constexpr,
         GROUPS: tl.constexpr,
@@ -351,6 +354,18 @@ if triton is not None:
         place = states + p[:, None] * STATE + n[None, :]
         is_state = is_p[:, None] & is_n[None, :]
         state = tl.load(place, mask=is_state, other=0.0)
+        if PAIRS:  # the state turns back by a token
+            is_first = n % 2 == 0 if INTERLEAVED else n < PAIRS
+            step: tl.constexpr = 1 if INTERLEAVED else PAIRS
+            pair = n // 2 if INTERLEAVED else n % PAIRS
+            turns = n < 2 * PAIRS
+            angle = tl.load(frequencies + pair, mask=turns, other=0.0)
+            angle = tl.where(is_real & turns, angle, 0.0)
+            partner = place + tl.where(is_first, step, -step)[None, :]
+            other = tl.load(partner, mask=is_state & turns[None, :], other=0.0)
+            sine = tl.where(is_first, tl.sin(angle), -tl.sin(angle))
+            state = state * tl.cos(angle)[None, :] + other * sine[None, :]
+            tl.debug_barrier()  # each thread reads what another will write
         dt_shift = tl.load(dt_bias + head).to(tl.float32)
         rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
         skip = tl.load(D + head).to(tl.float32)
@@ -570,12 +585,15 @@ def ssd_step(stream: Tensor, mixer: nn.Module, addresses: Tensor, real: Tensor, 
         mixer.A_log,
         mixer.D,
         mixer.norm.weight,
+        mixer.rotary_frequencies if mixer.pairs else None,
         out,
         layer,
         stream.stride(0),
         mixer.norm.eps,
         float(least),
         float(most),
+        PAIRS=mixer.pairs,
+        INTERLEAVED=config.rotary_interleaved,
         HEADS=heads,
         HEAD_DIM=config.head_dim,
         GROUPS=groups,

@@ -23,6 +23,7 @@ from .ssm_ops import (
     ssd_scan,
     ssd_scan_update,
 )
+from .state_rotation import places, rotate
 
 
 IDENTITY_A_LOG = -20.0
@@ -191,6 +192,9 @@ class SSDBranch(StateSpaceBranch):
         self.dt_bias = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
+        self.pairs = len(config.frequencies_of(layer_idx))
+        if self.pairs:
+            self.register_buffer("rotary_frequencies", torch.empty(self.pairs, dtype=torch.float32))
 
     def scan(
         self,
@@ -221,18 +225,33 @@ class SSDBranch(StateSpaceBranch):
         x, B, C = xBC.split([config.mixer_width, self.state_width, self.state_width], dim=-1)
         x = x.unflatten(-1, heads)  # (b, t, h, p)
         B, C = B.unflatten(-1, groups), C.unflatten(-1, groups)  # (b, t, g, n)
-        shown = B, C
+        shown, steps = (B, C), state is not None and x.shape[1] == 1
         if output_projections and torch.compiler.is_compiling():
             # Slices of their own, so that the compiled backward pass adds up what they and the scan give.
             shown = (one.unflatten(-1, groups) for one in xBC[..., config.mixer_width :].chunk(2, dim=-1))
         A = -torch.exp(self.A_log.float())
-        if state is not None and x.shape[1] == 1:
+        if self.pairs:
+            place = places(x.shape[1], attention_mask, x.device)[..., None]
+            if steps:
+                state.copy_(self._turned(state, place))
+            else:
+                angles = (place * self.rotary_frequencies)[..., None, :]  # (b or nothing, t, 1, r)
+                BC = xBC[..., config.mixer_width :].unflatten(-1, (-1, config.state_size))
+                B, C = rotate(BC, angles, config.rotary_interleaved).chunk(2, dim=2)
+        if steps:
             y = ssd_scan_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)[:, None]
         else:
             y, state = ssd_scan(x, dt, A, B, C, self.D, config.chunk_size, initial_state=state, seq_idx=seq_idx)
             if cache is not None:
+                if self.pairs:
+                    state = self._turned(state, place)
                 cache.update_recurrent_state(state, self.layer_idx)
         return y.flatten(-2), *shown, dt
+
+    def _turned(self, state: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """A state `(b, h, p, n)` of before `place` `(b or nothing, t, 1)` tokens, as their last one sees it."""
+        angles = (place[..., -1, :] * -self.rotary_frequencies)[..., None, None, :]  # (b or nothing, 1, 1, r)
+        return rotate(state, angles, self.config.rotary_interleaved)
 
     def attention_map(
         self, B: torch.Tensor, C: torch.Tensor, time_step: torch.Tensor, seq_idx: torch.Tensor | None = None
@@ -245,6 +264,9 @@ class SSDBranch(StateSpaceBranch):
             `(b, h, t, t)`, float32, lower triangular.
         """
         decay = decay_map(time_step.transpose(1, 2) * -torch.exp(self.A_log.float())[:, None], seq_idx)  # (b, h, t, t)
+        if self.pairs:
+            angles = (places(B.shape[1], None, B.device)[:, None] * self.rotary_frequencies)[:, None]  # (t, 1, r)
+            B, C = (rotate(one, angles, self.config.rotary_interleaved) for one in (B, C))
         scores = torch.einsum("bign,bjgn->bgij", C.float(), B.float())
         scores = scores.repeat_interleave(self.config.num_heads // self.config.n_groups, dim=1)
         skip = torch.diag_embed(self.D.float()[:, None].expand(-1, B.shape[1]))  # (h, t, t)
@@ -263,6 +285,8 @@ class SSDBranch(StateSpaceBranch):
             init.copy_(self.A_log, torch.zeros(heads) if moving_average else torch.arange(1, heads + 1).log())
         steps = self.averaging_time_steps(heads) if moving_average else self.random_time_steps(heads)
         init.copy_(self.dt_bias, inverse_softplus(steps))
+        if self.pairs:
+            init.copy_(self.rotary_frequencies, torch.tensor(config.frequencies_of(self.layer_idx)))
 
 
 class GatedMixer:
@@ -467,6 +491,8 @@ class BidirectionalMixer:
     """
 
     def __init__(self, config: MixerConfig, layer_idx: int):
+        if config.rotary_frequencies:
+            raise ValueError("`rotary_frequencies` is for causal mixers, but these read both ways: leave it out.")
         super().__init__(config, layer_idx)
         self.backward = self.branch_class(config, layer_idx)
 

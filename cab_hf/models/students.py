@@ -78,7 +78,7 @@ class MixerPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "backbone"
     # Rounded to half precision, these move the transition by more than training does.
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "dt_proj"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "dt_proj", "rotary_frequencies"]
     _keep_in_fp32_modules = ["dt_proj"]  # the list that quantisers read, of modules
     supports_gradient_checkpointing = True
     _can_compile_fullgraph = True

@@ -73,6 +73,7 @@ def build_student(
         data=batches if batches and fits else (),
         mixer_type=model.mixer_type,
         start=model.start,
+        keep_rotary=model.keep_rotary,
         layer_map=parse_layer_map(layer_map),
         copy_weights=model.copy_weights,
         copy_attention=model.copy_attention,

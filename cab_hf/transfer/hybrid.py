@@ -24,6 +24,7 @@ from cab_hf.teachers.attention_interface import base_of
 from cab_hf.teachers.examination import named, tiny_batch
 from cab_hf.transfer.copying import OWN_GROUPS, check_fields, fill_the_rest, start_fields
 from cab_hf.transfer.reading import Reading, check_readings, exactness, read_attention
+from cab_hf.transfer.rotation import read_rotations, rotary_fields
 
 
 _EPSILONS = ("eps", "variance_epsilon", "epsilon", "norm_eps")
@@ -36,6 +37,7 @@ def hybrid_from_teacher(
     keep_attention: int | Sequence[int | str] = (),
     accept_inexact: float = 0.0,
     start: str = "linear",
+    keep_rotary: bool = False,
     copy_attention: bool = True,
     attention_window: int = 0,
     attention_sinks: int = 4,
@@ -51,6 +53,7 @@ def hybrid_from_teacher(
         accept_inexact: largest relative error on random input of what is read; larger ones than rounding are refused
             else. The config notes those that were accepted.
         start: of the mixers, as in `student_config`; with "served" their gates are still to be fitted.
+        keep_rotary: causal mixers' states turn as rotary positions turn the queries and keys that they stand for.
         copy_attention: start the mixers from attention's projections.
         attention_window: tokens that attention beside each mixer sees, the token itself among them; 0: none stays.
             Mixers say nothing at first then, so that the student starts as the teacher with a window.
@@ -88,6 +91,10 @@ def hybrid_from_teacher(
     fields = begin | {"layer_norm_epsilon": norm_epsilon(teacher)} | overrides
     tolerance = exactness(teacher)
     settings = {path: _settings(one, tolerance, fields) for path, one in readings.items()}
+    if keep_rotary:
+        for path, rotation in read_rotations(teacher).items():
+            if path in settings and settings[path]["causal"]:
+                settings[path] = rotary_fields([rotation]) | settings[path]
     if attention_window:
         modules = {path: body_of(teacher).get_submodule(path) for path in settings}
         for path, one in settings.items():

@@ -110,6 +110,13 @@ class Site:
         rows = hidden_states.shape[0]
         args = tuple(_for_rows(value, rows) for value in self.args)
         kwargs = {name: _for_rows(value, rows) for name, value in self.kwargs.items()}
+        return self._call(hidden_states, args, kwargs)
+
+    def again(self, hidden_states: Tensor) -> Tensor:
+        """The module's output for other hidden states `(b, t, d)`, called as it was."""
+        return self._call(hidden_states, self.args, dict(self.kwargs))
+
+    def _call(self, hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if self.argument is None:
             args = (hidden_states, *args[1:])
         else:

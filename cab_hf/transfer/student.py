@@ -30,6 +30,7 @@ from cab_hf.transfer.from_teacher import copy_teacher_weights, student_config, w
 from cab_hf.transfer.gate import fit_gate
 from cab_hf.transfer.hybrid import hybrid_from_teacher
 from cab_hf.transfer.reading import read_layers
+from cab_hf.transfer.rotation import read_rotations, rotary_fields
 from cab_hf.transfer.vision import copy_vision_teacher_weights, vision_student_config
 
 
@@ -46,6 +47,7 @@ def student_from_teacher(
     layer_map: str | Sequence[int] = "floor",
     mixer_type: str = "mamba2",
     start: str = "linear",
+    keep_rotary: bool = False,
     copy_attention: bool = True,
     copy_weights: bool = True,
     keep_attention: int | Sequence[int | str] | None = None,
@@ -78,6 +80,8 @@ def student_from_teacher(
         layer_map: which teacher layer each student layer is made of: "floor", "uniform", "last", or one index a layer.
         mixer_type: "mamba2" takes over Q, K, V and O; "mamba" V and O.
         start: of a language student's mixers, "linear" or "served": see `cab_hf.transfer.student_config`.
+        keep_rotary: the states turn from token to token as the teacher's rotary positions turn queries and keys
+            (mamba2). A teacher without them gives a student without.
         copy_attention: copy attention's projections into the mixers.
         copy_weights: copy anything at all; without, the student is random in the teacher's shape.
         keep_attention: layers to leave as they are: how many, evenly spread, or their indices among the layers that
@@ -140,6 +144,7 @@ def student_from_teacher(
             attention_sinks=attention_sinks,
             accept_inexact=accept_inexact,
             start=start,
+            keep_rotary=keep_rotary,
             copy_attention=copy_attention,
             **config_overrides,
         )
@@ -148,6 +153,12 @@ def student_from_teacher(
     batches = batches if copies else None  # there is nothing to fit to what is random
     readings = read_layers(teacher, accept_inexact) if copies else []
     options = {"num_hidden_layers": num_hidden_layers, "mixer_type": mixer_type}
+    depth = teacher.config.get_text_config().num_hidden_layers
+    layers = map_layers(layer_map, num_hidden_layers or depth, depth)
+    if keep_rotary:
+        rotations = list(read_rotations(teacher).values())
+        turning = [rotations[layer] for layer in layers] if len(rotations) == depth else []
+        config_overrides = rotary_fields(turning) | config_overrides
     if teacher.main_input_name == "pixel_values":
         config = vision_student_config(teacher, **options, **config_overrides)
         copy_weights_of = copy_vision_teacher_weights
@@ -156,8 +167,6 @@ def student_from_teacher(
             config_overrides = with_labels(teacher, config_overrides)
         config = student_config(teacher.config, start=start, readings=readings, **options, **config_overrides)
         copy_weights_of = copy_teacher_weights
-    depth = teacher.config.get_text_config().num_hidden_layers
-    layers = map_layers(layer_map, config.num_hidden_layers, depth)
     student = unfilled(student_class, config, teacher.device)
     if copy_weights:
         copy_weights_of(student, teacher, layers, copy_attention=False)

@@ -88,7 +88,9 @@ class Overlap:
 def test_nothing_of_other_kernels_is_read_or_written_before_the_wait(monkeypatch):
     overlap = Overlap(monkeypatch)
     several = [VARIANTS[name] for name in ("s6", "ssd 2 groups, gated mlp", "ssd post norms, scaled embeddings")]
-    for options in (*several, {"mixer_type": "mamba2", "n_groups": 8}):  # whose heads have their own B and C
+    own = {"mixer_type": "mamba2", "n_groups": 8}  # heads have their own B and C
+    turning = [own | {"rotary_frequencies": [0.9, 0.2], "rotary_interleaved": pairs} for pairs in (False, True)]
+    for options in (*several, own, *turning, VARIANTS["ssd turning states"]):
         model, tokens = tiny_model(**options).eval(), random_ids(2, 9)
         states = decoding.states_of(model(tokens[:, :8], use_cache=True).cache, len(model.backbone.layers))
         overlap.states, table = states, torch.tensor([state.data_ptr() for state in states])
