@@ -324,6 +324,8 @@ def _obstacles(config: CABMambaConfig, kind: str, dtype: torch.dtype) -> list[st
         reasons.append(f"its norm_type is {config.norm_type!r}, not 'rms_norm'")
     if config.max_position_embeddings:
         reasons.append(f"it has {config.max_position_embeddings} learned positions (max_position_embeddings)")
+    if config.rotary_frequencies:
+        reasons.append("its states turn (keep_rotary)")
     if config.lm_head_bias:
         reasons.append("its head has a bias (lm_head_bias)")
     if config.post_norms:
