@@ -2,7 +2,7 @@
 
     python benchmarks/data/prepare_text.py --only speeches brown
     python benchmarks/quality/small_lm/teacher.py --steps 450
-    python benchmarks/quality/questions/questions.py        # what is finished stays; 40 minutes on a quiet core
+    python benchmarks/quality/questions/questions.py        # what is finished stays; an hour on a quiet core
 
 Settings, tokens and fit are those of `../recurrences`: the small Llama of `../small_lm` (125 steps, 0.5M tokens) and
 the toy of `../recall/toy.py` (300 steps, 1.2M tokens). A student has its teacher's weights, copied and fitted. It is
@@ -10,13 +10,16 @@ the default one but for one thing:
 
     decays        memories as long as the teacher's heads look back on average, in place of log-spaced ones
     norm          an RMS norm with a learned scale on each head's B and C, behind the convolution
-    rotary        B and C rotated by position as the teacher's keys and queries are
+    rotary        states that turn as the teacher's keys and queries do with their position (`keep_rotary`)
     frozen taps   the convolution stays the identity
     random taps   the convolution starts as usual in PyTorch; there is still no SiLU behind it
     tenth, third  what is no mixer learns at a tenth or a third of the mixers' rate
+    long          memories of 32 to 4,096 tokens, in place of 8 to 512
 
+A kind of several names, as "rotary, decays", has each of these changes: which of them add up with turning states?
 Of two learning rates each kind gets what ends with the lower training KL with seed 0, and is trained with seed 1 too.
-The toy answers the first three alone. Seeds decide the order of the rows and what is random in a start.
+The toy answers the first three alone. Rotary's recorded runs are of a prototype that rotated B and C by their place,
+equal to `keep_rotary` up to rounding. Seeds decide the order of the rows and what is random in a start.
 """
 
 import argparse
@@ -33,7 +36,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import set_seed
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from cab_hf import (
     CABMambaForCausalLM,
@@ -58,7 +60,13 @@ RATES = {"small_lm": (4e-3, 8e-3), "toy": (3e-3, 6e-3)}
 DEFAULT = "default"
 TWO_RATES = {"tenth": 1 / 10, "third": 1 / 3}
 FIRST_KINDS = (DEFAULT, "decays", "norm", "rotary")
-KINDS = {"small_lm": (*FIRST_KINDS, "frozen taps", "random taps", *TWO_RATES), "toy": FIRST_KINDS}
+COMBINED_KINDS = ("rotary, decays", "rotary, tenth", "rotary, decays, tenth", "rotary, long")
+KINDS = {
+    "small_lm": (*FIRST_KINDS, "frozen taps", "random taps", *TWO_RATES, *COMBINED_KINDS),
+    "toy": FIRST_KINDS,
+}
+OF_TRAINING = {"frozen taps", *TWO_RATES}  # these change nothing of a start
+FIELDS = {"rotary": {"keep_rotary": True}, "random taps": {"conv_init": "usual"}, "long": {"memory_range": (32, 4096)}}
 SEEDS = (0, 1)
 
 
@@ -90,19 +98,6 @@ class NormMixer(ChangedMixer):
 
     def change(self, BC: torch.Tensor) -> torch.Tensor:
         return nn.functional.rms_norm(BC, BC.shape[-1:], eps=self.config.layer_norm_epsilon) * self.BC_norm["weight"]
-
-
-class RotaryMixer(ChangedMixer):
-    """With B and C rotated by their place in the row, by the angles of a Llama."""
-
-    def __init__(self, mixer: SSDMixer, rotary: LlamaRotaryEmbedding):
-        super().__init__(mixer)
-        self.angles = [rotary]  # the teacher's, no part of the student
-
-    def change(self, BC: torch.Tensor) -> torch.Tensor:
-        cos, sin = self.angles[0](BC, torch.arange(BC.shape[1], device=BC.device)[None])
-        B, C = apply_rotary_pos_emb(*BC.chunk(2, dim=2), cos, sin, unsqueeze_dim=2)
-        return torch.cat((B, C), dim=2)
 
 
 class TwoRatesTrainer(DistillationTrainer):
@@ -139,19 +134,18 @@ def calibration_rows(setting: recurrences.Setting) -> torch.Tensor:
 
 def make_student(setting: recurrences.Setting, kind: str) -> CABMambaForCausalLM:
     """A student of the setting's teacher with copied and fitted weights, default but for what `kind` changes."""
-    fields = {"conv_init": "usual"} if kind == "random taps" else {}
+    changes = kind.split(", ")
+    fields = {name: value for one in changes for name, value in FIELDS.get(one, {}).items()}
     student = student_from_teacher(setting.teacher, data=(), use_cache=False, **fields)
     rows = calibration_rows(setting)
     distances = mean_distances(setting, rows)
     for layer, heads in zip(student.backbone.layers, distances, strict=True):
-        if kind == "decays":
+        if "decays" in changes:
             # The weights exp(-distance / memory) have a mean distance of about the memory.
             layer.mixer.dt_bias.data.copy_(inverse_softplus(1 / heads.clamp(min=1.0)))
-        elif kind == "norm":
+        if "norm" in changes:
             layer.mixer = NormMixer(layer.mixer)
-        elif kind == "rotary":
-            layer.mixer = RotaryMixer(layer.mixer, setting.teacher.model.rotary_emb)
-        elif kind == "frozen taps":
+        if "frozen taps" in changes:
             layer.mixer.conv1d.requires_grad_(False)
     batches = [{"input_ids": part} for part in rows.chunk(4)]
     calibrate_output_norm(student, setting.teacher, batches[0])
@@ -162,15 +156,16 @@ def make_student(setting: recurrences.Setting, kind: str) -> CABMambaForCausalLM
 def distil(setting: recurrences.Setting, kind: str, rate: float, seed: int) -> dict[str, Any]:
     set_seed(seed)
     student = make_student(setting, kind)
+    shares = [TWO_RATES[one] for one in kind.split(", ") if one in TWO_RATES]
     steps, started = setting.steps[0], time.time()
     options = {"max_steps": steps, "warmup_steps": round(setting.warmup * steps), "logging_steps": steps // 10}
     options |= {"learning_rate": rate, "seed": seed, "per_device_train_batch_size": setting.batch_size}
     with tempfile.TemporaryDirectory() as folder:
         args = DistillationTrainingArguments(output_dir=folder, **recurrences.COMMON | options)
         texts = {"train_dataset": setting.blocks, "data_collator": LanguageCollator(0)}
-        trainer_class = TwoRatesTrainer if kind in TWO_RATES else DistillationTrainer
+        trainer_class = TwoRatesTrainer if shares else DistillationTrainer
         trainer = trainer_class(student, setting.teacher, args, **texts)
-        trainer.share = TWO_RATES.get(kind, 1.0)
+        trainer.share = shares[0] if shares else 1.0
         trainer.train()
     seconds = time.time() - started
     log = [round(entry["kl"], 4) for entry in trainer.state.log_history if "kl" in entry]
@@ -193,7 +188,7 @@ def run(name: str, setting: recurrences.Setting, part: dict[str, Any], save: Cal
         return done[key]
 
     for kind in KINDS[name]:
-        if kind not in (*before, "frozen taps", *TWO_RATES):  # these start as the default does
+        if kind not in before and OF_TRAINING.isdisjoint(kind.split(", ")):
             set_seed(SEEDS[0])
             before[kind] = setting.measure(make_student(setting, kind))
         found = {rate: result(kind, rate, SEEDS[0])["training_kl"][-1] for rate in RATES[name]}
