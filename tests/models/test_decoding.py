@@ -116,6 +116,8 @@ def uncaptured(model, input_ids, attention_mask, position_ids, cache):
 @pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}])
 @pytest.mark.parametrize("variant", ["s6", "ssd 2 groups, gated mlp"])
 def test_generate_goes_through_the_step(variant, way, monkeypatch):
+    if DEVICE == "cuda" and "cache_implementation" in way:
+        pytest.skip("a GPU compiles the step, as the torch backend can't be captured")
     monkeypatch.setenv("CAB_SSM_BACKEND", "torch")
     model, prompt = tiny_model(**VARIANTS[variant]).to(DEVICE), random_ids(2, 7).to(DEVICE)
     left = torch.ones_like(prompt)
