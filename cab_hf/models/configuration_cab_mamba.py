@@ -208,7 +208,8 @@ class MixerConfig(PreTrainedConfig):
             return
         if "mamba" in self.layer_mixer_types:
             raise ValueError(
-                "`rotary_frequencies` is given, but S6's states do not turn: leave it out, or set `mixer_type='mamba2'`."
+                "`rotary_frequencies` is given, but S6's states do not turn: leave it out, or set "
+                "`mixer_type='mamba2'`."
             )
         one_each = isinstance(given[0], list)
         if one_each and len(given) != self.num_hidden_layers:

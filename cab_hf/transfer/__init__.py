@@ -6,7 +6,9 @@ from cab_hf.transfer.fit import fit_output_projection
 from cab_hf.transfer.from_teacher import copy_teacher_weights, student_config
 from cab_hf.transfer.gate import fit_gate
 from cab_hf.transfer.hybrid import attention_for, hybrid_from_teacher, put_back
+from cab_hf.transfer.memories import fit_memories
 from cab_hf.transfer.reading import Reading, read_attention
+from cab_hf.transfer.rotation import Rotation, read_rotations
 from cab_hf.transfer.student import student_from_teacher
 from cab_hf.transfer.vim import convert_vim_checkpoint, vim_from_state_dict
 from cab_hf.transfer.vision import (
@@ -24,6 +26,7 @@ __all__ = [
     "Affine",
     "Family",
     "Reading",
+    "Rotation",
     "TeacherLayer",
     "VisionFamily",
     "attention_for",
@@ -33,10 +36,12 @@ __all__ = [
     "copy_vision_teacher_weights",
     "family_of",
     "fit_gate",
+    "fit_memories",
     "fit_output_projection",
     "hybrid_from_teacher",
     "put_back",
     "read_attention",
+    "read_rotations",
     "student_config",
     "student_from_teacher",
     "vim_from_state_dict",

@@ -29,6 +29,7 @@ from cab_hf.transfer.fit import fit_output_projection
 from cab_hf.transfer.from_teacher import copy_teacher_weights, student_config, with_labels
 from cab_hf.transfer.gate import fit_gate
 from cab_hf.transfer.hybrid import hybrid_from_teacher
+from cab_hf.transfer.memories import fit_memories
 from cab_hf.transfer.reading import read_layers
 from cab_hf.transfer.rotation import read_rotations, rotary_fields
 from cab_hf.transfer.vision import copy_vision_teacher_weights, vision_student_config
@@ -64,7 +65,8 @@ def student_from_teacher(
     teacher's shape. Of any other language model, or where attention is kept, it is a hybrid: the teacher's own class
     with mixers in place of its attention. A line of the log says which of the two, and why.
 
-    With `data` its output projections are fitted to the teacher's attention
+    With `data` each head's memory is fitted to the teacher's head ([`~cab_hf.transfer.fit_memories`], unless a
+    `memory_range` is given), and then output projections to the teacher's attention
     ([`~cab_hf.transfer.fit_output_projection`]), which is worth a factor of thousands in perplexity at the start.
 
     Args:
@@ -124,6 +126,7 @@ def student_from_teacher(
             'Pass some text or images to fit them on, such as data="builtin" (and the tokenizer of a teacher that is '
             "not named by its id), or call fit_output_projection."
         )
+    fits_memories = "memory_range" not in config_overrides
     asked = f"`keep_attention` is {keep_attention!r}" if keep_attention is not None else None
     if attention_window and keep_attention is None:
         asked, keep_attention = f"`attention_window` is {attention_window!r}", ()
@@ -148,7 +151,8 @@ def student_from_teacher(
             copy_attention=copy_attention,
             **config_overrides,
         )
-        return _finished(student, teacher, calibration_inputs, batches, "floor", dtype)
+        fits_memories = fits_memories and not attention_window  # what the window lacks no head of the teacher says
+        return _finished(student, teacher, calibration_inputs, batches, "floor", dtype, fits_memories=fits_memories)
     copies = copy_weights and copy_attention
     batches = batches if copies else None  # there is nothing to fit to what is random
     readings = read_layers(teacher, accept_inexact) if copies else []
@@ -172,7 +176,9 @@ def student_from_teacher(
         copy_weights_of(student, teacher, layers, copy_attention=False)
     blocks = student.base_model.layers
     fill_the_rest(student, {block.mixer: readings[layer] for block, layer in zip(blocks, layers) if readings})
-    return _finished(student, teacher, calibration_inputs, batches, layers, dtype, fits_gate=copy_weights)
+    return _finished(
+        student, teacher, calibration_inputs, batches, layers, dtype, copy_weights, fits_memories=fits_memories
+    )
 
 
 def _student_class(
@@ -210,10 +216,13 @@ def _finished(
     layers: str | Sequence[int],
     dtype: torch.dtype,
     fits_gate: bool = True,
+    fits_memories: bool = True,
 ) -> MixerPreTrainedModel:
-    """A student whose start fits the teacher on a batch and its output projections on all of them, in its dtype."""
+    """A student whose gate and norms fit the teacher on a batch, memories and projections on all, in its dtype."""
     if fits_gate and student.mixer_list[0].config.gate_init == "fitted":
         fit_gate(student, teacher, calibration_inputs, layers)
+    if fits_memories and batches is not None:
+        fit_memories(student, teacher, batches, layers)
     if calibration_inputs is not None:
         calibrate_output_norm(student, teacher, calibration_inputs, layers)
     if student.can_generate():

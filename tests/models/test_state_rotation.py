@@ -108,8 +108,8 @@ def test_each_layer_may_turn_at_its_own_pace():
 def test_gradients_go_through_the_rotation():
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     angles = torch.rand(3, 2, dtype=torch.float64)
-    for interleaved in (False, True):
-        assert torch.autograd.gradcheck(lambda x: rotate(x, angles, interleaved), (x,))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, angles), (x,))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, angles, True), (x,))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ the toy of `../recall/toy.py` (300 steps, 1.2M tokens). A student has its teache
 the default one but for one thing:
 
     decays        memories as long as the teacher's heads look back on average, in place of log-spaced ones
+    fitted        each head's memory is the one by which it explains its teacher's head best
     norm          an RMS norm with a learned scale on each head's B and C, behind the convolution
     rotary        states that turn as the teacher's keys and queries do with their position (`keep_rotary`)
     frozen taps   the convolution stays the identity
@@ -47,6 +48,7 @@ from cab_hf import (
 from cab_hf.data.packing import LanguageCollator
 from cab_hf.models.mixers import SSDMixer, inverse_softplus
 from cab_hf.transfer import calibrate_output_norm
+from cab_hf.transfer.memories import fit_memories
 
 
 HERE = Path(__file__).parent
@@ -60,9 +62,16 @@ RATES = {"small_lm": (4e-3, 8e-3), "toy": (3e-3, 6e-3)}
 DEFAULT = "default"
 TWO_RATES = {"tenth": 1 / 10, "third": 1 / 3}
 FIRST_KINDS = (DEFAULT, "decays", "norm", "rotary")
-COMBINED_KINDS = ("rotary, decays", "rotary, tenth", "rotary, decays, tenth", "rotary, long")
+COMBINED_KINDS = (
+    "rotary, decays",
+    "rotary, tenth",
+    "rotary, decays, tenth",
+    "rotary, long",
+    "fitted",
+    "rotary, fitted",
+)
 KINDS = {
-    "small_lm": (*FIRST_KINDS, "frozen taps", "random taps", *TWO_RATES, *COMBINED_KINDS),
+    "small_lm": (*FIRST_KINDS, "frozen taps", "random taps", *TWO_RATES, "fitted", *COMBINED_KINDS),
     "toy": FIRST_KINDS,
 }
 OF_TRAINING = {"frozen taps", *TWO_RATES}  # these change nothing of a start
@@ -148,6 +157,8 @@ def make_student(setting: recurrences.Setting, kind: str) -> CABMambaForCausalLM
         if "frozen taps" in changes:
             layer.mixer.conv1d.requires_grad_(False)
     batches = [{"input_ids": part} for part in rows.chunk(4)]
+    if "fitted" in changes:
+        fit_memories(student, setting.teacher, batches)
     calibrate_output_norm(student, setting.teacher, batches[0])
     fit_output_projection(student, setting.teacher, batches)
     return student

@@ -1,0 +1,130 @@
+"""Memories that fit: each head of a mixer forgets, and looks back, as it explains its teacher's head best.
+
+Shapes: `b` batch, `t` token, `h` head, `p` head_dim, `c` candidate.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cab_hf.inference import evaluating
+from cab_hf.models.mixers import BidirectionalMixer, SSDMixer, inverse_softplus
+from cab_hf.models.students import MixerPreTrainedModel
+from cab_hf.teachers.teacher import borrowed_teacher
+from cab_hf.transfer.slots import Slot, slots
+
+
+MEMORIES = tuple(2**power for power in range(11))
+DELAYS = (0, 1)
+MOST_TOKENS = 2048
+RIDGE = 1e-3
+
+
+@torch.no_grad()
+def fit_memories(
+    student: MixerPreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    layer_map: str | Sequence[int] = "floor",
+    memories: Sequence[float] = MEMORIES,
+    delays: Sequence[int] = DELAYS,
+) -> list[tuple[Tensor, Tensor]]:
+    """Gives every head of a mixer one of some memories and delays, in place.
+
+    A head forgets by a factor of e in as many tokens as its memory has, and reads nothing newer than its delay, as
+    heads do that look at the token before. For each pair the mixer reads the teacher's hidden states of its layer; a
+    head keeps the pair with which its output, by a linear map of its own, explains most of what the teacher's head
+    says. Memories are the time steps' biases, delays stand in the taps of the convolution. Only moving averages are
+    fitted (`transition_init="moving_average"`), of language students' causal SSD mixers with as many heads as the
+    teacher's attention has.
+
+    Args:
+        student: a language student with its attention's projections (`student_from_teacher`).
+        teacher: left as it was.
+        batches: `input_ids` `(b, t)` and, if padded, `attention_mask` `(b, t)` each. The first `MOST_TOKENS` tokens,
+            in whole batches, decide.
+        layer_map: the teacher layer of each student layer, as in `student_from_teacher`.
+        memories: to choose among, in tokens; longer ones than rows can hardly be told apart.
+        delays: to choose among, in tokens, less than the convolution has taps. A mixer whose convolution starts
+            otherwise than transparent, or whose heads share their B, has none.
+
+    Returns:
+        The memories and delays, `(h,)` each, of every mixer that was fitted.
+
+    Example:
+        >>> from cab_hf import student_from_teacher
+        >>> from cab_hf.teachers.demo import random_llama
+        >>> teacher, _ = random_llama()
+        >>> student = student_from_teacher(teacher, data=())
+        >>> chosen = fit_memories(student, teacher, [{"input_ids": torch.arange(40).view(2, 20)}])
+        >>> len(chosen), chosen[0][0].shape
+        (4, torch.Size([4]))
+    """
+    found: dict[SSDMixer, list[Tensor]] = {}
+    tokens = 0
+    if not any(map(_is_average, student.mixer_list)) or student.main_input_name != "input_ids":
+        return []
+    with borrowed_teacher(teacher) as borrowed, evaluating(student):
+        for inputs in batches:
+            mask = inputs.get("attention_mask")
+            mask = None if mask is None else mask.to(student.device)
+            for slot in slots(student, borrowed, inputs, layer_map):
+                if _is_average(slot.mixer) and slot.mixer.config.num_heads == slot.heads.shape[2]:
+                    sums = _sums(slot, mask, _pairs(slot.mixer, memories, delays))
+                    before = found.get(slot.mixer, [0.0] * len(sums))
+                    found[slot.mixer] = [one + other for one, other in zip(before, sums)]
+            tokens += inputs["input_ids"].numel()
+            if tokens >= MOST_TOKENS:
+                break
+    chosen = []
+    for mixer, (gram, product, energy) in found.items():
+        pull = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + 1e-30
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        maps = torch.linalg.solve(gram + pull * eye, product)
+        explained = (maps * product).sum((-2, -1)) / energy.clamp_min(1e-30)  # (c, h)
+        pairs = torch.tensor(_pairs(mixer, memories, delays), device=gram.device)[explained.argmax(0)]  # (h, 2)
+        chosen.append((pairs[:, 0], pairs[:, 1].long()))
+        _start(mixer, *chosen[-1])
+    return chosen
+
+
+def _is_average(mixer: nn.Module) -> bool:
+    is_causal_ssd = isinstance(mixer, SSDMixer) and not isinstance(mixer, BidirectionalMixer)
+    return is_causal_ssd and mixer.config.transition_init == "moving_average"
+
+
+def _pairs(mixer: SSDMixer, memories: Sequence[float], delays: Sequence[int]) -> list[tuple[float, float]]:
+    config = mixer.config
+    delays = delays if config.conv_init == "transparent" and config.n_groups == config.num_heads else (0,)
+    return [(float(memory), float(delay)) for memory in memories for delay in delays]
+
+
+def _start(mixer: SSDMixer, memory: Tensor, delay: Tensor) -> None:
+    """Sets memories and delays of a mixer's heads, `(h,)` each, in tokens."""
+    mixer.dt_bias.copy_(inverse_softplus(1 / (memory * mixer.A_log.float().exp())))
+    if not delay.any() and mixer.conv1d.weight[..., :-1].count_nonzero() == 0:
+        return
+    config, taps = mixer.config, mixer.conv1d.weight.shape[-1]
+    delays = torch.cat([delay.repeat_interleave(size) for size in (config.head_dim, config.state_size)])
+    rows = mixer.conv1d.weight[: len(delays), 0]  # x and B, (d + h * n, k)
+    size = rows.sum(-1, keepdim=True)
+    rows.copy_(size * (torch.arange(taps, device=rows.device) == taps - 1 - delays[:, None]))
+
+
+def _sums(slot: Slot, mask: Tensor | None, pairs: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each pair and head: products of outputs `(c, h, p, p)`, theirs with the teacher's, and its energy `(h,)`."""
+    mixer, real = slot.mixer, slice(None) if mask is None else mask.bool()
+    target = slot.heads[real].double().flatten(0, -3).transpose(0, 1)  # (h, t, p)
+    before, grams, products = mixer.dt_bias.clone(), [], []
+    stream, gate = mixer.stream_and_gate(slot.hidden_states)
+    for memory, delay in pairs:
+        _start(mixer, torch.full_like(before, memory), torch.full_like(before, delay).long())
+        y = mixer.gated(mixer.scan(stream, attention_mask=mask)[0], gate).unflatten(-1, (len(before), -1))
+        y = y[real].double().flatten(0, -3).transpose(0, 1)
+        grams.append(y.transpose(1, 2) @ y)
+        products.append(y.transpose(1, 2) @ target)
+    _start(mixer, torch.ones_like(before), torch.zeros_like(before).long())
+    mixer.dt_bias.copy_(before)
+    return torch.stack(grams), torch.stack(products), target.square().sum((1, 2))
