@@ -71,6 +71,12 @@ def check_run(
             f"`remove_rotary` is {args.remove_rotary} in the arguments, but the given Teacher was made with "
             f"{teacher.removes_rotary}. Use the same value for both, or pass the model instead of a Teacher."
         )
+    turns = any(getattr(mixer, "pairs", 0) for mixer in core_of(student).mixer_list)
+    if args.bridge_weight > 0 and turns and not args.remove_rotary:
+        logger.warning(
+            "The student's states turn, so its B and C stand for keys and queries before their rotary positions, and "
+            "the bridge compares them with those behind. Set `remove_rotary=True`."
+        )
     if args.neftune_noise_alpha is not None and teacher.reads_images:
         raise ValueError(
             f"`neftune_noise_alpha` is {args.neftune_noise_alpha}, but its noise is for the embeddings of tokens. "

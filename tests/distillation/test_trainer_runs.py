@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from cab_hf import DistillationTrainer, Teacher
+from cab_hf import DistillationTrainer, Teacher, student_from_teacher
 from cab_hf.data.packing import shift_labels
 from cab_hf.distillation import modeling_distillation
 from cab_hf.distillation.bridge import AttentionBridge
@@ -606,6 +606,15 @@ def test_hidden_states_are_compared_under_the_same_norm(tmp_path):
 def test_a_given_teacher_must_agree_on_rotary(tmp_path):
     with pytest.raises(ValueError, match="remove_rotary. is True.*False"):
         make_trainer(tmp_path, teacher=Teacher(tiny_teacher()), remove_rotary=True)
+
+
+@pytest.mark.parametrize("removes", [False, True])
+def test_the_bridge_of_turning_states_wants_keys_without_positions(removes, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("cab_hf.distillation.checks"), "propagate", True)
+    teacher = tiny_teacher()
+    student = student_from_teacher(teacher, data=(), keep_rotary=True)
+    make_trainer(tmp_path, student=student, teacher=teacher, bridge_weight=1.0, remove_rotary=removes)
+    assert ("Set `remove_rotary=True`" in caplog.text) is not removes
 
 
 def test_losses_that_all_end_early_warn(tmp_path, caplog, monkeypatch):
