@@ -1,9 +1,9 @@
 """Memories that fit: each head of a mixer forgets, and looks back, as it explains its teacher's head best.
 
-Shapes: `b` batch, `t` token, `h` head, `p` head_dim, `c` candidate.
+Shapes: `b` batch, `t` token, `h` head, `p` head_dim.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ RIDGE = 1e-3
 def fit_memories(
     student: MixerPreTrainedModel,
     teacher: PreTrainedModel,
-    batches: Iterable[Mapping[str, Tensor]],
+    inputs: Mapping[str, Tensor],
     layer_map: str | Sequence[int] = "floor",
     memories: Sequence[float] = MEMORIES,
     delays: Sequence[int] = DELAYS,
@@ -43,8 +43,8 @@ def fit_memories(
     Args:
         student: a language student with its attention's projections (`student_from_teacher`).
         teacher: left as it was.
-        batches: `input_ids` `(b, t)` and, if padded, `attention_mask` `(b, t)` each. The first `MOST_TOKENS` tokens,
-            in whole batches, decide.
+        inputs: one batch: `input_ids` `(b, t)` and, if padded, `attention_mask` `(b, t)`. The first `MOST_TOKENS`
+            tokens, in whole rows, decide.
         layer_map: the teacher layer of each student layer, as in `student_from_teacher`.
         memories: to choose among, in tokens; longer ones than rows can hardly be told apart.
         delays: to choose among, in tokens, less than the convolution has taps. A mixer whose convolution starts
@@ -58,35 +58,22 @@ def fit_memories(
         >>> from cab_hf.teachers.demo import random_llama
         >>> teacher, _ = random_llama()
         >>> student = student_from_teacher(teacher, data=())
-        >>> chosen = fit_memories(student, teacher, [{"input_ids": torch.arange(40).view(2, 20)}])
+        >>> chosen = fit_memories(student, teacher, {"input_ids": torch.arange(40).view(2, 20)})
         >>> len(chosen), chosen[0][0].shape
         (4, torch.Size([4]))
     """
-    found: dict[SSDMixer, list[Tensor]] = {}
-    tokens = 0
     if not any(map(_is_average, student.mixer_list)) or student.main_input_name != "input_ids":
         return []
+    rows = max(MOST_TOKENS // inputs["input_ids"].shape[1], 1)
+    inputs = {name: value[:rows] for name, value in inputs.items()}
+    mask = inputs.get("attention_mask")
+    mask = None if mask is None else mask.to(student.device)
     with borrowed_teacher(teacher) as borrowed, evaluating(student):
-        for inputs in batches:
-            mask = inputs.get("attention_mask")
-            mask = None if mask is None else mask.to(student.device)
-            for slot in slots(student, borrowed, inputs, layer_map):
-                if _is_average(slot.mixer) and slot.mixer.config.num_heads == slot.heads.shape[2]:
-                    sums = _sums(slot, mask, _pairs(slot.mixer, memories, delays))
-                    before = found.get(slot.mixer, [0.0] * len(sums))
-                    found[slot.mixer] = [one + other for one, other in zip(before, sums)]
-            tokens += inputs["input_ids"].numel()
-            if tokens >= MOST_TOKENS:
-                break
-    chosen = []
-    for mixer, (gram, product, energy) in found.items():
-        pull = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + 1e-30
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        maps = torch.linalg.solve(gram + pull * eye, product)
-        explained = (maps * product).sum((-2, -1)) / energy.clamp_min(1e-30)  # (c, h)
-        pairs = torch.tensor(_pairs(mixer, memories, delays), device=gram.device)[explained.argmax(0)]  # (h, 2)
-        chosen.append((pairs[:, 0], pairs[:, 1].long()))
-        _start(mixer, *chosen[-1])
+        found = slots(student, borrowed, inputs, layer_map)
+        fitting = [one for one in found if _is_average(one.mixer) and _num_heads(one) == one.heads.shape[2]]
+        chosen = [_best(slot, mask, _pairs(slot.mixer, memories, delays)) for slot in fitting]
+    for slot, pair in zip(fitting, chosen):
+        _start(slot.mixer, *pair)
     return chosen
 
 
@@ -113,18 +100,25 @@ def _start(mixer: SSDMixer, memory: Tensor, delay: Tensor) -> None:
     rows.copy_(size * (torch.arange(taps, device=rows.device) == taps - 1 - delays[:, None]))
 
 
-def _sums(slot: Slot, mask: Tensor | None, pairs: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each pair and head: products of outputs `(c, h, p, p)`, theirs with the teacher's, and its energy `(h,)`."""
+def _num_heads(slot: Slot) -> int:
+    return slot.mixer.config.num_heads
+
+
+def _best(slot: Slot, mask: Tensor | None, pairs: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+    """The memory and the delay `(h,)` of each head, which nothing is left of in the mixer."""
     mixer, real = slot.mixer, slice(None) if mask is None else mask.bool()
     target = slot.heads[real].double().flatten(0, -3).transpose(0, 1)  # (h, t, p)
-    before, grams, products = mixer.dt_bias.clone(), [], []
+    before, explained = mixer.dt_bias.clone(), []
     stream, gate = mixer.stream_and_gate(slot.hidden_states)
     for memory, delay in pairs:
         _start(mixer, torch.full_like(before, memory), torch.full_like(before, delay).long())
         y = mixer.gated(mixer.scan(stream, attention_mask=mask)[0], gate).unflatten(-1, (len(before), -1))
         y = y[real].double().flatten(0, -3).transpose(0, 1)
-        grams.append(y.transpose(1, 2) @ y)
-        products.append(y.transpose(1, 2) @ target)
+        gram, product = y.transpose(1, 2) @ y, y.transpose(1, 2) @ target  # (h, p, p)
+        pull = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None] + 1e-30
+        maps = torch.linalg.solve(gram + torch.diag_embed(pull.expand(-1, gram.shape[-1])), product)
+        explained.append((maps * product).sum((1, 2)))
     _start(mixer, torch.ones_like(before), torch.zeros_like(before).long())
     mixer.dt_bias.copy_(before)
-    return torch.stack(grams), torch.stack(products), target.square().sum((1, 2))
+    best = torch.tensor(pairs, device=before.device)[torch.stack(explained).argmax(0)]  # (h, 2)
+    return best[:, 0], best[:, 1].long()

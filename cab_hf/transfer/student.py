@@ -222,7 +222,7 @@ def _finished(
     if fits_gate and student.mixer_list[0].config.gate_init == "fitted":
         fit_gate(student, teacher, calibration_inputs, layers)
     if fits_memories and batches is not None:
-        fit_memories(student, teacher, batches, layers)
+        fit_memories(student, teacher, batches[0], layers)
     if calibration_inputs is not None:
         calibrate_output_norm(student, teacher, calibration_inputs, layers)
     if student.can_generate():

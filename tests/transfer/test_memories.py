@@ -29,8 +29,7 @@ def memory_of(mixer) -> torch.Tensor:
 def test_the_memory_is_the_one_whose_outputs_explain_the_teachers_head(options):
     teacher, ids = tiny_model("llama"), texts()
     student = student_from_teacher(teacher, data=(), **options)
-    batches = [{"input_ids": part} for part in ids.split(2)]
-    chosen = fit_memories(student, teacher, batches, memories=CHOICE, delays=(0,))
+    chosen = fit_memories(student, teacher, {"input_ids": ids}, memories=CHOICE, delays=(0,))
     assert len({tuple(memory.tolist()) for memory, _ in chosen}) > 1  # else nothing is told apart
     for slot, (memory, delay) in zip(slots(student, Teacher(teacher), {"input_ids": ids}, "floor"), chosen):
         torch.testing.assert_close(memory_of(slot.mixer), memory, rtol=1e-4, atol=1e-4)
@@ -63,7 +62,7 @@ def test_heads_that_a_mixer_could_be_are_found(start, monkeypatch):
         return [slot._replace(heads=heads) for slot, heads in zip(found, said)]
 
     monkeypatch.setattr(memories, "slots", answering)
-    chosen = fit_memories(student, teacher, [{"input_ids": ids}], memories=(1, 16), delays=(0, 1, 2))
+    chosen = fit_memories(student, teacher, {"input_ids": ids}, memories=(1, 16), delays=(0, 1, 2))
     for (found, delays), mixer, maker in zip(chosen, student.mixer_list, makers):
         assert torch.equal(found, memory) and torch.equal(delays, delay)
         assert torch.equal(mixer.conv1d.weight, maker.conv1d.weight)
@@ -78,8 +77,8 @@ def test_padding_is_no_text():
     mask = torch.ones_like(padded)
     mask[:, :7] = 0
     plain, other = (student_from_teacher(teacher, data=()) for _ in range(2))
-    chosen = fit_memories(plain, teacher, [{"input_ids": ids}], memories=CHOICE)
-    others = fit_memories(other, teacher, [{"input_ids": padded, "attention_mask": mask}], memories=CHOICE)
+    chosen = fit_memories(plain, teacher, {"input_ids": ids}, memories=CHOICE)
+    others = fit_memories(other, teacher, {"input_ids": padded, "attention_mask": mask}, memories=CHOICE)
     for one, two in zip(chosen, others):
         assert torch.equal(torch.stack(one), torch.stack(two))
 
@@ -92,5 +91,5 @@ def test_other_mixers_stay_as_they_are(options):
     options = options | ({"head_dim": 32, "copy_attention": False} if "num_heads" in options else {})
     student = student_from_teacher(teacher, data=(), **options)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    assert fit_memories(student, teacher, [{"input_ids": texts()}]) == []
+    assert fit_memories(student, teacher, {"input_ids": texts()}) == []
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

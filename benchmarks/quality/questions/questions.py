@@ -158,7 +158,7 @@ def make_student(setting: recurrences.Setting, kind: str) -> CABMambaForCausalLM
             layer.mixer.conv1d.requires_grad_(False)
     batches = [{"input_ids": part} for part in rows.chunk(4)]
     if "fitted" in changes:
-        fit_memories(student, setting.teacher, batches)
+        fit_memories(student, setting.teacher, {"input_ids": rows})
     calibrate_output_norm(student, setting.teacher, batches[0])
     fit_output_projection(student, setting.teacher, batches)
     return student

@@ -19,7 +19,7 @@ from cab_hf.data.documents import load_documents, split_documents
 from cab_hf.data.packing import LanguageCollator, pack_documents
 from cab_hf.evaluation.language import compare
 from cab_hf.teachers.loading import load_teacher
-from cab_hf.transfer import calibrate_output_norm, fit_output_projection
+from cab_hf.transfer import calibrate_output_norm, fit_memories, fit_output_projection
 
 
 USUAL = {"conv_init": "usual", "conv_activation": "silu", "gate_init": "usual", "skip_init": "usual"}
@@ -73,6 +73,13 @@ def main() -> None:
             ]
             fit_output_projection(student, teacher, batches)
             evaluate(f"{name}; output projections fitted on {tokens:,} tokens", student, time.perf_counter() - start)
+            if settings == {}:
+                student.load_state_dict(state)
+                start = time.perf_counter()
+                fit_memories(student, teacher, {"input_ids": torch.cat([one["input_ids"] for one in batches])})
+                calibrate_output_norm(student, teacher, batches[0])
+                fit_output_projection(student, teacher, batches)
+                evaluate(f"{name}; memories, too, fitted on {tokens:,} tokens", student, time.perf_counter() - start)
 
     report = {
         "teacher": options.teacher,
