@@ -615,14 +615,20 @@ def test_recurrences(start, mixer):
 @pytest.mark.parametrize(
     ("start", "kind"),
     [
-        ("default", "default"),
+        ("memories log-spaced from 8 to 512", "default"),
         ("memories of the teacher's distances", "decays"),
         ("a norm on B and C", "norm"),
-        ("rotary positions in B and C", "rotary"),
+        ("turning states |", "rotary"),
         ("frozen taps", "frozen taps"),
         ("random taps", "random taps"),
         ("the rest at a tenth", "tenth"),
         ("the rest at a third", "third"),
+        ("memories and delays fitted", "fitted"),
+        ("turning states, fitted", "rotary, fitted"),
+        ("turning states, memories of the", "rotary, decays"),
+        ("turning states, the rest", "rotary, tenth"),
+        ("turning states, memories of distances", "rotary, decays, tenth"),
+        ("turning states, memories from", "rotary, long"),
     ],
 )
 def test_questions(start, kind):
