@@ -154,7 +154,7 @@ class TestPublishing:
         assert repository.titles == ["initial commit", "Upload tiny student"] and repository.head.oid == oid
         assert not repository.private
         code = {"configuration_cab_mamba", "generation", "modeling_cab_mamba", "students"}
-        code |= {"mixers", "ssm_ops", "ssm_kernels", "s6_scan", "ssd_scan", "kernel_operators"}
+        code |= {"mixers", "ssm_ops", "ssm_kernels", "s6_scan", "ssd_scan", "state_rotation", "kernel_operators"}
         code |= {"decoding", "decode_kernels", "states"}
         assert repository.head.files.keys() == {
             ".gitattributes",
