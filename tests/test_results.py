@@ -380,11 +380,15 @@ def test_demo():
     assert row(RESULTS, "teacher, SmolLM2-135M-Instruct") == [f"{after['teacher_perplexity']:.1f}", "", ""]
     for page in (README, RESULTS):
         assert f"{report['seconds'] / 60:.1f} minutes" in page.read_text()
+    (spaced,) = result("quality/quickstart_lm/report_log_spaced_cpu.json")["after"].values()
+    shown = f"a perplexity of {spaced['student_perplexity']:.1f} and a KL of {spaced['kl']:.2f}"
+    assert f"the same recipe ended at {shown}" in RESULTS.read_text()
 
 
 def test_starts():
     results, start = result("quality/starts/starts_cpu.json")["results"], "copied, transparent, moving averages"
-    for name, shown in (("RMS", "outputs scaled"), ("output projections fitted on 4,096 tokens", "output proj")):
+    names = ("RMS", "output projections fitted on 4,096 tokens", "memories, too, fitted on 4,096 tokens")
+    for name, shown in zip(names, ("outputs scaled", "output proj", "memories and output proj")):
         perplexity = results[f"{start}; {name}"]["student_perplexity"]
         assert row(RESULTS, f"start: copied weights, {shown}") == [f"{perplexity:,.0f}"]
 
