@@ -93,3 +93,16 @@ def test_other_mixers_stay_as_they_are(options):
     before = {name: value.clone() for name, value in student.state_dict().items()}
     assert fit_memories(student, teacher, {"input_ids": texts()}) == []
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_a_student_with_data_is_fitted_unless_it_is_given_a_range():
+    teacher, data = tiny_model("llama"), {"input_ids": texts()}
+    fitted, ranged = (
+        student_from_teacher(teacher, data=data),
+        student_from_teacher(teacher, data=data, memory_range=(4, 32)),
+    )
+    choice = torch.tensor(memories.MEMORIES, dtype=torch.float32)
+    for mixer, other in zip(fitted.mixer_list, ranged.mixer_list):
+        found = memory_of(mixer)
+        assert ((found[:, None] / choice).log().abs().amin(1) < 1e-3).all()
+        torch.testing.assert_close(memory_of(other), torch.tensor([4.0, 8.0, 16.0, 32.0]), rtol=1e-4, atol=1e-3)
