@@ -93,3 +93,23 @@ def test_other_mixers_stay_as_they_are(options):
     before = {name: value.clone() for name, value in student.state_dict().items()}
     assert fit_memories(student, teacher, {"input_ids": texts()}) == []
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"conv_init": "usual"}, {"conv_kernel": 1}])
+def test_taps_that_can_not_delay_stay(options):
+    teacher = tiny_model("llama")
+    student = student_from_teacher(teacher, data=(), **options)
+    taps = [mixer.conv1d.weight.clone() for mixer in student.mixer_list]
+    chosen = fit_memories(student, teacher, {"input_ids": texts()}, memories=CHOICE)
+    assert not any(delay.any() for _, delay in chosen)
+    assert all(torch.equal(mixer.conv1d.weight, before) for mixer, before in zip(student.mixer_list, taps))
+
+
+def test_what_ends_early_leaves_nothing_behind(monkeypatch):
+    teacher = tiny_model("llama")
+    student = student_from_teacher(teacher, data=())
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    monkeypatch.setattr(memories.torch.linalg, "solve", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit_memories(student, teacher, {"input_ids": texts()}, memories=CHOICE, delays=(1, 0))
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
