@@ -208,7 +208,7 @@ class MixerConfig(PreTrainedConfig):
             return
         if "mamba" in self.layer_mixer_types:
             raise ValueError(
-                "`rotary_frequencies` is given, but S6's states do not turn: leave it out, or set "
+                "`rotary_frequencies` (of `keep_rotary`) is given, but S6's states do not turn: leave it out, or set "
                 "`mixer_type='mamba2'`."
             )
         one_each = isinstance(given[0], list)

@@ -359,7 +359,7 @@ if triton is not None:
             step: tl.constexpr = 1 if INTERLEAVED else PAIRS
             pair = n // 2 if INTERLEAVED else n % PAIRS
             turns = n < 2 * PAIRS
-            angle = tl.load(frequencies + pair, mask=turns, other=0.0)
+            angle = tl.load(frequencies + pair, mask=turns, other=0.0).to(tl.float32)
             angle = tl.where(is_real & turns, angle, 0.0)
             partner = place + tl.where(is_first, step, -step)[None, :]
             other = tl.load(partner, mask=is_state & turns[None, :], other=0.0)

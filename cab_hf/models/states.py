@@ -5,6 +5,7 @@ Shape legend: `b` batch, `d` width, `k` convolution taps, `h` head, `p` head_dim
 
 import hashlib
 import os
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,9 +20,9 @@ _SAMPLE = 64  # values of each parameter that a fingerprint holds
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's parameters: their names, shapes, dtypes and a sample of their values."""
+    """A hash of a model's parameters and buffers: their names, shapes, dtypes and a sample of their values."""
     found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in chain(model.named_parameters(), model.named_buffers()):
         flat = parameter.detach().flatten()
         sample = flat[:: max(len(flat) // _SAMPLE, 1)].double().cpu()
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + sample.numpy().tobytes())

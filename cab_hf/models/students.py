@@ -173,7 +173,7 @@ class MixerPreTrainedModel(PreTrainedModel):
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers takes custom code to overwrite loaded weights and so passes over a mixer whose own parameters
         # are loaded, although those of its projections may be missing. This code overwrites nothing.
-        if not all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+        if not all(getattr(one, "_is_hf_initialized", False) for one in module.state_dict(keep_vars=True).values()):
             super()._initialize_weights(module)
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from cab_hf.teachers.attention_interface import base_of
 from cab_hf.teachers.examination import named, tiny_batch
 from cab_hf.transfer.copying import OWN_GROUPS, check_fields, fill_the_rest, start_fields
 from cab_hf.transfer.reading import Reading, check_readings, exactness, read_attention
-from cab_hf.transfer.rotation import read_rotations, rotary_fields
+from cab_hf.transfer.rotation import kept_rotations, rotary_fields
 
 
 _EPSILONS = ("eps", "variance_epsilon", "epsilon", "norm_eps")
@@ -92,7 +92,7 @@ def hybrid_from_teacher(
     tolerance = exactness(teacher)
     settings = {path: _settings(one, tolerance, fields) for path, one in readings.items()}
     if keep_rotary:
-        for path, rotation in read_rotations(teacher).items():
+        for path, rotation in kept_rotations(teacher).items():
             if path in settings and settings[path]["causal"]:
                 settings[path] = rotary_fields([rotation]) | settings[path]
     if attention_window:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from cab_hf.inference import evaluating
 from cab_hf.models.state_rotation import rotate
@@ -22,6 +23,8 @@ from cab_hf.teachers.examination import attending, recorded, tiny_batch
 from cab_hf.teachers.rotary import relative_error
 from cab_hf.transfer.reading import called
 
+
+logger = logging.get_logger(__name__)
 
 _TOKENS = 6
 
@@ -69,6 +72,17 @@ def read_rotations(model: PreTrainedModel) -> dict[str, Rotation | None]:
                 site.again(site.hidden_states[:, :1].expand_as(site.hidden_states))
             query, key, _ = calls[0][1].attention
             rotations[path] = _rotation_of(query, key, known)
+    return rotations
+
+
+def kept_rotations(teacher: PreTrainedModel) -> dict[str, Rotation | None]:
+    """`read_rotations` for a student that is to keep them; a line of the log tells where there are none."""
+    rotations = read_rotations(teacher)
+    if not any(rotations.values()):
+        logger.warning(
+            f"`keep_rotary` is True, but no rotation was read of the attention of this {type(teacher).__name__}: no "
+            "state of the student turns."
+        )
     return rotations
 
 

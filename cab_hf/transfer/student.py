@@ -31,7 +31,7 @@ from cab_hf.transfer.gate import fit_gate
 from cab_hf.transfer.hybrid import hybrid_from_teacher
 from cab_hf.transfer.memories import fit_memories
 from cab_hf.transfer.reading import read_layers
-from cab_hf.transfer.rotation import read_rotations, rotary_fields
+from cab_hf.transfer.rotation import kept_rotations, rotary_fields
 from cab_hf.transfer.vision import copy_vision_teacher_weights, vision_student_config
 
 
@@ -160,7 +160,7 @@ def student_from_teacher(
     depth = teacher.config.get_text_config().num_hidden_layers
     layers = map_layers(layer_map, num_hidden_layers or depth, depth)
     if keep_rotary:
-        rotations = list(read_rotations(teacher).values())
+        rotations = list(kept_rotations(teacher).values())
         turning = [rotations[layer] for layer in layers] if len(rotations) == depth else []
         config_overrides = rotary_fields(turning) | config_overrides
     if teacher.main_input_name == "pixel_values":

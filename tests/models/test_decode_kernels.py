@@ -108,6 +108,14 @@ def test_nothing_of_other_kernels_is_read_or_written_before_the_wait(monkeypatch
     assert overlap.launched == OTHERS_WRITE.keys()
 
 
+def test_frequencies_that_were_cast_turn_states_too():
+    model, tokens = tiny_model(**VARIANTS["ssd turning states"]).eval().half(), random_ids(2, 9)
+    states = decoding.states_of(model(tokens[:, :8], use_cache=True).cache, len(model.backbone.layers))
+    table = torch.tensor([state.data_ptr() for state in states])
+    got = step(model, tokens, 8, table, torch.ones(2, dtype=torch.int8))
+    assert largest_difference(got, model(tokens).logits[:, 8]) < 0.05
+
+
 def test_a_build_for_other_gpus_launches_one_kernel_after_another(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setitem(sys.modules, "triton.backends.nvidia.compiler", None)  # which it need not have

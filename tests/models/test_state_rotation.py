@@ -99,6 +99,13 @@ def test_half_precision_keeps_frequencies(tmp_path):
     assert loaded.dtype == torch.bfloat16 and frequencies.tolist() == torch.tensor(FREQUENCIES).tolist()
 
 
+def test_a_student_whose_states_stood_still_may_begin_to_turn(tmp_path):
+    make_model(rotary_frequencies=None).save_pretrained(tmp_path)
+    loaded = CABMambaForCausalLM.from_pretrained(tmp_path, rotary_frequencies=FREQUENCIES)
+    for mixer in loaded.mixer_list:
+        assert torch.equal(mixer.rotary_frequencies, torch.tensor(FREQUENCIES))
+
+
 def test_each_layer_may_turn_at_its_own_pace():
     model = make_model(rotary_frequencies=[[0.5], []])
     mixers = [layer.mixer for layer in model.backbone.layers]

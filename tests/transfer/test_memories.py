@@ -106,3 +106,23 @@ def test_a_student_with_data_is_fitted_unless_it_is_given_a_range():
         found = memory_of(mixer)
         assert ((found[:, None] / choice).log().abs().amin(1) < 1e-3).all()
         torch.testing.assert_close(memory_of(other), torch.tensor([4.0, 8.0, 16.0, 32.0]), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"conv_init": "usual"}, {"conv_kernel": 1}])
+def test_taps_that_can_not_delay_stay(options):
+    teacher = tiny_model("llama")
+    student = student_from_teacher(teacher, data=(), **options)
+    taps = [mixer.conv1d.weight.clone() for mixer in student.mixer_list]
+    chosen = fit_memories(student, teacher, {"input_ids": texts()}, memories=CHOICE)
+    assert not any(delay.any() for _, delay in chosen)
+    assert all(torch.equal(mixer.conv1d.weight, before) for mixer, before in zip(student.mixer_list, taps))
+
+
+def test_what_ends_early_leaves_nothing_behind(monkeypatch):
+    teacher = tiny_model("llama")
+    student = student_from_teacher(teacher, data=())
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    monkeypatch.setattr(memories.torch.linalg, "solve", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit_memories(student, teacher, {"input_ids": texts()}, memories=CHOICE, delays=(1, 0))
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

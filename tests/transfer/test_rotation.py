@@ -1,5 +1,7 @@
 """Rotations as they are read of any teacher, and students whose states turn so."""
 
+import logging
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -32,10 +34,12 @@ def test_rotations_are_read_of_any_family(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_what_does_not_rotate_is_told(family):
+def test_what_does_not_rotate_is_told(family, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("cab_hf.transfer.rotation"), "propagate", True)
     model = tiny_model(family)
     assert set(read_rotations(model).values()) <= {None}
     assert student_from_teacher(model, data=(), keep_rotary=True).mixer_list[0].pairs == 0
+    assert "no state of the student turns" in caplog.text
 
 
 def test_layers_may_differ():
