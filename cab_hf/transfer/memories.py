@@ -37,9 +37,9 @@ def fit_memories(
     heads do that look at the token before. For each pair the mixer reads the teacher's hidden states of its layer; a
     head keeps the pair with which its output, by a linear map of its own, explains most of what the teacher's head
     says. Memories are the time steps' biases, delays stand in the taps of the convolution, which become one tap of
-    their sum; states that turn take a delayed token for a newer one. Only moving averages are
-    fitted (`transition_init="moving_average"`), of language students' causal SSD mixers with as many heads as the
-    teacher's attention has.
+    their sum. States that turn take a delayed token for one that is so much newer. Only moving averages are fitted
+    (`transition_init="moving_average"`), of language students' causal SSD mixers with as many heads as the teacher's
+    attention has.
 
     Args:
         student: a language student with its attention's projections (`student_from_teacher`).
