@@ -244,7 +244,7 @@ def test_what_teachers_and_starts_are_like(run, image_teacher):
     budgets = ("--calibration_tokens", "1024", "--eval_tokens", "64", "--output", "starts.json")
     run("quality/starts/starts.py", "--teacher", "random-llama", *budgets, **text)
     found = json.loads(Path("starts.json").read_text())["results"]
-    assert len(found) == 11 and all(report["kl"] > 0 for report in found.values())
+    assert len(found) == 12 and all(report["kl"] > 0 for report in found.values())
 
 
 def test_a_small_teacher_and_what_it_writes(run, tmp_path):
