@@ -233,25 +233,23 @@ class SSDBranch(StateSpaceBranch):
         if self.pairs:
             place = places(x.shape[1], attention_mask, x.device)[..., None]
             if steps:
-                state.copy_(self._turned(state, place))
+                state.copy_(self._turned(state, -place))
             else:
-                angles = (place * self.rotary_frequencies)[..., None, :]  # (b or nothing, t, 1, r)
                 BC = xBC[..., config.mixer_width :].unflatten(-1, (-1, config.state_size))
-                B, C = rotate(BC, angles, config.rotary_interleaved).chunk(2, dim=2)
+                B, C = self._turned(BC, place).chunk(2, dim=2)
         if steps:
             y = ssd_scan_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D)[:, None]
         else:
             y, state = ssd_scan(x, dt, A, B, C, self.D, config.chunk_size, initial_state=state, seq_idx=seq_idx)
             if cache is not None:
                 if self.pairs:
-                    state = self._turned(state, place)
+                    state = self._turned(state, -place[..., -1:, :])  # as the last token sees it
                 cache.update_recurrent_state(state, self.layer_idx)
         return y.flatten(-2), *shown, dt
 
-    def _turned(self, state: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """A state `(b, h, p, n)` of before `place` `(b or nothing, t, 1)` tokens, as their last one sees it."""
-        angles = (place[..., -1, :] * -self.rotary_frequencies)[..., None, None, :]  # (b or nothing, 1, 1, r)
-        return rotate(state, angles, self.config.rotary_interleaved)
+    def _turned(self, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """`x` `(b, t, g, n)`, turned by `place` `(b or nothing, t, 1)` tokens; a state by one such number."""
+        return rotate(x, place[..., None] * self.rotary_frequencies, self.config.rotary_interleaved)
 
     def attention_map(
         self, B: torch.Tensor, C: torch.Tensor, time_step: torch.Tensor, seq_idx: torch.Tensor | None = None
@@ -265,8 +263,8 @@ class SSDBranch(StateSpaceBranch):
         """
         decay = decay_map(time_step.transpose(1, 2) * -torch.exp(self.A_log.float())[:, None], seq_idx)  # (b, h, t, t)
         if self.pairs:
-            angles = (places(B.shape[1], None, B.device)[:, None] * self.rotary_frequencies)[:, None]  # (t, 1, r)
-            B, C = (rotate(one, angles, self.config.rotary_interleaved) for one in (B, C))
+            place = places(B.shape[1], None, B.device)[:, None]
+            B, C = self._turned(B, place), self._turned(C, place)
         scores = torch.einsum("bign,bjgn->bgij", C.float(), B.float())
         scores = scores.repeat_interleave(self.config.num_heads // self.config.n_groups, dim=1)
         skip = torch.diag_embed(self.D.float()[:, None].expand(-1, B.shape[1]))  # (h, t, t)

@@ -72,7 +72,7 @@ def fit_memories(
     mask = None if mask is None else mask.to(student.device)
     with borrowed_teacher(teacher) as borrowed, evaluating(student):
         found = slots(student, borrowed, inputs, layer_map)
-        fitting = [one for one in found if _is_average(one.mixer) and _num_heads(one) == one.heads.shape[2]]
+        fitting = [one for one in found if _is_average(one.mixer) and len(one.mixer.dt_bias) == one.heads.shape[2]]
         chosen = [_best(slot, mask, _pairs(slot.mixer, memories, delays)) for slot in fitting]
     for slot, pair in zip(fitting, chosen):
         _start(slot.mixer, *pair)
@@ -103,10 +103,6 @@ def _start(mixer: SSDMixer, memory: Tensor, delay: Tensor) -> None:
     rows = mixer.conv1d.weight[: len(delays), 0]  # x and B, (d + h * n, k)
     size = rows.sum(-1, keepdim=True)
     rows.copy_(size * (torch.arange(taps, device=rows.device) == taps - 1 - delays[:, None]))
-
-
-def _num_heads(slot: Slot) -> int:
-    return slot.mixer.config.num_heads
 
 
 def _best(slot: Slot, mask: Tensor | None, pairs: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:

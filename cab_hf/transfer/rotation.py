@@ -61,13 +61,12 @@ def read_rotations(model: PreTrainedModel) -> dict[str, Rotation | None]:
     plain = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
     rotations: dict[str, Rotation | None] = {}
     with evaluating(model), recorded(body):
-        with collected_calls() as calls:
+        with collected_calls() as calls, called(dict(body.named_modules())) as sites:
             body(input_ids=tokens, **plain)
         shown, _ = attending(body, calls)
-        with called({path: body.get_submodule(path) for path in shown}) as sites:
-            body(input_ids=tokens, **plain)
         known = [one.float() for name, one in body.named_buffers() if name.endswith("inv_freq") and one.ndim == 1]
-        for path, site in sites.items():
+        for path in shown:
+            site = sites[path]
             with collected_calls() as calls:
                 site.again(site.hidden_states[:, :1].expand_as(site.hidden_states))
             query, key, _ = calls[0][1].attention
