@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 import re
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -340,14 +341,11 @@ class DistillationTrainer(EvaluatedTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        learning_rate, bridge = self.args.bridge_learning_rate, self.model.bridge
-        if is_new and learning_rate is not None and bridge is not None:
-            of_bridge = {id(parameter) for parameter in bridge.parameters()}
-            for group in list(optimizer.param_groups):
-                moved = [parameter for parameter in group["params"] if id(parameter) in of_bridge]
-                if moved:
-                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in of_bridge]
-                    optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
+        if is_new:
+            if self.args.mixer_learning_rate is not None:
+                _set_rate(optimizer, core_of(self.model.student).mixer_list, self.args.mixer_learning_rate)
+            if self.args.bridge_learning_rate is not None and self.model.bridge is not None:
+                _set_rate(optimizer, [self.model.bridge], self.args.bridge_learning_rate)
         return optimizer
 
     # Checkpoints and the Hub
@@ -425,6 +423,16 @@ class DistillationTrainer(EvaluatedTrainer):
             return
         logger.info(f"Loading the best student, of {self.state.best_model_checkpoint} ({self.state.best_metric}).")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, modules: Iterable[nn.Module], learning_rate: float) -> None:
+    """Moves the modules' parameters to groups of their own, with a learning rate of their own."""
+    chosen = {id(parameter) for module in modules for parameter in module.parameters()}
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
 
 
 def default_learning_rate(config: PreTrainedConfig) -> float:

@@ -123,6 +123,10 @@ class DistillationTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "Start the bridge's output biases at its targets' means: it learns what varies."},
     )
+    mixer_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the student's mixers; that of its other weights when not given."},
+    )
     bridge_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the bridge; the student's when not given."}
     )
@@ -191,6 +195,10 @@ class DistillationTrainingArguments(TrainingArguments):
                 f"Every loss is off before the end ({', '.join(f'{name}_end={end}' for name, end in ends.items())}): "
                 "nothing is learnt from then on. Let one of them go on to 1.0, or train fewer steps."
             )
+        for name in ("mixer_learning_rate", "bridge_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and rate < 0:
+                raise ValueError(f"`{name}` must not be negative, got {rate}. Leave it out for `learning_rate`.")
         if self.temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:

@@ -216,8 +216,9 @@ def _scale_rates(values: dict[str, Any], width: int, measured: int | None) -> No
         f"where nothing was measured: they are multiplied by {rate_at_width(1.0, measured, width):g}. --learning_rate "
         "sets one by hand."
     )
-    for run in _runs(values, "learning_rate"):
-        run["learning_rate"] = rate_at_width(float(run["learning_rate"]), measured, width)
+    for name in ("learning_rate", "mixer_learning_rate"):
+        for run in _runs(values, name):
+            run[name] = rate_at_width(float(run[name]), measured, width)
 
 
 def _scale_steps(given: Mapping[str, Any], values: dict[str, Any], amount: int, world: int) -> None:

@@ -179,9 +179,8 @@ def test_teacher_dtype_is_the_arguments(tmp_path):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_what_decays_and_how_fast_it_learns(tmp_path, mixer):
     student = tiny_student(mixer, intermediate_size=24, use_bias=True, mlp_bias=True, norm_type="layer_norm")
-    trainer, _ = make_trainer(
-        tmp_path, student=student, weight_decay=0.1, bridge_learning_rate=0.5, learning_rate=0.25, max_steps=2
-    )
+    rates = {"learning_rate": 0.25, "mixer_learning_rate": 0.125, "bridge_learning_rate": 0.5}
+    trainer, _ = make_trainer(tmp_path, student=student, weight_decay=0.1, max_steps=2, **rates)
     trainer.create_optimizer()
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     settings = {
@@ -194,7 +193,7 @@ def test_what_decays_and_how_fast_it_learns(tmp_path, mixer):
         last = name.rsplit(".", 1)[1]
         is_matrix = last == "weight" and "norm" not in name
         assert decay == (0.1 if is_matrix else 0.0), name
-        assert learning_rate == (0.5 if name.startswith("bridge.") else 0.25), name
+        assert learning_rate == (0.5 if name.startswith("bridge.") else 0.125 if ".mixer." in name else 0.25), name
     plain = {name for name, (decay, _) in settings.items() if decay == 0.0}
     assert {name.rsplit(".", 1)[1] for name in plain} >= {"A_log", "D", "bias", "weight"}
     assert "student.backbone.norm_f.weight" in plain and "student.backbone.embeddings.weight" not in plain
