@@ -68,7 +68,9 @@ COMBINED_KINDS = (
     "rotary, decays, tenth",
     "rotary, long",
     "fitted",
+    "fitted, tenth",
     "rotary, fitted",
+    "rotary, fitted, tenth",
 )
 KINDS = {
     "small_lm": (*FIRST_KINDS, "frozen taps", "random taps", *TWO_RATES, "fitted", *COMBINED_KINDS),
