@@ -61,9 +61,12 @@ def test_every_recipe_parses(path):
 
 
 def test_the_recipe_of_hybrids_is_the_one_that_was_measured():
-    paths = (ROOT / "training_args/lm_hybrid.yaml", ROOT / "benchmarks/quality/windows/four/recipe.yaml")
+    windows = ROOT / "benchmarks/quality/windows"
+    paths = (ROOT / "training_args/lm_hybrid.yaml", windows / "facts/recipe.yaml")
     own, measured = (parse_recipe([str(path), *ON_CPU]) for path in paths)
-    for name in ("keep_attention", "attention_window", "attention_sinks", "student_config"):
+    choice = json.loads((windows / "four/keep_attention.json").read_text())
+    assert own.model.keep_attention == ["auto:4"] and measured.model.keep_attention == choice["layers"]
+    for name in ("attention_window", "attention_sinks", "student_config"):
         assert getattr(own.model, name) == getattr(measured.model, name)
     rows = ("block_size", "repeat_fraction", "fact_fraction")
     for name in (*rows, "recall_gaps", "teacher_tokens", "teacher_continuation_tokens"):
