@@ -87,7 +87,7 @@ def test_the_language_default(start, text):
     ratios = [f"{ratio:.2f}" for ratio in over_tokens(f"{text}: ppl ratio")]
     kls = [f"{kl:.2f}" for kl in over_tokens(f"{text}: KL")]
     assert row(RESULTS, f"{start} |") == [f"{kl} / {ratio}" for kl, ratio in zip(kls, ratios)]
-    hybrid = result("quality/windows/four/report.json")["after"][text]["perplexity_ratio"]
+    hybrid = result("quality/windows/facts/report.json")["after"][text]["perplexity_ratio"]
     assert row(README, f"perplexity ratio: {start}") == [*ratios, f"**{hybrid:.2f}**"]
 
 
@@ -97,7 +97,7 @@ def test_copying(gap):
     shown = [f"{recall:.2f}" for recall in over_tokens(f"copying, gap {gap}")]
     assert row(RESULTS, f"random tokens copied over a gap of {gap}, teacher {teacher:.2f}") == shown
     if gap == 64:
-        found = result("quality/windows/four/report.json")["after"][TEXTS[0]]["recall"]["64"]
+        found = result("quality/windows/facts/report.json")["after"][TEXTS[0]]["recall"]["64"]
         assert row(README, "repeated after 64 tokens") == [*shown, f"**{found['student']['recall']:.2f}**"]
         assert f"The teacher's share is {teacher:.2f}." in README.read_text()
 
@@ -195,10 +195,16 @@ def test_windows_that_nobody_trained(window, length):
     assert row(RESULTS, f"window of {window}, rows of {length:,}") == shown
 
 
-def test_the_hybrid_repeats_after_1024_tokens():
-    found = result("quality/windows/four/evaluation.json")["recall"]["copying"]["1024"]
+def test_what_the_readme_says_of_the_hybrid():
+    evaluation, text = result("quality/windows/facts/evaluation.json"), README.read_text()
+    found = evaluation["recall"]["copying"]["1024"]
     shares = [f"{found[who]['recall']:.2f}" for who in ("student", "teacher")]
-    assert "the hybrid {}, its teacher {}.".format(*shares) in README.read_text()
+    assert "the hybrid {}, its teacher {}.".format(*shares) in text
+    found = evaluation["length"]["retrieval"]["needles"]["4096"]
+    assert found["student"]["recall"] >= found["teacher"]["recall"]
+    assert "finds one of four facts in 4,096 tokens as well as its teacher" in text
+    tokens = result("quality/windows/facts/report.json")["train_tokens"]
+    assert f"| {tokens / 1e6:.0f}M, hybrid |" in text
 
 
 def long_run(folder: str, report: str = "report") -> dict:
@@ -215,6 +221,7 @@ def test_long_runs_of_hybrids():
         ("four layers, evenly", long_run("four")),
         ("four layers, as `auto`", long_run("auto", "report_long")),
         ("pure, its last", result("quality/pure_long/report.json")["after"]),
+        ("pure, memories", result("quality/fitted/report.json")["after"]),
     ):
         shown = [f"{after[text]['kl']:.3f} / {after[text]['perplexity_ratio']:.2f}" for text in TEXTS]
         copied = after["speeches"]["recall"]
@@ -228,10 +235,18 @@ def test_long_runs_of_hybrids():
     recalls = [f"{of_pure_students(f'copying, gap {gap}'):.2f}" for gap in gaps]
     shown = [f"{kl:.3f} / {ratio:.2f}" for kl, ratio in zip(kls, ratios)]
     assert row(RESULTS, "long run: pure |") == [*shown, *recalls]
-    found = result("quality/pure_long/evaluation.json")["tasks"]["above_chance"]
-    low, high = found["share_ci95"]
-    margin = f"keeps [{found['share']:.2f}](../benchmarks/quality/pure_long/evaluation.json) ({low:.2f} to {high:.2f})"
-    assert margin in RESULTS.read_text()
+    for folder in ("pure_long", "fitted"):
+        found = result(f"quality/{folder}/evaluation.json")["tasks"]["above_chance"]
+        file = f"../benchmarks/quality/{folder}/evaluation.json"
+        low, high = found["share_ci95"]
+        assert f"keeps [{found['share']:.2f}]({file}) ({low:.2f} to {high:.2f})" in RESULTS.read_text()
+    begins = [result("quality/fitted/report.json")["before"]["speeches"]["kl"]]
+    control = "quality/distinct_text/runs/text-and-english__60m-tokens__seed0.json"
+    begins.append(result(control)["before"]["speeches"]["kl"])
+    assert "at a KL on speeches of {:.2f} for {:.2f}".format(*begins) in RESULTS.read_text()
+    fitted = result("quality/fitted/report.json")["after"]
+    assert all(fitted[text]["kl"] > of_pure_students(f"{text}: KL") for text in TEXTS)
+    assert fitted["speeches"]["recall"]["256"]["student"]["recall"] < of_pure_students("copying, gap 256")
     english = long_run("four")["english"]
     assert f"the hybrid has {english['kl']:.3f} / {english['perplexity_ratio']:.2f};" in RESULTS.read_text()
 
@@ -265,16 +280,17 @@ WINDOWS = {
     "windows alone, not trained": "none_untrained",
     "windows alone, trained": "none",
     "windows and four layers, not trained": "four_untrained",
-    "windows and four layers, trained": "four",
+    "windows and four layers, trained without facts": "four",
+    "windows and four layers, trained with facts": "facts",
 }
 
 
-@pytest.mark.parametrize("start", [*WINDOWS, "windows and four layers, trained, its mixers zeroed"])
+@pytest.mark.parametrize("start", [*WINDOWS, "windows and four layers, trained without facts, its mixers zeroed"])
 def test_windows_beside_mixers(start):
     folder = WINDOWS.get(start)
     found = result(f"quality/windows/{f'{folder}/rows_2048' if folder else 'four/zeroed/evaluation'}.json")
     texts = [f"{found['texts'][text]['kl']:.3f} / {found['texts'][text]['perplexity_ratio']:.2f}" for text in TEXTS]
-    assert row(RESULTS, start + (": `lm_hybrid` |" if folder == "four" else " |")) == texts
+    assert row(RESULTS, start + (": `lm_hybrid` |" if folder == "facts" else " |")) == texts
 
 
 @pytest.mark.parametrize("start", [*WINDOWS, "the teacher"])
@@ -290,23 +306,52 @@ def test_what_windows_and_layers_find(start):
 
 
 def test_what_is_said_of_windows():
-    text, report = RESULTS.read_text(), result("quality/windows/four/report.json")
-    assert f"It took {report['seconds'] / 60:.1f} minutes on one H200, beside another run" in text
-    layers = report["kept_attention"]["layers"]
+    text = RESULTS.read_text()
+    reports, found = (
+        {folder: result(f"quality/windows/{folder}/{name}.json") for folder in ("four", "facts")}
+        for name in ("report", "evaluation")
+    )
+    minutes = {
+        folder: f"It took {report['seconds'] / 60:.1f} minutes on one H200" for folder, report in reports.items()
+    }
+    assert f"{minutes['four']}, beside another run, one seed" in text
+    assert f"{minutes['facts']}, beside evaluations of another student and without the choice" in text
+    layers = reports["four"]["kept_attention"]["layers"]
     assert layers == result("quality/windows/four/keep_attention.json")["layers"] == [17, 18, 20, 23]
-    found = result("quality/windows/four/evaluation.json")
-    low, high = found["tasks"]["above_chance"]["share_ci95"]
-    assert f"0.95 ({low:.2f} to {high:.2f})" in text and f"{found['tasks']['above_chance']['share']:.2f}" == "0.95"
-    needles = [found["length"]["retrieval"][test]["4096"] for test in ("needle", "needles")]
+    tasks = []
+    for folder in ("four", "facts"):
+        margin = found[folder]["tasks"]["above_chance"]
+        low, high = margin["share_ci95"]
+        tasks.append(f"{margin['share']:.2f} ({low:.2f} to {high:.2f})")
+        copied = found[folder]["recall"]["copying"].values()
+        assert all(one["student"]["recall"] > one["teacher"]["recall"] for one in copied)
+    assert "Training costs a little in tasks: {} without facts, {} with them.".format(*tasks) in text
+    needles = [found["four"]["length"]["retrieval"][test]["4096"] for test in ("needle", "needles")]
     shares = [one["student"]["recall"] / one["teacher"]["recall"] for one in needles]
     assert f"of single needles it finds {shares[0]:.2f} of the teacher's there, of four {shares[1]:.2f}" in text
-    copied = found["recall"]["copying"].values()
-    assert all(one["student"]["recall"] > one["teacher"]["recall"] for one in copied)
     trained, zeroed = (result(f"quality/windows/four/{name}.json") for name in ("rows_2048", "zeroed/evaluation"))
     falls = [1 - trained["texts"][text]["kl"] / zeroed["texts"][text]["kl"] for text in TEXTS[:2]]
     assert 0.35 < falls[0] < 0.45 and 0.2 < falls[1] < 0.3
-    size, teacher = (report[f"{who}_parameters"] / 1e6 for who in ("student", "teacher"))
+    size, teacher = (reports["facts"][f"{who}_parameters"] / 1e6 for who in ("student", "teacher"))
     assert f"`lm_default`'s has 178M for {teacher:.0f}M, `lm_hybrid`'s {size:.0f}M." in README.read_text()
+
+
+def test_what_facts_bring():
+    text = RESULTS.read_text()
+    four, facts = (result(f"quality/windows/{folder}/evaluation.json") for folder in ("four", "facts"))
+    with_facts, without = (one["length"]["retrieval"]["needles"]["4096"] for one in (facts, four))
+    found = [with_facts["student"]["recall"], without["student"]["recall"], with_facts["teacher"]["recall"]]
+    assert "it finds {:.2f}, without facts {:.2f}, the teacher {:.2f}.".format(*found) in text
+    theirs, ours = (result(f"quality/windows/{folder}/rows_2048.json")["texts"] for folder in ("four", "facts"))
+    more = [ours[name]["kl"] - theirs[name]["kl"] for name in ours]
+    assert f"a KL that is {min(more):.3f} to {max(more):.3f} higher" in text
+    bars = [one for one in result("quality/bars.json")["bars"] if one["name"].startswith("hybrid")]
+    assert len(bars) == 3 and all(one["met"] for one in bars)
+    (smallest,) = (one["figures"]["up to 4096"] for one in bars if "up to 4096" in one["figures"])
+    assert f"up to 4,096 tokens: its smallest share is {smallest:.2f}." in text
+    holds = facts["length"]["holds_to"]
+    assert holds == {"needle": 4096, "needles": 4096, "key-value": 4096, "copying": 1024, "loss": 1024, "all": 1024}
+    assert four["length"]["holds_to"]["all"] == 256 and "without facts it holds to 256" in text
 
 
 @pytest.mark.parametrize(
