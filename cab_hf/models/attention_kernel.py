@@ -1,4 +1,4 @@
-"""Triton kernels of attention for one token: a long row's keys and values are read in pieces, side by side.
+"""Triton kernels of attention for one token: it is rotated, kept, and reads a long row in pieces, side by side.
 
 Shape legend: `b` batch, `h` head, `t` token, `q` query, `p` head_dim.
 """
@@ -6,7 +6,7 @@ Shape legend: `b` batch, `h` head, `t` token, `q` query, `p` head_dim.
 import torch
 from torch import Tensor
 
-from .decode_kernels import PROGRAMS, power_of_two
+from .decode_kernels import PROGRAMS, overlapping, power_of_two
 
 
 try:
@@ -16,6 +16,76 @@ except ImportError:
     triton = None
 
 if triton is not None:
+    from .decode_kernels import _let_the_next_begin, _wait
+
+    @triton.jit
+    def _rotate_kernel(
+        query,  # (b, QUERIES, DIM), rows and heads apart
+        key,  # (b, KEYS, DIM), rows and heads apart
+        cosines,  # (b or 1, DIM), rows `of_angles` apart
+        sines,  # the same
+        rotated_query,  # (b, QUERIES, DIM), made
+        rotated_key,  # (b, KEYS, DIM), made
+        of_query_row,
+        of_query,
+        of_key_row,
+        of_key,
+        of_angles,
+        QUERIES: tl.constexpr,
+        KEYS: tl.constexpr,
+        DIM: tl.constexpr,
+        P: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):
+        _let_the_next_begin(OVERLAP)
+        row, head, p = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, P)
+        is_p = p < DIM
+        partner = tl.where(p < DIM // 2, p + DIM // 2, p - DIM // 2)
+        sign = tl.where(p < DIM // 2, -1.0, 1.0)
+        _wait(OVERLAP)
+        cosine = tl.load(cosines + row * of_angles + p, mask=is_p, other=0.0).to(tl.float32)
+        sine = tl.load(sines + row * of_angles + p, mask=is_p, other=0.0).to(tl.float32)
+        if head < QUERIES:
+            source, to = query + row * of_query_row + head * of_query, rotated_query + (row * QUERIES + head) * DIM
+            own = tl.load(source + p, mask=is_p, other=0.0).to(tl.float32) * cosine
+            other = tl.load(source + partner, mask=is_p, other=0.0).to(tl.float32) * sign * sine
+            # rounded where the modules round
+            own, other = own.to(query.dtype.element_ty), other.to(query.dtype.element_ty)
+            tl.store(to + p, own.to(tl.float32) + other.to(tl.float32), mask=is_p)
+        else:
+            head -= QUERIES
+            source, to = key + row * of_key_row + head * of_key, rotated_key + (row * KEYS + head) * DIM
+            own = tl.load(source + p, mask=is_p, other=0.0).to(tl.float32) * cosine
+            other = tl.load(source + partner, mask=is_p, other=0.0).to(tl.float32) * sign * sine
+            own, other = own.to(key.dtype.element_ty), other.to(key.dtype.element_ty)
+            tl.store(to + p, own.to(tl.float32) + other.to(tl.float32), mask=is_p)
+
+    @triton.jit
+    def _keep_kernel(
+        new_keys,  # (b, h, KEY_DIM), rows and heads apart
+        new_values,  # (b, h, VALUE_DIM), rows and heads apart
+        places,  # (b,), of int64
+        keys,  # (b, h, LENGTH, KEY_DIM), contiguous
+        values,  # (b, h, LENGTH, VALUE_DIM), contiguous
+        of_key_row,
+        of_key,
+        of_value_row,
+        of_value,
+        heads,
+        LENGTH: tl.constexpr,
+        KEY_DIM: tl.constexpr,
+        VALUE_DIM: tl.constexpr,
+        P: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):
+        _let_the_next_begin(OVERLAP)
+        row, head, p = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, P)
+        _wait(OVERLAP)
+        place = (row * heads + head) * LENGTH + tl.load(places + row)
+        key = tl.load(new_keys + row * of_key_row + head * of_key + p, mask=p < KEY_DIM, other=0.0)
+        value = tl.load(new_values + row * of_value_row + head * of_value + p, mask=p < VALUE_DIM, other=0.0)
+        tl.store(keys + place * KEY_DIM + p, key, mask=p < KEY_DIM)
+        tl.store(values + place * VALUE_DIM + p, value, mask=p < VALUE_DIM)
 
     @triton.jit
     def _attend_kernel(
@@ -98,6 +168,60 @@ if triton is not None:
             gathered += weight[:, None] * part
         y = tl.sum(gathered, axis=0) / tl.sum(total)
         tl.store(out + (head * QUERIES + q) * VALUE_DIM + v, y, mask=v < VALUE_DIM)
+
+
+def rotate(query: Tensor, key: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of one token a row, rotated by its position as Llama does: halves of a head together.
+
+    Args:
+        query, key: `(b, h, 1, p)`, each with heads of its own; the last dimension is dense.
+        cosines, sines: `(b, 1, p)` or `(1, 1, p)`, of as many columns.
+    """
+    (rows, queries, _, width), keys = query.shape, key.shape[1]
+    rotated = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in (query, key)]
+    angles = [one.contiguous() for one in (cosines, sines)]
+    _rotate_kernel[(rows, queries + keys)](
+        query,
+        key,
+        *angles,
+        *rotated,
+        *query.stride()[:2],
+        *key.stride()[:2],
+        width if len(cosines) > 1 else 0,
+        QUERIES=queries,
+        KEYS=keys,
+        DIM=width,
+        P=power_of_two(width),
+        **overlapping(query.device),
+    )
+    return tuple(rotated)
+
+
+def keep(held: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], places: Tensor) -> None:
+    """Writes the key and value `(b, h, 1, p)` of one token a row to its place among those `(b, h, t, p)` held.
+
+    Args:
+        held: contiguous.
+        new: the last dimension is dense.
+        places: `(b,)`.
+    """
+    (keys, values), (key, value) = held, new
+    rows, heads, length, width = keys.shape
+    _keep_kernel[(rows, heads)](
+        key,
+        value,
+        places,
+        keys,
+        values,
+        *key.stride()[:2],
+        *value.stride()[:2],
+        heads,
+        LENGTH=length,
+        KEY_DIM=width,
+        VALUE_DIM=values.shape[-1],
+        P=power_of_two(max(width, values.shape[-1])),
+        **overlapping(keys.device),
+    )
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

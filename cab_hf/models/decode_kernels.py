@@ -10,6 +10,7 @@ Shape legend: `b` batch, `d` width, `k` convolution taps, `h` head, `p` head_dim
 
 import functools
 import importlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ except ImportError:
 
 WIDEST_NORM = 2048
 """Width up to which a projection makes its own norm."""
+
+MOST_TOGETHER = 4
+"""Projections that `linears` makes in one kernel."""
 
 NORMS = {nn.RMSNorm: 1, nn.LayerNorm: 2}
 PROGRAMS = 132  # an H100's multiprocessors; a smaller GPU runs two rounds
@@ -82,7 +86,7 @@ if triton is not None:
         return x.to(norm.dtype.element_ty)
 
     @triton.jit
-    def _linear_kernel(
+    def _of_a_row(
         x,  # (WIDTH,)
         weight,  # (OUT, WIDTH), contiguous
         gate_weight,  # the same, or nothing
@@ -91,6 +95,7 @@ if triton is not None:
         norm_bias,  # (WIDTH,) or nothing
         residual,  # (OUT,) or nothing
         out,  # (OUT,), made
+        block,  # which of its features
         eps,
         WIDTH: tl.constexpr,
         OUT: tl.constexpr,
@@ -99,8 +104,8 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
-        _let_the_next_begin(OVERLAP)
-        feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+        """Some features of `residual + weight(norm(x))`, of one row; with a gate of its SiLU times the other."""
+        feature = block * FEATURES + tl.arange(0, FEATURES)
         is_feature = feature < OUT
         shift = tl.zeros((FEATURES,), dtype=tl.float32)
         if bias is not None:
@@ -135,17 +140,19 @@ if triton is not None:
         tl.store(out + feature, total + added, mask=is_feature)
 
     @triton.jit
-    def _rows_kernel(
+    def _of_rows(
         x,  # (b, WIDTH), rows `of_row` apart
         weight,  # (OUT, WIDTH), contiguous
         gate_weight,  # the same, or nothing
         bias,  # (OUT,) or nothing
         norm,  # (WIDTH,) or nothing
         norm_bias,  # (WIDTH,) or nothing
-        residual,  # (b, OUT), contiguous, or nothing
-        out,  # (b, OUT), made
+        residual,  # as out, or nothing
+        out,  # (b, OUT), rows `of_out` apart, made
+        block,  # which of its features
         rows,
         of_row,
+        of_out,
         eps,
         WIDTH: tl.constexpr,
         OUT: tl.constexpr,
@@ -156,18 +163,18 @@ if triton is not None:
         LINES: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
-        _let_the_next_begin(OVERLAP)
-        feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+        """The same of rows."""
+        feature = block * FEATURES + tl.arange(0, FEATURES)
         row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         is_feature, is_row = feature < OUT, row < rows
         of_rows = row[:, None].to(tl.int64) * of_row
-        to = row[:, None].to(tl.int64) * OUT + feature[None, :]
+        to = row[:, None].to(tl.int64) * of_out + feature[None, :]
         is_out = is_row[:, None] & is_feature[None, :]
         shift = tl.zeros((FEATURES,), dtype=tl.float32)
         if bias is not None:
             shift += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)
         if OVERLAP and tl.program_id(1) == 0:
-            first = tl.program_id(0).to(tl.int64) * FEATURES * WIDTH
+            first = block.to(tl.int64) * FEATURES * WIDTH
             last = tl.minimum(first + FEATURES * WIDTH, OUT * WIDTH) - 1
             _fetch(weight, first, last, LINES)
             if gate_weight is not None:
@@ -221,6 +228,106 @@ if triton is not None:
             gate_total = gate_total.to(weight.dtype.element_ty).to(tl.float32)
             total *= _silu(gate_total).to(weight.dtype.element_ty).to(tl.float32)
         tl.store(out + to, total + added, mask=is_out)
+
+    @triton.jit
+    def _part(
+        x, weight, gate_weight, bias, norm, norm_bias, residual, out, block, rows, of_row, of_out, eps,
+        WIDTH: tl.constexpr, OUT: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
+        COLUMNS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        if ROWS == 1:
+            _of_a_row(
+                x, weight, gate_weight, bias, norm, norm_bias, residual, out, block, eps,
+                WIDTH, OUT, NORM, FEATURES, COLUMNS, OVERLAP,
+            )  # fmt: skip
+        else:
+            _of_rows(
+                x, weight, gate_weight, bias, norm, norm_bias, residual, out, block, rows, of_row, of_out, eps,
+                WIDTH, OUT, NORM, ROWS, FEATURES, COLUMNS, LINES, OVERLAP,
+            )  # fmt: skip
+
+    @triton.jit
+    def _linear_kernel(
+        x,  # (b, WIDTH), rows `of_row` apart
+        weight,  # (OUT, WIDTH), contiguous
+        gate_weight,  # the same, or nothing
+        bias,  # (OUT,) or nothing
+        norm,  # (WIDTH,) or nothing
+        norm_bias,  # (WIDTH,) or nothing
+        residual,  # (b, OUT), contiguous, or nothing
+        out,  # (b, OUT), made
+        rows,
+        of_row,
+        eps,
+        WIDTH: tl.constexpr,
+        OUT: tl.constexpr,
+        NORM: tl.constexpr,
+        ROWS: tl.constexpr,
+        FEATURES: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        LINES: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):
+        _let_the_next_begin(OVERLAP)
+        _part(
+            x, weight, gate_weight, bias, norm, norm_bias, residual, out, tl.program_id(0), rows, of_row, OUT, eps,
+            WIDTH, OUT, NORM, ROWS, FEATURES, COLUMNS, LINES, OVERLAP,
+        )  # fmt: skip
+
+    @triton.jit
+    def _linears_kernel(
+        x,  # (b, WIDTH), rows `of_row` apart
+        weight,  # (OUT, WIDTH), contiguous
+        second,  # (SECOND, WIDTH), contiguous, or nothing
+        third,  # (THIRD, WIDTH), contiguous, or nothing
+        fourth,  # (FOURTH, WIDTH), contiguous, or nothing
+        bias,  # (OUT,) or nothing, as the next three
+        second_bias,
+        third_bias,
+        fourth_bias,
+        out,  # (b, OUT + SECOND + THIRD + FOURTH), made
+        rows,
+        of_row,
+        WIDTH: tl.constexpr,
+        OUT: tl.constexpr,
+        SECOND: tl.constexpr,
+        THIRD: tl.constexpr,
+        FOURTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        FEATURES: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        LINES: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):
+        _let_the_next_begin(OVERLAP)
+        block = tl.program_id(0)
+        ALL: tl.constexpr = OUT + SECOND + THIRD + FOURTH
+        A: tl.constexpr = (OUT + FEATURES - 1) // FEATURES
+        B: tl.constexpr = A + (SECOND + FEATURES - 1) // FEATURES
+        C: tl.constexpr = B + (THIRD + FEATURES - 1) // FEATURES
+        if block < A:
+            _part(
+                x, weight, None, bias, None, None, None, out, block, rows, of_row, ALL, 0.0,
+                WIDTH, OUT, 0, ROWS, FEATURES, COLUMNS, LINES, OVERLAP,
+            )  # fmt: skip
+        if second is not None:
+            if (block >= A) & (block < B):
+                _part(
+                    x, second, None, second_bias, None, None, None, out + OUT, block - A, rows, of_row, ALL, 0.0,
+                    WIDTH, SECOND, 0, ROWS, FEATURES, COLUMNS, LINES, OVERLAP,
+                )  # fmt: skip
+        if third is not None:
+            if (block >= B) & (block < C):
+                _part(
+                    x, third, None, third_bias, None, None, None, out + OUT + SECOND, block - B, rows, of_row, ALL,
+                    0.0, WIDTH, THIRD, 0, ROWS, FEATURES, COLUMNS, LINES, OVERLAP,
+                )  # fmt: skip
+        if fourth is not None:
+            if block >= C:
+                _part(
+                    x, fourth, None, fourth_bias, None, None, None, out + OUT + SECOND + THIRD, block - C, rows,
+                    of_row, ALL, 0.0, WIDTH, FOURTH, 0, ROWS, FEATURES, COLUMNS, LINES, OVERLAP,
+                )  # fmt: skip
 
     @triton.jit
     def _norm_kernel(
@@ -461,7 +568,7 @@ def power_of_two(number: int) -> int:
 
 
 @functools.cache
-def _overlapping(device: torch.device) -> dict[str, bool]:
+def overlapping(device: torch.device) -> dict[str, bool]:
     """Options of a launch on a device: whether a kernel may begin while the one before still runs."""
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9:
         # A build for other GPUs may have none; and an import statement would make a checkpoint's code ask for Triton.
@@ -489,9 +596,10 @@ def linear(
     Returns:
         `(b, out)` in the weight's dtype, or the residual's.
     """
-    (rows, width), weight, features = x.shape, module.weight, module.out_features
+    rows, weight, features = len(x), module.weight, module.out_features
     out = torch.empty(rows, features, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
-    given = (
+    sizes = _sizes(x, features, norm is not None, gate is not None)
+    _linear_kernel[(triton.cdiv(features, sizes["FEATURES"]), triton.cdiv(rows, sizes["ROWS"]))](
         x,
         weight,
         None if gate is None else gate.weight,
@@ -500,22 +608,56 @@ def linear(
         getattr(norm, "bias", None),
         None if residual is None else residual.contiguous(),
         out,
+        rows,
+        x.stride(0),
+        0.0 if norm is None else norm.eps,
+        OUT=features,
+        NORM=0 if norm is None else NORMS[type(norm)],
+        **sizes,
     )
-    eps, kind = 0.0 if norm is None else norm.eps, 0 if norm is None else NORMS[type(norm)]
-    if rows > 1:
-        most = _ROW_COLUMNS if norm is None or rows <= 32 else _ROW_COLUMNS_OF_MANY
-        columns, block = min(power_of_two(width), most), _ROW_FEATURES
-        grid = (triton.cdiv(features, block), triton.cdiv(rows, _ROWS))
-        sizes = {"WIDTH": width, "OUT": features, "NORM": kind, "ROWS": _ROWS, "FEATURES": block, "COLUMNS": columns}
-        sizes |= {"LINES": power_of_two(triton.cdiv(block * width, 64)), **_overlapping(x.device)}
-        _rows_kernel[grid](*given, rows, x.stride(0), eps, **sizes, num_warps=_ROW_WARPS)
-        return out
-    columns = min(power_of_two(width), WIDEST_NORM)
-    most = max(_ELEMENTS // columns // (1 if gate is None else 2), 1)
-    block = max(min(power_of_two(features // _LINEAR_PROGRAMS + 1) // 2, most), 1)
-    sizes = {"WIDTH": width, "OUT": features, "NORM": kind, "FEATURES": block, "COLUMNS": columns}
-    _linear_kernel[(triton.cdiv(features, block),)](*given, eps, **sizes, **_overlapping(x.device))
     return out
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """Up to `MOST_TOGETHER` products of `(b, width)` with contiguous matrices `(out, width)`. One kernel.
+
+    Returns:
+        `(b, out)` each, side by side in one tensor.
+    """
+    rows, features = len(x), [len(weight) for weight in weights]
+    none = [None] * (MOST_TOGETHER - len(weights))
+    out = torch.empty(rows, sum(features), dtype=weights[0].dtype, device=x.device)
+    sizes = _sizes(x, sum(features))
+    blocks = sum(triton.cdiv(size, sizes["FEATURES"]) for size in features)
+    names = dict(zip(("OUT", "SECOND", "THIRD", "FOURTH"), features + [0] * len(none)))
+    _linears_kernel[(blocks, triton.cdiv(rows, sizes["ROWS"]))](
+        x,
+        *weights,
+        *none,
+        *biases,
+        *none,
+        out,
+        rows,
+        x.stride(0),
+        **names,
+        **sizes,
+    )
+    return list(out.split(features, dim=-1))
+
+
+def _sizes(x: Tensor, features: int, has_norm: bool = False, has_gate: bool = False) -> dict[str, int]:
+    """How a product of `(b, width)` is cut into programs, and their options."""
+    rows, width = x.shape
+    if rows > 1:
+        most = _ROW_COLUMNS_OF_MANY if has_norm and rows > 32 else _ROW_COLUMNS
+        cut = {"ROWS": _ROWS, "FEATURES": _ROW_FEATURES, "COLUMNS": min(power_of_two(width), most)}
+        cut |= {"LINES": power_of_two(triton.cdiv(_ROW_FEATURES * width, 64)), "num_warps": _ROW_WARPS}
+    else:
+        columns = min(power_of_two(width), WIDEST_NORM)
+        most = max(_ELEMENTS // columns // (2 if has_gate else 1), 1)
+        block = max(min(power_of_two(features // _LINEAR_PROGRAMS + 1) // 2, most), 1)
+        cut = {"ROWS": 1, "FEATURES": block, "COLUMNS": columns, "LINES": 1}
+    return {"WIDTH": width, **cut, **overlapping(x.device)}
 
 
 def normed(x: Tensor, norm: nn.Module) -> Tensor:
@@ -532,7 +674,7 @@ def _normed_rows(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kin
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=weight.dtype, device=x.device)
     sizes = {"WIDTH": width, "NORM": kind, "COLUMNS": power_of_two(width)}
-    _norm_kernel[(rows,)](x.contiguous(), weight, bias, out, eps, **sizes, **_overlapping(x.device))
+    _norm_kernel[(rows,)](x.contiguous(), weight, bias, out, eps, **sizes, **overlapping(x.device))
     return out
 
 
@@ -555,7 +697,7 @@ def convolve(stream: Tensor, mixer: nn.Module, addresses: Tensor, real: Tensor, 
         SILU=mixer.config.conv_activation == "silu",
         K=power_of_two(taps),
         BLOCK=256,
-        **_overlapping(stream.device),
+        **overlapping(stream.device),
     )
     return out
 
@@ -603,7 +745,7 @@ def ssd_step(stream: Tensor, mixer: nn.Module, addresses: Tensor, real: Tensor, 
         K=power_of_two(config.conv_kernel),
         P=power_of_two(config.head_dim),
         N=power_of_two(config.state_size),
-        **_overlapping(stream.device),
+        **overlapping(stream.device),
     )
     return out if convolved is None else mixer.norm(out, stream[:, : config.mixer_width])
 
@@ -648,6 +790,6 @@ def s6_step(
         STATE=config.state_size,
         P=block,
         N=states,
-        **_overlapping(stream.device),
+        **overlapping(stream.device),
     )
     return out

@@ -44,7 +44,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OWN_MODULES = f"{__name__.rpartition('.')[0]}."
 KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations.", "peft.tuners.lora.", _OWN_MODULES)
 _KNOWN_HOOKS = (_OWN_MODULES, "transformers.utils.output_capturing")
-_SILU = (nn.SiLU, type(ACT2FN["silu"]))
+SILU = (nn.SiLU, type(ACT2FN["silu"]))
 _LORA_NOTES = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling", "training")
 _failed: list[torch.cuda.CUDAGraph] = []  # PyTorch's allocators may ask them, still, which memory is theirs
 _steps: "weakref.WeakKeyDictionary[nn.Module, ModelSteps]" = weakref.WeakKeyDictionary()
@@ -397,7 +397,7 @@ def _inner(mlp: nn.Module, stream: Tensor, norm: nn.Module) -> Tensor:
     if gate is None:
         return mlp.act_fn(project(up, stream, norm))
     fuses = _is_one_kernel(up, stream) and _is_one_kernel(gate, stream) and gate.bias is None
-    if fuses and up.out_features == gate.out_features and isinstance(mlp.act_fn, _SILU) and _makes_norm(norm, stream):
+    if fuses and up.out_features == gate.out_features and isinstance(mlp.act_fn, SILU) and _makes_norm(norm, stream):
         return linear(stream, up, norm, gate=gate)
     stream = _normed(norm, stream)
     return mlp.act_fn(project(gate, stream)) * project(up, stream)

@@ -19,14 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.utils import ModelOutput
 
-from .attention_kernel import attend
-from .decode_kernels import rms_normed
+from .attention_kernel import keep
 from .decoding import (
     KNOWN_MODULES,
     Graph,
@@ -35,11 +32,12 @@ from .decoding import (
     may_capture,
     mixed,
     part_obstacle,
-    project,
     steps_of,
 )
+from .fewer_kernels import FewerKernels
 from .mixer_adapter import HandedOver, MixerAdapter, current, handing_over, parameters_of
 from .mixer_cache import MixerCacheLayer
+from .mixers import fitted
 from .window import Sight, WindowCacheLayer
 
 
@@ -262,64 +260,18 @@ class _MixerRoom(_Room, MixerCacheLayer):
 
 
 class _WindowedMixerRoom(_Room, WindowCacheLayer):
-    pass
+    """With `num_real` of all layers side by side, where the step counts it up."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        new = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (key_states, value_states))
+        keep((self.keys, self.values), new, self.sight.place[:, 0])
+        return self.keys, self.values
 
 
 class _WindowRoom(StaticLayer):
     """Keys and values of a sliding window in a graph, each at its place in the row: the mask cuts the window out."""
 
     is_sliding = True
-
-
-class _SpreadAttention(TorchFunctionMode):
-    """Reads a long row's keys side by side, where PyTorch's attention of one query leaves most of a device idle."""
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        given = kwargs or {}
-        if function is scaled_dot_product_attention and len(args) == 3 and self._fits(*args, **given):
-            scale = given.get("scale")
-            return attend(*args, given["attn_mask"], args[0].shape[-1] ** -0.5 if scale is None else scale)
-        return function(*args, **given)
-
-    @staticmethod
-    def _fits(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> bool:
-        rows, heads, queries, _ = query.shape
-        return (
-            attn_mask is not None
-            and attn_mask.dtype == torch.bool
-            and attn_mask.shape in ((rows, 1, 1, key.shape[2]), (1, 1, 1, key.shape[2]))
-            and queries <= 16
-            and key.shape[:2] == value.shape[:2] == (rows, heads)
-            and key.is_contiguous()
-            and value.is_contiguous()
-            and not any(options.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
-        )
-
-
-@contextmanager
-def _norms_in_one_kernel(inner: PreTrainedModel) -> Iterator[None]:
-    """Inside the block root mean square norms, as most families write them, are one kernel each, in place of six."""
-    norms = [module for module in inner.modules() if _is_rms_norm(module) and "forward" not in vars(module)]
-    for norm in norms:
-        norm.forward = functools.partial(_norm, norm)
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del norm.forward
-
-
-def _is_rms_norm(module: nn.Module) -> bool:
-    """Whether a norm is such as Llama's: others add one to their weight, or have a bias."""
-    names = {name for name, _ in module.named_parameters(recurse=False)}
-    is_one = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and names == {"weight"}
-    return is_one and module.weight.ndim == 1 and type(module).__module__.startswith("transformers.")
-
-
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    if current.given.step is None or x.dtype != norm.weight.dtype or x.shape[-1] != len(norm.weight):
-        return type(norm).forward(norm, x)
-    return rms_normed(x, norm.weight, norm.variance_epsilon)
 
 
 class HybridStep:
@@ -334,6 +286,10 @@ class HybridStep:
         self.mask[:, -1] = False  # a mask of ones alone is left out, outside of a capture
         self.real = torch.zeros(rows, dtype=torch.int8, device=device)  # while zero, no state changes
         self.length = torch.zeros((), dtype=torch.long, device=device)
+        windows = sum(isinstance(layer, WindowCacheLayer) for layer in token.cache.layers)
+        self.num_real = torch.zeros(windows, rows, dtype=torch.long, device=device)
+        self.free = list(self.num_real)
+        self.kernels = FewerKernels(inner)
         self.layers = [self._room(layer) for layer in token.cache.layers]
         self.mixers = [index for index, layer in enumerate(self.layers) if isinstance(layer, MixerCacheLayer)]
         self.places = {index: place for place, index in enumerate(self.mixers)}
@@ -355,33 +311,35 @@ class HybridStep:
         windowed = isinstance(layer, WindowCacheLayer)
         room = _WindowedMixerRoom(layer.window, layer.sinks) if windowed else _MixerRoom()
         room.length, room.room = self.length, self.room
-        room.hold(tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in layer.tensors()))
+        tensors = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in layer.tensors()]
+        room.hold((*tensors[:-1], self.free.pop()) if windowed else tuple(tensors))
         return room
 
     def run(self, inner: PreTrainedModel, given: dict[str, Any]) -> Tensor:
         """Logits `(b, 1, V)` of the token in `ids`, which the layers take in."""
         self.sights: dict[tuple[int, int], Sight] = {}  # as all layers have read the same
-        with handing_over(HandedOver(step=self.answer)), _SpreadAttention(), _norms_in_one_kernel(inner):
+        with handing_over(HandedOver(step=self.answer)), self.kernels.a_pass():
             logits = type(inner).forward(inner, **given).logits
         self.length.add_(1)
+        self.num_real.add_(self.real)
         return logits[:, -1:]
 
     def answer(self, adapter: MixerAdapter, hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """What stands in attention's place makes of hidden states `(b, 1, d)`, of the same shape."""
+        if adapter.window is None:
+            return self.mix(adapter, hidden_states)
+        layer, mask = self.layers[adapter.cache_layer], self.real[:, None]
+        if layer.beside not in self.sights:
+            self.sights[layer.beside] = layer.look(hidden_states, mask)
         output = self.mix(adapter, hidden_states)
-        if adapter.window is not None:
-            layer, mask = self.layers[adapter.cache_layer], self.real[:, None]
-            if layer.beside not in self.sights:
-                self.sights[layer.beside] = layer.look(hidden_states, mask)
-            output = output + adapter.window(hidden_states, args, kwargs, layer, sight=self.sights[layer.beside])
-        return output
+        return output + adapter.window(hidden_states, args, kwargs, layer, sight=self.sights[layer.beside])
 
     def mix(self, adapter: MixerAdapter, hidden_states: Tensor) -> Tensor:
         """A mixer's output `(b, 1, d)` for hidden states of the same shape."""
         mixer = adapter.mixer
-        stream = project(mixer.in_proj, hidden_states[:, 0])
+        stream = mixer.in_proj(fitted(hidden_states, mixer.in_proj))[:, 0]
         output = mixed(mixer, stream, self.table, self.real, self.places[adapter.cache_layer])
-        output = output if isinstance(mixer.out_proj, nn.Identity) else project(mixer.out_proj, output)
+        output = output if isinstance(mixer.out_proj, nn.Identity) else mixer.out_proj(fitted(output, mixer.out_proj))
         return output[:, None]
 
     def holds(self, token: Token) -> bool:

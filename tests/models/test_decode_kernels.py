@@ -9,18 +9,22 @@ import torch
 from tiny_models import VARIANTS, largest_difference, random_ids, tiny_model
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from cab_hf.models import decode_kernels, decoding
+from cab_hf.models import attention_kernel, decode_kernels, decoding
 
 
 OTHERS_WRITE = {
     "_linear_kernel": ("x", "residual"),
-    "_rows_kernel": ("x", "residual"),
+    "_linears_kernel": ("x",),
     "_norm_kernel": ("x",),
     "_conv_kernel": ("stream",),
     "_ssd_kernel": ("stream", "convolved"),
     "_s6_kernel": ("stream", "convolved", "projected", "steps"),
+    "_rotate_kernel": ("query", "key", "cosines", "sines"),
+    "_keep_kernel": ("new_keys", "new_values"),
 }
+WRITTEN = {"_rotate_kernel": ("rotated_query", "rotated_key"), "_keep_kernel": ("keys", "values")}  # others: "out"
 
 
 pytestmark = [
@@ -57,10 +61,12 @@ class Overlap:
         monkeypatch.setattr(cuda, "gdc_launch_dependents", self.begin)
         monkeypatch.setattr(cuda, "gdc_wait", self.wait)
         monkeypatch.setattr(decode_kernels, "_fetch", lambda *given, **sizes: None)
-        monkeypatch.setattr(decode_kernels, "_overlapping", lambda device: {"OVERLAP": True})
+        for module in (decode_kernels, attention_kernel):
+            monkeypatch.setattr(module, "overlapping", lambda device: {"OVERLAP": True})
         for name in OTHERS_WRITE:
-            launch = functools.partial(self.launch, name, getattr(decode_kernels, name))
-            monkeypatch.setattr(decode_kernels, name, Launches(launch))
+            module = decode_kernels if hasattr(decode_kernels, name) else attention_kernel
+            launch = functools.partial(self.launch, name, getattr(module, name))
+            monkeypatch.setattr(module, name, Launches(launch))
 
     def begin(self, **_):
         self.begun += 1
@@ -79,7 +85,7 @@ class Overlap:
     def launch(self, name, kernel, grid, *args, **sizes):
         given = dict(zip(inspect.signature(kernel.fn).parameters, args))
         self.read = [given[one] for one in OTHERS_WRITE[name] if given[one] is not None]
-        self.written, begun = [given["out"], *self.states], self.begun
+        self.written, begun = [*(given[one] for one in WRITTEN.get(name, ("out",))), *self.states], self.begun
         kernel[grid](*args, **sizes)
         assert self.begun == self.waited > begun  # every program waits, once
         self.launched.add(name)
@@ -105,6 +111,24 @@ def test_nothing_of_other_kernels_is_read_or_written_before_the_wait(monkeypatch
         assert largest_difference(added, residual + linear(read)) < 1e-4
         gated = decode_kernels.linear(x, linear, norm, gate=gate)
         assert largest_difference(gated, F.silu(gate(read)) * linear(read)) < 1e-4
+    for rows, sizes in ((1, (70, 33, 129)), (3, (70, 33)), (2, (40, 40, 40, 7)), (1, (40,))):
+        x, modules = torch.randn(rows, 600), [nn.Linear(600, size, bias=size % 2 == 0) for size in sizes]
+        biases = [one.bias for one in modules]
+        for got, one in zip(decode_kernels.linears(x, [one.weight for one in modules], biases), modules, strict=True):
+            assert largest_difference(got, one(x)) < 1e-4
+    for rows in (1, 3):
+        query, key = (torch.randn(rows, 1, heads, 48)[..., 8:].transpose(1, 2) for heads in (3, 2))
+        angles = torch.randn(1 if rows == 1 else 3, 1, 40)
+        got = attention_kernel.rotate(query, key, angles.cos(), angles.sin())
+        for one, right in zip(got, apply_rotary_pos_emb(query, key, angles.cos(), angles.sin()), strict=True):
+            assert largest_difference(one, right) < 1e-6
+        held = torch.randn(rows, 2, 9, 40), torch.randn(rows, 2, 9, 24)
+        value, places = torch.randn(rows, 1, 2, 24).transpose(1, 2), torch.tensor([4, 0, 8])[:rows]
+        rights = [one.clone() for one in held]
+        for right, new in zip(rights, (key, value), strict=True):
+            right[torch.arange(rows), :, places] = new[:, :, 0]
+        attention_kernel.keep(held, (key, value), places)
+        assert all(map(torch.equal, held, rights))
     assert overlap.launched == OTHERS_WRITE.keys()
 
 
@@ -119,4 +143,4 @@ def test_frequencies_that_were_cast_turn_states_too():
 def test_a_build_for_other_gpus_launches_one_kernel_after_another(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setitem(sys.modules, "triton.backends.nvidia.compiler", None)  # which it need not have
-    assert decode_kernels._overlapping.__wrapped__(torch.device("cuda", 0)) == {"OVERLAP": False}
+    assert decode_kernels.overlapping.__wrapped__(torch.device("cuda", 0)) == {"OVERLAP": False}

@@ -3,17 +3,19 @@
 import contextlib
 import copy
 import logging
+from collections import Counter
 
 import pytest
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
+from transformers.models.llama import modeling_llama
 
 
 pytest.importorskip("triton")
 
 from cab_hf.evaluation.tiny_families import tiny_model, tiny_tokens  # noqa: E402
-from cab_hf.models import decoding, hybrid_decoding, mixers  # noqa: E402
+from cab_hf.models import decode_kernels, decoding, fewer_kernels, hybrid_decoding, mixers  # noqa: E402
 from cab_hf.transfer.hybrid import hybrid_from_teacher  # noqa: E402
 
 
@@ -64,11 +66,23 @@ def by_torch(step, adapter, hidden_states):
     return adapter.mixer(hidden_states, cache=cache, attention_mask=step.real[:, None])[0]
 
 
+class AsItIs:
+    """In the place of kernels that Triton's interpreter is slow to run."""
+
+    def __init__(self, inner):
+        self.a_pass = contextlib.nullcontext
+
+
+def kept_by_torch(held, new, places):
+    for one, tensor in zip(held, new, strict=True):
+        one[torch.arange(len(places)), :, places] = tensor[:, :, 0]
+
+
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(hybrid_decoding.HybridStep, "mix", by_torch)
-    monkeypatch.setattr(hybrid_decoding, "_is_rms_norm", lambda module: False)
-    monkeypatch.setattr(hybrid_decoding._SpreadAttention, "_fits", lambda *given, **options: False)
+    monkeypatch.setattr(hybrid_decoding, "FewerKernels", AsItIs)
+    monkeypatch.setattr(hybrid_decoding, "keep", kept_by_torch)
 
 
 def hybrid(family="llama", kept=(1, 3), window=0):
@@ -87,19 +101,31 @@ def sizes(student):
     return [] if held is None else list(held.steps)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])  # the other norms every head, too
-def test_the_kernels_give_the_modules_tokens(family, monkeypatch):
-    student, tokens, called = hybrid(family), tiny_tokens(), []
-    for name in ("attend", "rms_normed"):
-        kernel = getattr(hybrid_decoding, name)
-        monkeypatch.setattr(
-            hybrid_decoding, name, lambda *given, name=name, kernel=kernel: called.append(name) or kernel(*given)
-        )
-    got = student.generate(tokens, **GREEDY | {"max_new_tokens": 3})
+@pytest.mark.parametrize(
+    ("family", "window", "norms", "products", "in_groups"),
+    [("llama", 0, 9, 17, 13), ("qwen3", 0, 13, 17, 13), ("llama", 5, 9, 25, 15)],  # qwen3 norms every head, too
+)
+def test_the_kernels_give_the_modules_tokens(family, window, norms, products, in_groups, monkeypatch):
+    monkeypatch.setattr(decode_kernels, "_LINEAR_PROGRAMS", 1)  # each of which takes an interpreter a millisecond
+    student, tokens, called = hybrid(family, (1, 3), window), tiny_tokens()[:1], Counter()
+    for name in ("attend", "rms_normed", "rotate", "linear", "linears", "keep"):
+        module = hybrid_decoding if name == "keep" else fewer_kernels
+        kernel = getattr(module, name)
+
+        def noted(*given, name=name, kernel=kernel, **options):
+            called[name] += 1
+            return kernel(*given, **options)
+
+        monkeypatch.setattr(module, name, noted)
+    got = student.generate(tokens, **GREEDY | {"max_new_tokens": 4})
     assert Rerun.count and not decoding._steps[student.inner].obstacle
-    assert called.count("attend") == 2 * (Rerun.count + 2) and called.count("rms_normed") > 8 * Rerun.count
     assert not any("forward" in vars(module) for module in student.modules())
-    assert torch.equal(got, eagerly(student.generate, tokens, **GREEDY | {"max_new_tokens": 3}))
+    assert not hasattr(modeling_llama.apply_rotary_pos_emb, "func")
+    passes, attending = Rerun.count + 2, 4 if window else 2
+    each = {"attend": attending, "rotate": attending, "rms_normed": norms, "linear": 4, "keep": 2 if window else 0}
+    assert {name: called[name] for name in each} == {name: passes * count for name, count in each.items()}
+    assert called["linears"] == products + (passes - 1) * in_groups  # the first pass shows what belongs together
+    assert torch.equal(got, eagerly(student.generate, tokens, **GREEDY | {"max_new_tokens": 4}))
 
 
 @pytest.mark.parametrize(("kept", "window"), [((), 0), ((1, 3), 0), ((1,), 5)])
