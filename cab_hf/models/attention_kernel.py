@@ -108,7 +108,10 @@ if triton is not None:
         Q: tl.constexpr,
         P: tl.constexpr,
         V: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
+        _let_the_next_begin(OVERLAP)
+        _wait(OVERLAP)
         head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         q, p, v = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, V)
         is_query = (q < QUERIES)[:, None]
@@ -149,7 +152,10 @@ if triton is not None:
         VALUE_DIM: tl.constexpr,
         V: tl.constexpr,
         SOME: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
+        _let_the_next_begin(OVERLAP)
+        _wait(OVERLAP)
         head, q, v = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, V)
         peak = float("-inf")
         for start in range(0, splits, SOME):
@@ -246,6 +252,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
     peaks, totals = (torch.empty(blocks, splits, queries, dtype=torch.float32, device=query.device) for _ in range(2))
     out = torch.empty(rows, heads, queries, out_width, dtype=query.dtype, device=query.device)
     sizes = {"QUERIES": queries, "VALUE_DIM": out_width, "V": max(power_of_two(out_width), 16)}
+    sizes |= overlapping(query.device)
     _attend_kernel[(blocks, splits)](
         query,
         key,

@@ -23,8 +23,14 @@ OTHERS_WRITE = {
     "_s6_kernel": ("stream", "convolved", "projected", "steps"),
     "_rotate_kernel": ("query", "key", "cosines", "sines"),
     "_keep_kernel": ("new_keys", "new_values"),
+    "_attend_kernel": ("query", "key", "value"),
+    "_gather_kernel": ("parts", "peaks", "totals"),
 }
-WRITTEN = {"_rotate_kernel": ("rotated_query", "rotated_key"), "_keep_kernel": ("keys", "values")}  # others: "out"
+WRITTEN = {  # others: "out"
+    "_rotate_kernel": ("rotated_query", "rotated_key"),
+    "_keep_kernel": ("keys", "values"),
+    "_attend_kernel": ("parts", "peaks", "totals"),
+}
 
 
 pytestmark = [
@@ -129,6 +135,9 @@ def test_nothing_of_other_kernels_is_read_or_written_before_the_wait(monkeypatch
             right[torch.arange(rows), :, places] = new[:, :, 0]
         attention_kernel.keep(held, (key, value), places)
         assert all(map(torch.equal, held, rights))
+        query, mask = torch.randn(rows, 2, 3, 40), torch.arange(9)[None, None, None] < 5
+        got = attention_kernel.attend(query, *held, mask, 0.2)
+        assert largest_difference(got, F.scaled_dot_product_attention(query, *held, mask, scale=0.2)) < 1e-5
     assert overlap.launched == OTHERS_WRITE.keys()
 
 
