@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -661,6 +662,19 @@ def test_recurrences(start, mixer):
     assert "takes {} ms of one core with SSD, {} with the delta rule".format(*took) in RESULTS.read_text()
 
 
+def test_turning_states_that_were_cut_off():
+    cut = result("quality/rotary/unfinished_h200.json")
+    control = [entry for stage in result("quality/fitted/report.json")["stages"] for entry in stage["log"]]
+    control = {entry["step"]: entry["kl"] for entry in control if "kl" in entry}
+    last = cut["log"][-5:]
+    ours, theirs = fmean(entry["kl"] for entry in last), fmean(control[entry["step"]] for entry in last)
+    assert (
+        f"after {cut['steps']:,} of its {cut['max_steps']:,} steps. Its training KL was {ours:.3f}"
+        in RESULTS.read_text()
+    )
+    assert f"fitted memories alone have [{theirs:.3f}](" in RESULTS.read_text() and 0.79 < ours / theirs < 0.81
+
+
 @pytest.mark.parametrize(
     ("start", "kind"),
     [
@@ -672,8 +686,10 @@ def test_recurrences(start, mixer):
         ("random taps", "random taps"),
         ("the rest at a tenth", "tenth"),
         ("the rest at a third", "third"),
-        ("memories and delays fitted", "fitted"),
-        ("turning states, fitted", "rotary, fitted"),
+        ("memories and delays fitted |", "fitted"),
+        ("memories and delays fitted, the rest", "fitted, tenth"),
+        ("turning states, fitted |", "rotary, fitted"),
+        ("turning states, fitted, the rest", "rotary, fitted, tenth"),
         ("turning states, memories of the", "rotary, decays"),
         ("turning states, the rest", "rotary, tenth"),
         ("turning states, memories of distances", "rotary, decays, tenth"),
