@@ -83,7 +83,8 @@ def learning_curves(
     if len(begins) > 1:
         for stage, begin in stages.items():
             axes.axvline(begin, color="gray", linestyle=":", linewidth=1)
-            axes.text(begin, 1.01, f" stage: {stage}", transform=axes.get_xaxis_transform(), color="gray", fontsize=11)
+            where = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "top", "ha": "right"}
+            axes.text(begin, 0.98, f"stage: {stage}", color="gray", fontsize=11, **where)  # short stages lie close
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter("{x:g}")
