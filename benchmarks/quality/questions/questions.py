@@ -15,6 +15,7 @@ the default one but for one thing:
     frozen taps   the convolution stays the identity
     random taps   the convolution starts as usual in PyTorch; there is still no SiLU behind it
     tenth, third  what is no mixer learns at a tenth or a third of the mixers' rate
+    half batches, quarter batches   as many tokens in twice or four times as many steps, at rates over the square root
     long          memories of 32 to 4,096 tokens, in place of 8 to 512
 
 A kind of several names, as "rotary, decays", has each of these changes: which of them add up with turning states?
@@ -61,6 +62,7 @@ RESULTS = HERE / "questions_cpu.json"
 RATES = {"small_lm": (4e-3, 8e-3), "toy": (3e-3, 6e-3)}
 DEFAULT = "default"
 TWO_RATES = {"tenth": 1 / 10, "third": 1 / 3}
+SMALLER_BATCHES = {"half batches": 2, "quarter batches": 4}
 FIRST_KINDS = (DEFAULT, "decays", "norm", "rotary")
 COMBINED_KINDS = (
     "rotary, decays",
@@ -71,12 +73,15 @@ COMBINED_KINDS = (
     "fitted, tenth",
     "rotary, fitted",
     "rotary, fitted, tenth",
+    "fitted, half batches",
+    "fitted, quarter batches",
+    "rotary, fitted, tenth, quarter batches",
 )
 KINDS = {
     "small_lm": (*FIRST_KINDS, "frozen taps", "random taps", *TWO_RATES, "fitted", *COMBINED_KINDS),
     "toy": FIRST_KINDS,
 }
-OF_TRAINING = {"frozen taps", *TWO_RATES}  # these change nothing of a start
+OF_TRAINING = {"frozen taps", *TWO_RATES, *SMALLER_BATCHES}  # these change nothing of a start
 FIELDS = {"rotary": {"keep_rotary": True}, "random taps": {"conv_init": "usual"}, "long": {"memory_range": (32, 4096)}}
 SEEDS = (0, 1)
 
@@ -109,21 +114,6 @@ class NormMixer(ChangedMixer):
 
     def change(self, BC: torch.Tensor) -> torch.Tensor:
         return nn.functional.rms_norm(BC, BC.shape[-1:], eps=self.config.layer_norm_epsilon) * self.BC_norm["weight"]
-
-
-class TwoRatesTrainer(DistillationTrainer):
-    """A trainer in which what is no mixer learns at `share` of the rate."""
-
-    share = 1.0
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
-        mixers = {id(one) for mixer in self.model.student.mixer_list for one in mixer.parameters()}
-        for group in list(optimizer.param_groups):
-            rest = [one for one in group["params"] if id(one) not in mixers]
-            group["params"] = [one for one in group["params"] if id(one) in mixers]
-            optimizer.add_param_group({**group, "params": rest, "lr": self.share * group["lr"]})
-        return optimizer
 
 
 @torch.no_grad()
@@ -169,16 +159,17 @@ def make_student(setting: recurrences.Setting, kind: str) -> CABMambaForCausalLM
 def distil(setting: recurrences.Setting, kind: str, rate: float, seed: int) -> dict[str, Any]:
     set_seed(seed)
     student = make_student(setting, kind)
-    shares = [TWO_RATES[one] for one in kind.split(", ") if one in TWO_RATES]
-    steps, started = setting.steps[0], time.time()
+    (parts,) = [SMALLER_BATCHES[one] for one in kind.split(", ") if one in SMALLER_BATCHES] or [1]
+    steps, started = parts * setting.steps[0], time.time()
     options = {"max_steps": steps, "warmup_steps": round(setting.warmup * steps), "logging_steps": steps // 10}
-    options |= {"learning_rate": rate, "seed": seed, "per_device_train_batch_size": setting.batch_size}
+    rate /= parts**0.5
+    options |= {"learning_rate": rate, "seed": seed, "per_device_train_batch_size": setting.batch_size // parts}
+    for one in TWO_RATES.keys() & set(kind.split(", ")):
+        options |= {"learning_rate": TWO_RATES[one] * rate, "mixer_learning_rate": rate}
     with tempfile.TemporaryDirectory() as folder:
         args = DistillationTrainingArguments(output_dir=folder, **recurrences.COMMON | options)
         texts = {"train_dataset": setting.blocks, "data_collator": LanguageCollator(0)}
-        trainer_class = TwoRatesTrainer if shares else DistillationTrainer
-        trainer = trainer_class(student, setting.teacher, args, **texts)
-        trainer.share = shares[0] if shares else 1.0
+        trainer = DistillationTrainer(student, setting.teacher, args, **texts)
         trainer.train()
     seconds = time.time() - started
     log = [round(entry["kl"], 4) for entry in trainer.state.log_history if "kl" in entry]
