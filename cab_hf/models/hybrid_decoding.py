@@ -398,19 +398,19 @@ class HybridStep:
             if isinstance(layer, MixerCacheLayer):
                 layer.hold(room.tensors())
         self.guests = [weakref.ref(layer) for layer in token.cache.layers]
+        self.views = list(map(_tensors, token.cache.layers))
 
     def _show(self, cache: DynamicCache) -> None:
         """Lets a cache see what its layers hold now."""
-        self.views = []
-        for layer, room in zip(cache.layers, self.layers):
+        for index, (layer, room) in enumerate(zip(cache.layers, self.layers)):
             if isinstance(layer, MixerCacheLayer):
                 layer.seen_tokens = self.past
-            else:
-                first = max(self.past - layer.sliding_window + 1, 0) if layer.is_sliding else 0
-                layer.keys, layer.values = room.keys[:, :, first : self.past], room.values[:, :, first : self.past]
-                if layer.is_sliding:
-                    layer.cumulative_length = self.past
-            self.views.append(_tensors(layer))
+                continue
+            first = max(self.past - layer.sliding_window + 1, 0) if layer.is_sliding else 0
+            layer.keys, layer.values = room.keys[:, :, first : self.past], room.values[:, :, first : self.past]
+            if layer.is_sliding:
+                layer.cumulative_length = self.past
+            self.views[index] = layer.keys, layer.values
 
     def move_out(self, cache: DynamicCache) -> None:
         """Gives a cache copies of what it holds here, if it lives here."""
