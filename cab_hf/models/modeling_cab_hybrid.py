@@ -157,7 +157,7 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_projections: bool = False,
@@ -168,6 +168,7 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
         Arguments as the teacher's class has them, and
 
         Args:
+            cache: of the tokens before; `past_key_values`, its older name, is taken, too.
             seq_idx: `(b, t)`, index of each token's document in packed sequences: neither states nor kept attention
                 cross documents. Without a mask and a cache, positions of zero start a document, too.
             output_projections: return every mixer's B, C, time step and output, as `projections`.
@@ -177,8 +178,7 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
             ValueError: packed documents with a cache or a mask, or in a model that does not keep them apart.
         """
         given = dict(kwargs, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
-        given |= {"inputs_embeds": inputs_embeds, "past_key_values": past_key_values, "labels": labels}
-        given["use_cache"] = use_cache
+        given |= {"inputs_embeds": inputs_embeds, "cache": cache, "labels": labels, "use_cache": use_cache}
         return self._run(self.inner, given, seq_idx, output_projections, projections_callback)
 
     def read(
@@ -202,7 +202,10 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
     ) -> ModelOutput | tuple:
         given = {name: value for name, value in given.items() if value is not None}
         accepted = parameters_of(type(part))
-        positions, cache = given.get("position_ids"), given.get("past_key_values")
+        older = given.pop("past_key_values", None)
+        positions, cache = given.get("position_ids"), given.pop("cache", older)
+        if cache is not None:
+            given["cache" if "cache" in accepted else "past_key_values"] = cache
         free = given.get("attention_mask") is None and cache is None and not given.get("use_cache")
         if seq_idx is None and free and positions is not None and positions.shape[-1] > 1:
             seq_idx = (positions == 0).cumsum(dim=-1)
@@ -234,7 +237,7 @@ class CABHybridPreTrainedModel(MixerPreTrainedModel):
         return output
 
     def _check_packing(self, given: dict[str, Any]) -> None:
-        if given.get("use_cache") or given.get("past_key_values") is not None:
+        if given.get("use_cache") or not given.keys().isdisjoint(("cache", "past_key_values")):
             raise ValueError(
                 "Packed sequences (`seq_idx`) can't be combined with a cache: a row has one state, but several "
                 "documents. Pass `use_cache=False`."

@@ -263,3 +263,12 @@ def test_checkpointing_by_hand_sees_the_call_it_runs_in():
     wrapped = checkpoint(lambda x: student(inputs_embeds=x, attention_mask=mask).logits, embeds, use_reentrant=False)
     gradients = [torch.autograd.grad(logits[:, 3:].square().sum(), embeds)[0] for logits in (plain, wrapped)]
     torch.testing.assert_close(*gradients)
+
+
+def test_a_cache_goes_by_the_name_that_the_teachers_class_knows(recwarn):
+    student, tokens = hybrid("llama"), tiny_tokens()
+    right = student(tokens).logits[:, -1:]
+    for name in ("cache", "past_key_values"):
+        got = student(tokens[:, -1:], **{name: student(tokens[:, :-1], use_cache=True).cache}).logits
+        torch.testing.assert_close(got, right, rtol=0, atol=1e-4)
+    assert not [one for one in recwarn if "past_key_values" in str(one.message)]
