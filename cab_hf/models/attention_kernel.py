@@ -162,6 +162,7 @@ if triton is not None:
             split = start + tl.arange(0, SOME)
             place = (head * splits + split) * QUERIES + q
             peak = tl.maximum(peak, tl.max(tl.load(peaks + place, mask=split < splits, other=float("-inf"))))
+        peak = tl.where(peak == float("-inf"), 0.0, peak)  # nothing is read
         total = tl.zeros((SOME,), dtype=tl.float32)
         gathered = tl.zeros((SOME, V), dtype=tl.float32)
         for start in range(0, splits, SOME):
@@ -172,7 +173,8 @@ if triton is not None:
             total += weight * tl.load(totals + place, mask=split < splits, other=0.0)
             part = tl.load(parts + place[:, None] * VALUE_DIM + v[None, :], mask=is_there, other=0.0)
             gathered += weight[:, None] * part
-        y = tl.sum(gathered, axis=0) / tl.sum(total)
+        whole = tl.sum(total)
+        y = tl.sum(gathered, axis=0) / tl.where(whole == 0.0, 1.0, whole)
         tl.store(out + (head * QUERIES + q) * VALUE_DIM + v, y, mask=v < VALUE_DIM)
 
 
@@ -236,7 +238,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
     Args:
         query: `(b, h, q, p)`, at most 16 of them.
         key, value: `(b, h, t, p)`, contiguous.
-        mask: `(b, 1, 1, t)`, true where a key is read; at least one in each row.
+        mask: `(b, 1, 1, t)`, true where a key is read; where none is, the result is zero, as PyTorch's.
         scale: of the products.
 
     Returns:

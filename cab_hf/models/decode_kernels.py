@@ -650,7 +650,8 @@ def _sizes(x: Tensor, features: int, has_norm: bool = False, has_gate: bool = Fa
     rows, width = x.shape
     if rows > 1:
         most = _ROW_COLUMNS_OF_MANY if has_norm and rows > 32 else _ROW_COLUMNS
-        cut = {"ROWS": _ROWS, "FEATURES": _ROW_FEATURES, "COLUMNS": min(power_of_two(width), most)}
+        columns = max(min(power_of_two(width), most), 16)  # the fewest that a GPU's matrix units take
+        cut = {"ROWS": _ROWS, "FEATURES": _ROW_FEATURES, "COLUMNS": columns}
         cut |= {"LINES": power_of_two(triton.cdiv(_ROW_FEATURES * width, 64)), "num_warps": _ROW_WARPS}
     else:
         columns = min(power_of_two(width), WIDEST_NORM)

@@ -20,6 +20,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 pytest.importorskip("triton")
 
 from cab_hf.models import fewer_kernels  # noqa: E402
+from cab_hf.models.decode_kernels import linears  # noqa: E402
 from cab_hf.models.fewer_kernels import FewerKernels  # noqa: E402
 from cab_hf.models.mixer_adapter import HandedOver, handing_over  # noqa: E402
 
@@ -51,6 +52,25 @@ class TwoInputs(Mlp):
         return super().forward(x) * gate
 
 
+class Limited(Mlp):
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=self.limit), self.up_proj(x).clamp(-self.limit, self.limit)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class Learned(Mlp):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
 class Doubled(nn.Module):
     def __init__(self):
         super().__init__()
@@ -64,11 +84,10 @@ class Doubled(nn.Module):
 
 @pytest.mark.parametrize(
     ("mlp", "is_gated"),
-    [(Mlp(), True), (Mlp("gelu"), False), (Mlp(bias=True), False), (Scaled(), False), (TwoInputs(), False)],
-    ids=["llama", "gelu", "bias", "scaled", "two inputs"],
+    [(Mlp(), True), *((one, False) for one in (Mlp("gelu"), Mlp(bias=True), Scaled(), TwoInputs(), Learned()))],
+    ids=["llama", "gelu", "bias", "scaled", "two inputs", "learned"],
 )
 def test_an_mlp_is_asked_whether_it_is_llamas(mlp, is_gated):
-    assert fewer_kernels._is_gated_mlp(mlp) == is_gated
     kernels, x = FewerKernels(mlp), torch.randn(1, 1, 16)
     assert [module for module, _ in kernels.forwards] == [mlp] * is_gated
     if is_gated:
@@ -76,6 +95,56 @@ def test_an_mlp_is_asked_whether_it_is_llamas(mlp, is_gated):
             got = mlp(x)
         assert largest_difference(got, mlp(x)) < 1e-6
     assert "forward" not in vars(mlp)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_limit_of_one_layer_is_found(dtype):
+    mlps = nn.ModuleList([Limited(float("inf")), Limited(16.0)]).to(dtype)
+    assert [module for module, _ in FewerKernels(mlps).forwards] == [mlps[0]]
+
+
+def test_modules_may_be_called_by_name_and_rotate_one_tensor():
+    def rotates(q, k=None, cos=None, sin=None):
+        return modeling_llama.apply_rotary_pos_emb(q, q if k is None else k, cos, sin)
+
+    model = nn.ModuleList([Mlp(), modeling_llama.LlamaRMSNorm(16)])
+    kernels, x, angles = FewerKernels(model), torch.randn(1, 1, 16), torch.ones(1, 1, 16)
+    assert len(kernels.forwards) == 2
+    right = model[0](model[1](x))
+    with handing_over(HandedOver(step=lambda *_: None)), kernels.a_pass():
+        assert largest_difference(model[0](x=model[1](hidden_states=x)), right) < 1e-6
+        for given in ({"cos": angles, "sin": angles}, {"k": None, "cos": angles, "sin": angles}):
+            assert torch.equal(fewer_kernels._rotated(rotates, x[None], **given)[0], rotates(x[None], **given)[0])
+        assert torch.equal(
+            fewer_kernels._rotated(rotates, x[None], None, angles, angles)[0], rotates(x[None], **given)[0]
+        )
+
+
+def test_weights_that_a_pass_makes_are_left_to_the_library(monkeypatch):
+    """A kernel reads weights before those of earlier kernels are sure to be there."""
+    model, x, called = Doubled().half(), torch.randn(1, 1, 16).half(), []
+    monkeypatch.setattr(fewer_kernels, "linears", lambda x, *given: called.append(x.dtype) or linears(x, *given))
+    first, many = model.first, nn.Parameter(torch.randn(2, 8, 16).half())
+    kernels = FewerKernels(model)
+    for _ in range(2):
+        called.clear()
+        with kernels.a_pass():
+            nn.functional.linear(x.float(), first.weight.float())
+            nn.functional.linear(x, first.weight, first.bias * 2)
+            nn.functional.linear(x[0, 0], first.weight)
+            assert not called
+            got = [nn.functional.linear(x, one) for one in many]
+        assert called == [torch.float16] * 2
+        assert all(largest_difference(one, x @ weight.T) < 0.01 for one, weight in zip(got, many, strict=True))
+
+
+def test_a_part_that_is_compiled_gives_the_same():
+    model, x = nn.ModuleList([Mlp(), nn.Linear(16, 4)]), torch.randn(1, 1, 16)
+    right, kernels = model[1](model[0](x)), FewerKernels(model)
+    model[0].compile(backend="eager")
+    for _ in range(3):
+        with handing_over(HandedOver(step=lambda *_: None)), kernels.a_pass():
+            assert largest_difference(model[1](model[0](x)), right) < 1e-6
 
 
 def test_a_rotation_is_asked_whether_it_is_llamas():
@@ -145,6 +214,7 @@ def test_a_tensor_that_changes_in_between_is_read_anew():
 
 KERNELS_COMPILE = """
 import inspect, sys
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -164,6 +234,10 @@ def compile(kernel, pointers, integers, floats=(), **constants):
 
 row = dict(WIDTH=576, COLUMNS=1024, FEATURES=2, ROWS=1, LINES=1, OVERLAP=True)
 rows = dict(WIDTH=576, COLUMNS=256, FEATURES=32, ROWS=16, LINES=512, OVERLAP=True)
+sizes = decode_kernels._sizes(torch.zeros(2, 8), 16)  # as of a small adapter
+narrow = {name: sizes[name] for name in sizes if name != "num_warps"} | {"OVERLAP": True}
+narrow |= dict(OUT=16, SECOND=3, THIRD=0, FOURTH=0)
+compile(decode_kernels._linears_kernel, "x weight second out", "rows of_row", **narrow)
 all = dict(OUT=1000, SECOND=576, THIRD=192, FOURTH=192)
 for cut in (row, rows):
     gated = "x weight gate_weight norm residual out"
@@ -190,4 +264,4 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     file.write_text(KERNELS_COMPILE)
     run = subprocess.run([sys.executable, str(file)], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert len(run.stdout.split()) == 8
+    assert len(run.stdout.split()) == 9
