@@ -568,7 +568,7 @@ class TestLearningCurves:
         assert all(f"<!-- {tick} -->" in drawing for tick in ("0.4", "1", "2"))  # as numbers, not as powers
         whole = [{"step": step, "kl": 1.0 / step} for step in (5, 10, 15, 20)]
         drawing = learning_curves(whole, path, title="long " * 30, stages={"outputs": 0, "all": 10}).read_text()
-        assert "<!--  stage: all -->" in drawing and drawing.count("<!-- KL to teacher -->") == 1
+        assert "<!-- stage: all -->" in drawing and drawing.count("<!-- KL to teacher -->") == 1
         assert drawing.count("<!-- long ") > 1  # in lines that fit
 
         from cab_hf.evaluation.plots import _points
