@@ -19,6 +19,14 @@ if triton is not None:
     from .decode_kernels import _let_the_next_begin, _wait
 
     @triton.jit
+    def _rotate_head(source, to, p, partner, is_p, cosine, sine):
+        own = tl.load(source + p, mask=is_p, other=0.0).to(tl.float32) * cosine
+        other = tl.load(source + partner, mask=is_p, other=0.0).to(tl.float32) * sine
+        # rounded where the modules round
+        own, other = own.to(source.dtype.element_ty), other.to(source.dtype.element_ty)
+        tl.store(to + p, own.to(tl.float32) + other.to(tl.float32), mask=is_p)
+
+    @triton.jit
     def _rotate_kernel(
         query,  # (b, QUERIES, DIM), rows and heads apart
         key,  # (b, KEYS, DIM), rows and heads apart
@@ -47,18 +55,11 @@ if triton is not None:
         sine = tl.load(sines + row * of_angles + p, mask=is_p, other=0.0).to(tl.float32)
         if head < QUERIES:
             source, to = query + row * of_query_row + head * of_query, rotated_query + (row * QUERIES + head) * DIM
-            own = tl.load(source + p, mask=is_p, other=0.0).to(tl.float32) * cosine
-            other = tl.load(source + partner, mask=is_p, other=0.0).to(tl.float32) * sign * sine
-            # rounded where the modules round
-            own, other = own.to(query.dtype.element_ty), other.to(query.dtype.element_ty)
-            tl.store(to + p, own.to(tl.float32) + other.to(tl.float32), mask=is_p)
+            _rotate_head(source, to, p, partner, is_p, cosine, sign * sine)
         else:
             head -= QUERIES
             source, to = key + row * of_key_row + head * of_key, rotated_key + (row * KEYS + head) * DIM
-            own = tl.load(source + p, mask=is_p, other=0.0).to(tl.float32) * cosine
-            other = tl.load(source + partner, mask=is_p, other=0.0).to(tl.float32) * sign * sine
-            own, other = own.to(key.dtype.element_ty), other.to(key.dtype.element_ty)
-            tl.store(to + p, own.to(tl.float32) + other.to(tl.float32), mask=is_p)
+            _rotate_head(source, to, p, partner, is_p, cosine, sign * sine)
 
     @triton.jit
     def _keep_kernel(

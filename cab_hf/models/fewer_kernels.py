@@ -116,7 +116,7 @@ def _is_small(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         weight.ndim == 2
         and x.dtype == weight.dtype
         and x.stride(-1) == 1
-        and (rows == 1 or 0 < rows <= MOST_ROWS and len(weight) <= MOST_FEATURES and weight.element_size() == 2)
+        and (rows == 1 or rows <= MOST_ROWS and len(weight) <= MOST_FEATURES and weight.element_size() == 2)
     )
 
 
